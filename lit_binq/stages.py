@@ -1,0 +1,365 @@
+"""One stage of a calibration: capture, solve, tune, advance. The LightningModule decides only which one is on.
+
+Legend: x, x~, y the streams (lit_binq.streams); T, H target and metric (lit_binq.objectives); r, c, B the
+row x column weight.
+
+A block stage quantizes one decoder block: each linear group is captured after the groups before it are
+quantized, solved in closed form and, if asked for, tuned on the block's output. The model stage, last,
+tunes scales and norms on the teacher's distribution. Stages never step an optimizer themselves.
+
+May touch: blocks, streams, objectives, solvers, formats, losses. Knows nothing of Lightning.
+"""
+
+import copy
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Container
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_binq.blocks import (
+    BlockCall,
+    capture_calls,
+    find_blocks,
+    linear_groups,
+    linear_input,
+    norm_parameters,
+    replace_module,
+    run_block,
+)
+from lit_binq.errors import LitBinqError
+from lit_binq.formats import BinaryLinear
+from lit_binq.formats.latent import LatentBinaryLinear
+from lit_binq.losses import block_loss, kl_divergence
+from lit_binq.objectives import GramAccumulator, Objective, Statistics, target_and_metric
+from lit_binq.solvers.row_column import RowColumnSolver
+from lit_binq.streams import StreamOptions, Streams
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ClosedForm:
+    """How a block's linear layers are solved.
+
+    Attributes:
+        objective: what is matched: `true` (output alignment), `pseudo` (ARB-X), `naive` or `weight`.
+        shrinkage: lambda, pull of the objective towards the full-precision weight; raise it for little data.
+        solver: options of the row x column solver.
+    """
+
+    objective: Objective = "true"
+    shrinkage: float = 0.1
+    solver: RowColumnSolver = field(default_factory=RowColumnSolver)
+
+
+@dataclass
+class Tuning:
+    """How a stage is tuned by gradient steps after its closed form.
+
+    Learning rates are relative: scales and norms step by a share of their mean size, latent codes have mean size 1.
+
+    Attributes:
+        epochs: most passes over the training windows; 0 leaves the closed form as it is.
+        lr_codes: for latent codes; 0 freezes the codes.
+        lr_scales: for row and column scales.
+        lr_norms: for norm weights and biases.
+        patience: epochs without a better held-out loss after which the stage ends; 0 means never early.
+        final_lr: share of the learning rate that the cosine schedule ends at.
+    """
+
+    epochs: int = 0
+    lr_codes: float = 0.05
+    lr_scales: float = 3e-3
+    lr_norms: float = 1e-3
+    patience: int = 4
+    final_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 0:
+                raise LitBinqError(f"tuning.{name}: got {value}, expected a number >= 0")
+
+
+def end_stage_tuning() -> Tuning:
+    """Defaults of the model stage: scales and norms only."""
+    return Tuning(epochs=0, lr_codes=0.0, lr_scales=1e-2, lr_norms=1e-2, patience=2)
+
+
+class Workspace:
+    """What all stages of one rank share: teacher, student, streams.
+
+    The student begins as a copy of the teacher that shares the tensors of its blocks; stage by stage its blocks are
+    replaced. Everything outside the blocks is rounded at once to the dtype it will be stored in.
+
+    Args:
+        teacher: full-precision model in eval mode, float32.
+        windows: (n, T) int64 token windows of this rank, held-out ones last.
+        held_out: number of held-out windows at the end.
+        device: where blocks run.
+        options: activation cache.
+        rest_dtype: dtype in which everything but the packed weights is stored.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        windows: Tensor,
+        held_out: int,
+        device: torch.device,
+        options: StreamOptions,
+        rest_dtype: torch.dtype,
+    ) -> None:
+        teacher.requires_grad_(False)
+        self.teacher, self.device, self.rest_dtype = teacher, device, rest_dtype
+        self.teacher_blocks = find_blocks(teacher)
+        shared = {id(t): t for t in (*self.teacher_blocks.parameters(), *self.teacher_blocks.buffers())}
+        self.student: PreTrainedModel = copy.deepcopy(teacher, shared)
+        self.blocks = find_blocks(self.student)
+        round_parameters(self.student, rest_dtype, skip=shared)
+        self.streams = Streams(windows, held_out, device, options)
+        self.confidence: dict[int, dict[str, Tensor]] = {}  # latent sizes, kept if the model stage moves codes
+        home = next(teacher.parameters()).device
+        calls = capture_calls(teacher, self.teacher_blocks, windows[:1].to(home))
+        self.calls = [call.to(device) for call in calls]
+        self.streams.start((teacher, self.teacher_blocks), (self.student, self.blocks))
+
+    def new_block(self, i: int) -> nn.Module:
+        """A private copy of the teacher's block i on the device."""
+        return copy.deepcopy(self.teacher_blocks[i]).to(self.device)
+
+    def skip(self, i: int) -> None:
+        """Advance both streams past the already packed block i."""
+        block = self.teacher_blocks[i].to(self.device)
+        self.streams.compute_targets(block, self.calls[i])
+        self.streams.advance(self.blocks[i].to(self.device), self.calls[i])
+
+
+class Stage(ABC):
+    """One step of the calibration: `enter`, then any number of `loss` steps, then `leave`.
+
+    Args:
+        work: the shared workspace.
+        tuning: how this stage is tuned.
+    """
+
+    title: str
+    module: nn.Module
+
+    def __init__(self, work: Workspace, tuning: Tuning) -> None:
+        self.work, self.tuning = work, tuning
+
+    @abstractmethod
+    def enter(self) -> None:
+        """Capture and solve; afterwards `module` is ready to be tuned."""
+
+    @abstractmethod
+    def loss(self, rows: Tensor) -> Tensor:
+        """Training loss on the windows with indices `rows` (b,), a scalar with gradient."""
+
+    @abstractmethod
+    def evaluate(self, *, held_out: bool) -> Tensor:
+        """(2,) float64 on the device: summed loss and its weight over training or held-out windows of this rank."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Pack what was tuned into the student and move on."""
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Trainable parameters with their learning rates, for the optimizer; also sets requires_grad."""
+        t = self.tuning
+        self.module.requires_grad_(False)
+        groups: list[dict[str, object]] = []
+
+        def add(p: nn.Parameter, lr: float) -> None:
+            if lr > 0:
+                p.requires_grad_(True)
+                groups.append({"params": [p], "lr": lr})
+
+        for m in self.module.modules():
+            if isinstance(m, LatentBinaryLinear):
+                if m.train_codes:
+                    add(m.v, t.lr_codes)
+                for p in (m.r, m.c):
+                    add(p, t.lr_scales * float(p.detach().abs().mean()))
+        for p in norm_parameters(self.module, [LatentBinaryLinear, BinaryLinear]).values():
+            add(p, t.lr_norms * max(float(p.detach().abs().mean()), 1e-2))
+        return groups
+
+
+class BlockStage(Stage):
+    """Quantize decoder block i.
+
+    Args:
+        work: the shared workspace, its streams standing at block i.
+        index: i.
+        closed_form: how linear layers are solved.
+        tuning: how the block is tuned.
+        keep_confidence: remember the latents' sizes for a model stage that moves codes.
+    """
+
+    def __init__(
+        self,
+        work: Workspace,
+        index: int,
+        closed_form: ClosedForm,
+        tuning: Tuning,
+        keep_confidence: bool = False,
+    ) -> None:
+        super().__init__(work, tuning)
+        self.index, self.closed_form = index, closed_form
+        self.call: BlockCall = work.calls[index]
+        self.title = f"block {index}"
+        self.keep_confidence = keep_confidence
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Solve the block's linear groups one after the other and compute the targets of the tuning."""
+        w = self.work
+        reference = w.teacher_blocks[self.index].to(w.device)
+        self.module = w.new_block(self.index)
+        groups = linear_groups(reference, w.streams.x[:1].to(w.device), self.call)
+        for names in groups:
+            stats = self._statistics(reference, names[0])
+            for name in names:
+                self._solve(name, stats)
+        w.streams.compute_targets(reference, self.call)
+        self.scale = w.streams.y[: w.streams.train].square().mean().to(w.device)
+
+    def _statistics(self, reference: nn.Module, name: str) -> Statistics | None:
+        w, objective = self.work, self.closed_form.objective
+        if objective == "weight":
+            return None
+        linear = reference.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        grams = GramAccumulator(linear.in_features, w.device, objective)
+        for rows in w.streams.batches(w.streams.train):
+            # Only the true target needs both streams: S of the quantized one, C between the two.
+            x = linear_input(reference, name, w.streams.x[rows].to(w.device), self.call)
+            x_tilde = (
+                x
+                if objective == "naive"
+                else linear_input(self.module, name, w.streams.x_tilde[rows].to(w.device), self.call)
+            )
+            grams.add(x, x_tilde)
+        try:
+            return grams.statistics()
+        except LitBinqError as error:
+            raise LitBinqError(f"block {self.index}, {name}: {error}") from None
+
+    def _solve(self, name: str, stats: Statistics | None) -> None:
+        form = self.closed_form
+        linear = self.module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        try:
+            T, H = target_and_metric(linear.weight, stats, objective=form.objective, shrinkage=form.shrinkage)
+            solution = form.solver.solve(T, H).balanced()
+        except LitBinqError as error:
+            raise LitBinqError(f"block {self.index}, {name}: {error}") from None
+        confidence = T.abs() if self.tuning.epochs and self.tuning.lr_codes else None
+        replace_module(self.module, name, LatentBinaryLinear(solution, confidence, linear.bias))
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Relative squared error of the block's output on windows `rows` (b,)."""
+        s, device = self.work.streams, self.work.device
+        rows = rows.to(s.x_tilde.device)
+        y_hat = run_block(self.module, s.x_tilde[rows].to(device), self.call)
+        return block_loss(y_hat, s.y[rows].to(device), self.scale)
+
+    def evaluate(self, *, held_out: bool) -> Tensor:
+        """Sums of |y^ - y|^2 and |y|^2."""
+        s = self.work.streams
+        rows = slice(s.train, s.train + s.held_out) if held_out else slice(0, s.train)
+        return torch.stack(s.block_error(self.module, self.call, rows))
+
+    def leave(self) -> None:
+        """Pack the block, put it into the student, advance both streams with exactly what is stored."""
+        w = self.work
+        sizes: dict[str, Tensor] = {}
+        for name, m in list(self.module.named_modules()):
+            if isinstance(m, LatentBinaryLinear):
+                sizes[name] = m.v.detach().abs().half().cpu()
+                replace_module(self.module, name, m.pack())
+        if self.keep_confidence:
+            w.confidence[self.index] = sizes
+        self.module.requires_grad_(False)
+        round_parameters(self.module, w.rest_dtype)
+        w.blocks[self.index] = self.module
+        w.streams.advance(self.module, self.call)
+
+
+class ModelStage(Stage):
+    """Tune the whole student on the teacher's next-token distribution: scales, norms and, with care, codes.
+
+    Args:
+        work: the workspace, every block packed.
+        tuning: how the model is tuned.
+    """
+
+    title = "model"
+
+    def enter(self) -> None:
+        """Make the packed linears trainable again and move teacher and student to the device."""
+        w = self.work
+        w.streams.close()
+        w.teacher.to(w.device)
+        for i, block in enumerate(w.blocks):
+            for name, m in list(block.named_modules()):
+                if isinstance(m, BinaryLinear):
+                    sizes = w.confidence.get(i, {}).get(name) if self.tuning.lr_codes else None
+                    sizes = sizes.float().to(w.device) if sizes is not None else None
+                    replace_module(block, name, LatentBinaryLinear(m.solution(), sizes, m.bias))
+        self.module = w.student.to(w.device)
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Mean KL(teacher || student) over the tokens of windows `rows` (b,)."""
+        windows = self.work.streams.windows[rows.cpu()].to(self.work.device)
+        with torch.no_grad():
+            teacher = self.work.teacher(input_ids=windows, use_cache=False).logits
+        return kl_divergence(self.module(input_ids=windows, use_cache=False).logits, teacher)
+
+    @torch.no_grad()
+    def evaluate(self, *, held_out: bool) -> Tensor:
+        """Summed KL over windows, and the number of windows."""
+        s = self.work.streams
+        first, last = (s.train, s.train + s.held_out) if held_out else (0, s.train)
+        total = torch.zeros(2, dtype=torch.float64, device=self.work.device)
+        for i in range(first, last):
+            total += torch.stack((self.loss(torch.tensor([i])).double(), torch.ones_like(total[0])))
+        return total
+
+    def leave(self) -> None:
+        """Pack the student's linears again."""
+        for block in self.work.blocks:
+            for name, m in list(block.named_modules()):
+                if isinstance(m, LatentBinaryLinear):
+                    replace_module(block, name, m.pack())
+        self.module.requires_grad_(False)
+        round_parameters(self.module, self.work.rest_dtype)
+
+
+@torch.no_grad()
+def round_parameters(module: nn.Module, dtype: torch.dtype, skip: Container[int] = ()) -> None:
+    """Round every parameter outside the packed weights to the dtype it is stored in, in place.
+
+    Args:
+        module: a packed block or a model.
+        dtype: dtype on disk.
+        skip: ids of parameters to leave alone.
+
+    Raises:
+        LitBinqError: a parameter does not fit `dtype`.
+    """
+    for name, p in module.named_parameters():
+        if id(p) in skip:
+            continue
+        rounded = p.to(dtype)
+        if not torch.isfinite(rounded).all():
+            raise LitBinqError(
+                f"{name} has values up to {float(p.abs().max()):g}, more than {dtype} holds; expected finite values "
+                "after rounding: set the option `rest_dtype` to bfloat16 or float32"
+            )
+        p.copy_(rounded.to(p.dtype))

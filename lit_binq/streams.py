@@ -1,0 +1,154 @@
+"""The two activation streams of the current block: full precision (x) and quantized (x~).
+
+Legend: n windows of this rank, T tokens a window, d hidden size; x, x~ (n, T, d) inputs of the current block in
+either stream, y (n, T, d) its full-precision output. The last `held_out` windows are never fitted on.
+
+Streams advance block by block: after a block is packed, x becomes y and x~ the packed block's output.
+Where they are kept is the option `cache`: on the device, in host memory, or in a memory-mapped file.
+
+May touch: blocks. Knows no solver, no format.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_binq.blocks import BlockCall, embed, run_block
+from lit_binq.errors import LitBinqError
+
+Cache = Literal["auto", "device", "host", "disk"]
+
+
+@dataclass
+class StreamOptions:
+    """Where and how activations are cached.
+
+    Attributes:
+        cache: `device`, `host`, `disk`, or `auto`: the device if three streams take less than a third of its
+            free memory, the host otherwise.
+        cache_dir: folder of the memory-mapped files of `disk`; the system's temporary folder if empty.
+        batch_windows: windows a forward pass takes while statistics are gathered and streams advance.
+    """
+
+    cache: Cache = "auto"
+    cache_dir: str = ""
+    batch_windows: int = 8
+
+    def __post_init__(self) -> None:
+        if self.cache not in get_args(Cache):
+            raise LitBinqError(f"streams.cache: got {self.cache!r}, expected one of {', '.join(get_args(Cache))}")
+        if self.batch_windows < 1:
+            raise LitBinqError(f"streams.batch_windows: got {self.batch_windows}, expected at least 1")
+
+
+class Streams:
+    """Cached inputs and outputs of the current block.
+
+    Args:
+        windows: (n, T) int64 token windows of this rank, the held-out ones last.
+        held_out: how many windows at the end are held out.
+        device: where blocks run.
+        options: see `StreamOptions`.
+    """
+
+    def __init__(self, windows: Tensor, held_out: int, device: torch.device, options: StreamOptions) -> None:
+        self.windows, self.held_out, self.device, self.options = windows, held_out, device, options
+        self.train = len(windows) - held_out
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.x: Tensor
+        self.x_tilde: Tensor
+        self.y: Tensor
+
+    def start(
+        self, teacher: tuple[PreTrainedModel, nn.ModuleList], student: tuple[PreTrainedModel, nn.ModuleList]
+    ) -> None:
+        """Fill the streams with the teacher's and the student's embeddings of the windows.
+
+        Args:
+            teacher: the full-precision model and its blocks.
+            student: the same of the model being quantized.
+        """
+        device = next(teacher[0].parameters()).device
+        first = embed(*teacher, self.windows[:1].to(device))
+        shape = (len(self.windows), *first.shape[1:])
+        self._place = self._choose(math.prod(shape) * 4)
+        self.x, self.y, self.x_tilde = (self._allocate(shape, name) for name in ("x", "y", "x_tilde"))
+        for rows in self.batches():
+            windows = self.windows[rows].to(device)
+            self.x[rows] = embed(*teacher, windows).float().to(self.x.device)
+            self.x_tilde[rows] = embed(*student, windows).float().to(self.x.device)
+
+    def _choose(self, size: int) -> str:
+        if self.options.cache != "auto":
+            return self.options.cache
+        if self.device.type != "cuda":
+            return "host"
+        return "device" if 3 * size < torch.cuda.mem_get_info(self.device)[0] / 3 else "host"
+
+    def _allocate(self, shape: tuple[int, ...], name: str) -> Tensor:
+        if self._place == "device":
+            return torch.empty(shape, device=self.device)
+        if self._place == "host":
+            return torch.empty(shape)
+        self._folder = self._folder or tempfile.TemporaryDirectory(
+            prefix="litbinq-streams-", dir=self.options.cache_dir or None
+        )
+        path = Path(self._folder.name) / name
+        return torch.from_file(str(path), shared=True, size=math.prod(shape)).reshape(shape)
+
+    def batches(self, stop: int | None = None) -> Iterator[slice]:
+        """Slices of consecutive windows, `batch_windows` long, up to `stop` (default: all)."""
+        stop = len(self.windows) if stop is None else stop
+        for i in range(0, stop, self.options.batch_windows):
+            yield slice(i, min(i + self.options.batch_windows, stop))
+
+    @torch.no_grad()
+    def compute_targets(self, block: nn.Module, call: BlockCall) -> None:
+        """y = the full-precision block's output on x, for every window."""
+        for rows in self.batches():
+            self.y[rows] = run_block(block, self.x[rows].to(self.device), call).to(self.y.device)
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, call: BlockCall) -> None:
+        """Move on behind the current block: x becomes y, x~ the output of `block` (packed) on x~.
+
+        Raises:
+            LitBinqError: the new activations are not finite.
+        """
+        for rows in self.batches():
+            out = run_block(block, self.x_tilde[rows].to(self.device), call)
+            if not torch.isfinite(out).all():
+                raise LitBinqError(
+                    "a quantized block put out NaN or inf; expected finite activations: "
+                    "raise the option `shrinkage` or lower the learning rates"
+                )
+            self.x_tilde[rows] = out.to(self.x_tilde.device)
+        self.x, self.y = self.y, self.x
+
+    @torch.no_grad()
+    def block_error(self, block: nn.Module, call: BlockCall, rows: slice) -> tuple[Tensor, Tensor]:
+        """Sums for the relative squared error of `block` on windows `rows`: (sum |y^ - y|^2, sum |y|^2), float64."""
+        error = torch.zeros((), dtype=torch.float64, device=self.device)
+        norm = torch.zeros_like(error)
+        for start in range(rows.start, rows.stop, self.options.batch_windows):
+            part = slice(start, min(start + self.options.batch_windows, rows.stop))
+            y = self.y[part].to(self.device)
+            error += (run_block(block, self.x_tilde[part].to(self.device), call) - y).square().sum().double()
+            norm += y.square().sum().double()
+        return error, norm
+
+    def close(self) -> None:
+        """Free the cache and remove its files."""
+        for name in ("x", "y", "x_tilde"):
+            if hasattr(self, name):
+                delattr(self, name)
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
