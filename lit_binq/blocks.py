@@ -10,7 +10,7 @@ May touch: torch and transformers modules. Knows no solver and no format but Pac
 
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,11 +156,8 @@ def embed(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) -> Ten
         caught.append(args[0] if args else kwargs["hidden_states"])
         raise _Stop
 
-    with _hooked(blocks[0].register_forward_pre_hook(hook, with_kwargs=True)), torch.no_grad():
-        try:
-            model(input_ids=windows, use_cache=False)
-        except _Stop:
-            pass
+    with _hooked(blocks[0].register_forward_pre_hook(hook, with_kwargs=True)), torch.no_grad(), suppress(_Stop):
+        model(input_ids=windows, use_cache=False)
     return caught[0].detach()
 
 
@@ -188,12 +185,15 @@ def linear_input(block: nn.Module, name: str, hidden: Tensor, call: BlockCall) -
         caught.append(args[0])
         raise _Stop
 
-    with _hooked(block.get_submodule(name).register_forward_pre_hook(hook)), torch.no_grad():
-        try:
-            run_block(block, hidden, call)
-        except _Stop:
-            pass
+    with _hooked(block.get_submodule(name).register_forward_pre_hook(hook)), torch.no_grad(), suppress(_Stop):
+        run_block(block, hidden, call)
     return caught[0]
+
+
+def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model itself, on `device`. (transformers wraps `.to` so that type checkers lose its signature.)"""
+    nn.Module.to(model, device)
+    return model
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:

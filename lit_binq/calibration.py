@@ -22,8 +22,8 @@ import logging
 import math
 import platform
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,9 +35,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from lit_binq.blocks import replace_module
+from lit_binq.blocks import move, replace_module
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import PackedLinear
 from lit_binq.formats.row_column import empty_like
 from lit_binq.hub import file_bits, load_packed, read_marker, save_packed, true_bits
 from lit_binq.metrics import TokenPerplexity
@@ -48,7 +47,7 @@ from lit_binq.streams import StreamOptions
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "lit_binq"
-CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), Tuning(epochs=16), end_stage_tuning(), StreamOptions()
+CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), Tuning(epochs=24), end_stage_tuning(), StreamOptions()
 
 
 class StageCheckpoint(Checkpoint):
@@ -139,6 +138,7 @@ class BinQCalibration(pl.LightningModule):
         self.records: list[StageRecord] = []
         self.results: dict[str, dict[str, float]] = {}
         self._stage: Stage | None = None
+        self._metrics: dict[str, TokenPerplexity] = {}
         self._resume: dict[str, Any] | None = None
         # Big models stay out of the module registry: object attributes, so that nobody moves or saves them.
         self._outside: dict[str, Any] = {}
@@ -167,10 +167,7 @@ class BinQCalibration(pl.LightningModule):
         """
         strategy = self.trainer.strategy
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise LitBinqError(
-                f"trainer.strategy: got {type(strategy).__name__}, expected a single device or `ddp`: strategies that "
-                "shard the model set up their optimizer before a block is chosen and do not shard packed weights"
-            )
+            refuse_sharding(type(strategy).__name__, always=True)
         if stage == "fit":
             # Stages end by their own rule, so Lightning's epoch count must not end the fit.
             self.trainer.fit_loop.max_epochs = -1
@@ -184,9 +181,9 @@ class BinQCalibration(pl.LightningModule):
         elif not fitting and "student" not in self._outside:
             device = self.trainer.strategy.root_device
             student, _ = load_packed(self.packed)
-            self._outside["student"] = student.to(device)
+            self._outside["student"] = move(student, device)
             if self.compare_fp:
-                self._outside["teacher"] = load_model(self.source, revision=self.revision).to(device)
+                self._outside["teacher"] = move(load_model(self.source, revision=self.revision), device)
 
     def _start_fit(self) -> None:
         self._began = time.monotonic()
@@ -213,9 +210,11 @@ class BinQCalibration(pl.LightningModule):
         digest = hashlib.sha256(self.work.teacher.config.to_json_string().encode())
         for name, p in self.work.teacher.named_parameters():
             digest.update(name.encode() + p.detach().flatten()[:256].cpu().numpy().tobytes())
-        options = {
-            name: dataclasses.asdict(getattr(self, name)) for name in ("closed_form", "tuning", "finish")
-        } | {"rest_dtype": str(self.rest_dtype), "seed": self.seed, "ranks": self.trainer.world_size}
+        options = {name: dataclasses.asdict(getattr(self, name)) for name in ("closed_form", "tuning", "finish")} | {
+            "rest_dtype": str(self.rest_dtype),
+            "seed": self.seed,
+            "ranks": self.trainer.world_size,
+        }
         return {
             "model": digest.hexdigest()[:16],
             "data": self._data["fingerprint"],
@@ -229,10 +228,7 @@ class BinQCalibration(pl.LightningModule):
         checkpoint[CHECKPOINT_KEY] = {
             "stage": self.stage_index,
             "identity": self._identity(),
-            "blocks": {
-                i: work.blocks[i].state_dict() for i in range(min(self.stage_index, len(work.blocks)))
-            },
-            "confidence": work.confidence,
+            "blocks": {i: work.blocks[i].state_dict() for i in range(min(self.stage_index, len(work.blocks)))},
             "records": [dataclasses.asdict(r) for r in self.records],
             "seconds": time.monotonic() - self._began,
         }
@@ -263,7 +259,6 @@ class BinQCalibration(pl.LightningModule):
         work = self.work
         self.stage_index = int(state["stage"])
         self.records = [StageRecord(**r) for r in state["records"]]
-        work.confidence = state["confidence"]
         self._began -= state["seconds"]
         for i, saved in state["blocks"].items():
             block = work.new_block(i)
@@ -289,9 +284,7 @@ class BinQCalibration(pl.LightningModule):
         while self._stage is None and self.stage_index < self.n_stages:
             self._enter()
         if self._stage is not None:
-            generator = torch.Generator().manual_seed(
-                (self.seed * 1000 + self.stage_index) * 100_000 + self._epoch
-            )
+            generator = torch.Generator().manual_seed((self.seed * 1000 + self.stage_index) * 100_000 + self._epoch)
             self._order = torch.randperm(self.work.streams.train, generator=generator)
 
     def _enter(self) -> None:
@@ -299,7 +292,7 @@ class BinQCalibration(pl.LightningModule):
         self._stage_began = time.monotonic()
         stage: Stage
         if i < len(work.blocks):
-            stage = BlockStage(work, i, self.closed_form, self.tuning, bool(self.finish.epochs and self.finish.lr_codes))
+            stage = BlockStage(work, i, self.closed_form, self.tuning)
         else:
             stage = ModelStage(work, self.finish)
         with _highest():
@@ -482,7 +475,7 @@ class BinQCalibration(pl.LightningModule):
         """Fresh metrics, one for each evaluation set and model."""
         names = self.trainer.datamodule.eval_names  # type: ignore[attr-defined]
         models = ["packed"] + ["fp"] * ("teacher" in self._outside)
-        self.metrics = nn.ModuleDict({f"{m}/{n}": TokenPerplexity() for n in names for m in models}).to(self.device)
+        self._metrics = {f"{m}/{n}": TokenPerplexity().to(self.device) for n in names for m in models}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Next-token loss of the packed (and the full-precision) model on windows (b, T)."""
@@ -490,25 +483,45 @@ class BinQCalibration(pl.LightningModule):
         ids = batch["input_ids"]
         for kind, key in (("packed", "student"), ("fp", "teacher")):
             if key in self._outside:
-                metric = self.metrics[f"{kind}/{name}"]
-                metric.update(self._outside[key](input_ids=ids, use_cache=False).logits, ids)
+                self._metrics[f"{kind}/{name}"].update(self._outside[key](input_ids=ids, use_cache=False).logits, ids)
 
     def on_validation_epoch_end(self) -> None:
         """Log the perplexities and print them beside the true bits."""
-        for key, metric in self.metrics.items():
+        for key, metric in self._metrics.items():
             kind, name = key.split("/", 1)
             value = float(metric.compute())
             self.results.setdefault(name, {})[kind] = value
             self.log(f"ppl_{kind}/{name}", value, rank_zero_only=True)
         student = self._outside["student"]
         if self.trainer.is_global_zero:
-            log.info("%.3f true bits on the block linears, %.2f file bits", true_bits(student), file_bits(self.packed))
+            log.info(
+                "%.3f true bits on the block linears, %.2f file bits",
+                true_bits(student),
+                file_bits(self.packed),
+            )
             for name, values in self.results.items():
                 fp = f", full precision {values['fp']:.2f}, ratio {values['packed'] / values['fp']:.2f}"
                 log.info("perplexity on %s: %.2f%s", name, values["packed"], fp if "fp" in values else "")
 
     on_test_start, test_step = on_validation_start, validation_step
     on_test_epoch_end = on_validation_epoch_end
+
+
+def refuse_sharding(strategy: str, *, always: bool = False) -> None:
+    """Refuse strategies that shard the model, by name, before a trainer is built.
+
+    Args:
+        strategy: name of the strategy, as on the command line or of its class.
+        always: refuse whatever the name.
+
+    Raises:
+        LitBinqError: the strategy cannot be used.
+    """
+    if always or any(word in strategy.lower() for word in ("fsdp", "deepspeed", "model_parallel", "modelparallel")):
+        raise LitBinqError(
+            f"trainer.strategy: got {strategy}, expected `auto` or `ddp`: strategies that shard the model set up their "
+            "optimizer before a block is chosen and do not shard packed weights"
+        )
 
 
 @contextmanager

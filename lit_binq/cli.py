@@ -6,16 +6,17 @@
 May touch everything; nothing imports it. Its own job: help texts, one-line errors, exit codes.
 """
 
-import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+from lit_binq import __version__
 from lit_binq.errors import LitBinqError
+from lit_binq.files import write_json
 
 log = logging.getLogger("lit_binq")
 
@@ -96,8 +97,6 @@ def _set_up_output() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     logging.getLogger("lit_binq_onnx").setLevel(logging.INFO)
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning uses a name that torch has renamed; nothing a user could act on.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     # Loaders read a tensor in memory, workers would only copy it; while fitting there is no validation loader.
@@ -112,10 +111,31 @@ def _set_up_output() -> None:
 
 def _lightning(arguments: list[str]) -> None:
     """fit, validate and test through LightningCLI."""
+    from jsonargparse import ActionConfigFile
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-    from lit_binq.calibration import BinQCalibration, StageCheckpoint
+    for name in (
+        "lightning",
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    from lit_binq.calibration import BinQCalibration, StageCheckpoint, refuse_sharding
     from lit_binq.data import CalibrationData
+
+    class OneLineParser(LightningArgumentParser):
+        """A wrong option is one line, not a page of usage."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            line = " ".join(message.split())
+            print(
+                f"litbinq: error: {line} (litbinq {arguments[0]} --help explains every option)",
+                file=sys.stderr,
+            )
+            sys.exit(2)
 
     class LitBinqCLI(LightningCLI):
         """Lightning's command line with the project's defaults and three of its commands."""
@@ -128,11 +148,27 @@ def _lightning(arguments: list[str]) -> None:
                 "test": {"model", "dataloaders", "datamodule"},
             }
 
+        def init_parser(self, **options: Any) -> LightningArgumentParser:
+            options.setdefault("dump_header", [f"lit_binq {__version__}"])
+            parser = OneLineParser(**options)
+            parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with options, see configs/")
+            return parser
+
+        def instantiate_trainer(self, **options: Any) -> Any:
+            refuse_sharding(str(self._get(self.config_init, "trainer.strategy")))
+            try:
+                return super().instantiate_trainer(**options)
+            except (ValueError, MisconfigurationException) as error:
+                raise LitBinqError(f"trainer: {' '.join(str(error).split())}") from error
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("model.model", "data.tokenizer")
             parser.add_lightning_class_args(StageCheckpoint, "checkpoint")
             parser.add_argument(
-                "--evaluate", type=bool, default=True, help="measure perplexity after the fit, on data.evaluation"
+                "--evaluate",
+                type=bool,
+                default=True,
+                help="measure perplexity after the fit, on data.evaluation",
             )
             parser.add_argument(
                 "--results", type=str | None, default=None, help="JSON file the perplexities are written to"
@@ -154,7 +190,8 @@ def _lightning(arguments: list[str]) -> None:
     LitBinqCLI(
         BinQCalibration,
         CalibrationData,
-        args=arguments,
+        args=None if arguments == sys.argv[1:] else arguments,
+        auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_callback=None,
         parser_kwargs={"prog": "litbinq"},
@@ -169,14 +206,6 @@ def _lightning(arguments: list[str]) -> None:
     )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
 def export(packed: str, out: str, check: bool = True) -> None:
     """Export a packed folder to ONNX with packed-bit operators.
 
@@ -188,9 +217,8 @@ def export(packed: str, out: str, check: bool = True) -> None:
         out: folder to write.
         check: compare prefill, decode and left-padded batches with torch; a failed check leaves nothing behind.
     """
-    from lit_binq_onnx import export as onnx_export
-
     from lit_binq.hub import load_packed
+    from lit_binq_onnx import export as onnx_export
 
     model, tokenizer = load_packed(packed)
     onnx_export.export_onnx(model, tokenizer, out, packed=packed, check=check)
@@ -210,7 +238,7 @@ def check(out: str, packed: str | None = None) -> None:
 
 def generate(
     out: str,
-    prompt: str,
+    prompt: str = "Once upon a time",
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -234,7 +262,35 @@ def generate(
         threads: threads of ONNX Runtime; 0 lets it choose.
         mode: `lut` (int8 tables, fast) or `exact` (float32 activations).
     """
-    raise LitBinqError("generate is not wired yet")
+    from lit_binq.models import load_tokenizer
+    from lit_binq_onnx.generate import generate as onnx_generate
+    from lit_binq_onnx.session import OnnxModel
+
+    model = OnnxModel(out, mode=mode, threads=threads)
+    text = onnx_generate(
+        model,
+        load_tokenizer(out),
+        prompt,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+    )
+    if not chat:
+        print(prompt, end="", flush=True)
+    for piece in text:
+        print(piece, end="", flush=True)
+    print(flush=True)
+    stats = text.stats
+    log.info(
+        "%d prompt tokens in %.2f s, then %.1f tokens/s (%s)",
+        stats.prompt_tokens,
+        stats.prefill_seconds,
+        stats.tokens_per_second,
+        f"native operators, {mode}" if model.native else "stock operators",
+    )
 
 
 if __name__ == "__main__":

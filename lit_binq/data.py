@@ -19,6 +19,7 @@ Legend: n windows, T window length in tokens, b batch.
 import hashlib
 import json
 import logging
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -49,16 +50,14 @@ class _Windows(Dataset[dict[str, Any]]):
         return {"input_ids": self.windows[index], "index": index}
 
 
-def _loader(windows: Tensor, batch_size: int, *, shuffle: bool, seed: int = 0) -> DataLoader[dict[str, Any]]:
-    """A loader over windows that belong to this rank already.
+def _loader(windows: Tensor, batch_size: int) -> DataLoader[dict[str, Any]]:
+    """A loader over windows that belong to this rank already, in order.
 
-    A DistributedSampler of one replica shuffles by (seed, epoch) alone, Lightning tells it the epoch, and
-    leaves it in place: Lightning's own sampler would shard a second time.
+    The sampler deals to one replica, which is to say not at all; but Lightning leaves a DistributedSampler in place,
+    while it would replace any other and so shard a second time.
     """
     rows = _Windows(windows)
-    sampler: DistributedSampler[dict[str, Any]] = DistributedSampler(
-        rows, num_replicas=1, rank=0, shuffle=shuffle, seed=seed
-    )
+    sampler: DistributedSampler[dict[str, Any]] = DistributedSampler(rows, num_replicas=1, rank=0, shuffle=False)
     return DataLoader(rows, batch_size=batch_size, sampler=sampler, num_workers=0)
 
 
@@ -178,9 +177,7 @@ class CalibrationData(LightningDataModule):
         for i, source in enumerate(self.train):
             count = self.windows // len(self.train) + (i < self.windows % len(self.train))
             ids = encode(tokenizer, read_text(source))
-            share = make_windows(
-                ids, self.window_length - self.bos, count, take=self.take, seed=self.seed + i
-            )
+            share = make_windows(ids, self.window_length - self.bos, count, take=self.take, seed=self.seed + i)
             if len(share) < count:
                 log.warning(
                     "text %r has %d tokens: %d windows of %d instead of %d; lower windows or give more text",
@@ -222,16 +219,17 @@ class CalibrationData(LightningDataModule):
 
     def _eval_set(self, tokenizer: PreTrainedTokenizerBase, name: str) -> Tensor:
         """(n, T): the windows of one evaluation set."""
-        windows = make_windows(
-            encode(tokenizer, read_text(self.evaluation[name])), self.eval_length, self.eval_windows
-        )
+        windows = make_windows(encode(tokenizer, read_text(self.evaluation[name])), self.eval_length, self.eval_windows)
         if self.eval_windows is not None and len(windows) < self.eval_windows:
             log.warning("evaluation %r: only %d windows instead of %d", name, len(windows), self.eval_windows)
         return windows
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Batches {"input_ids": (b, T) int64, "index": (b,) int64 rows of train_windows}, shuffled."""
-        return _loader(self.train_windows, self.batch_size, shuffle=True, seed=self.seed)
+        """Batches {"input_ids": (b, T) int64, "index": (b,) int64 rows of train_windows}, in order.
+
+        The calibration draws the order of an epoch itself: it belongs to the stage, which a checkpoint resumes.
+        """
+        return _loader(self.train_windows, self.batch_size)
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
         """One loader an evaluation set, batches {"input_ids": (b, T)}; none while fitting.
@@ -239,13 +237,13 @@ class CalibrationData(LightningDataModule):
         Perplexity belongs to `validate` and `test`: while fitting, blocks are judged on the held-out windows.
         """
         if self.trainer is not None and self.trainer.state.fn == "fit":
+            # No loader is what is meant here; Lightning asks whether it is.
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
             return []
         if self._evaluation is None:
             raise LitBinqError('evaluation sets are not set up; call setup("validate") first')
         rank, ranks = self._place()
-        return [
-            _loader(w[rank::ranks], self.eval_batch_size, shuffle=False) for w in self._evaluation.values()
-        ]
+        return [_loader(w[rank::ranks], self.eval_batch_size) for w in self._evaluation.values()]
 
     def test_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
         """The same sets as val_dataloader."""
@@ -282,8 +280,7 @@ class CalibrationData(LightningDataModule):
         """
         if part == "calibration":
             rules: dict[str, Any] = {
-                name: getattr(self, name)
-                for name in ("window_length", "windows", "take", "seed", "bos", "held_out")
+                name: getattr(self, name) for name in ("window_length", "windows", "take", "seed", "bos", "held_out")
             }
             rules["train"] = [source.rules() for source in self.train]
             tensors: tuple[Tensor, ...] | None = self._calibration

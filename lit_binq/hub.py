@@ -28,8 +28,6 @@ Two figures say how large a model is:
 import copy
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +47,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from lit_binq.errors import LitBinqError
+from lit_binq.files import new_folder
 from lit_binq.formats import BinaryLinear, PackedLinear
 from lit_binq.formats.row_column import empty_like
 from lit_binq.models import PACKED_MARKER, first_line
@@ -119,9 +118,7 @@ def _distinct_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 
 def _rest_names(model: nn.Module, names: list[str]) -> list[str]:
     """Those of `names` that are not part of a packed weight. A packed linear's bias belongs to the rest."""
-    packed = {
-        f"{module}.{buffer}" for module, m in packed_linears(model).items() for buffer in m.weight_buffers()
-    }
+    packed = {f"{module}.{buffer}" for module, m in packed_linears(model).items() for buffer in m.weight_buffers()}
     return [name for name in names if name not in packed]
 
 
@@ -163,28 +160,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`: takes its name if the body succeeds, vanishes if it fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    work.chmod(0o755)  # mkdtemp's 0700 would stay with the finished folder
-    old = work.with_name(work.name + ".old")
-    try:
-        yield work
-        if target.exists():
-            target.rename(old)
-        try:
-            work.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def save_packed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -208,34 +183,26 @@ def save_packed(
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise LitBinqError(
-            f"output {str(folder)!r}: a file of this name exists; expected a new folder's name"
-        )
+        raise LitBinqError(f"output {str(folder)!r}: a file of this name exists; expected a new folder's name")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PACKED_MARKER).is_file():
         raise LitBinqError(
             f"output {str(folder)!r}: the folder holds other files; expected a new or empty folder, or an "
             "older packed one"
         )
     if _dtype_name(rest_dtype) not in REST_DTYPES:
-        raise LitBinqError(
-            f"rest_dtype: got {_dtype_name(rest_dtype)}, expected one of {', '.join(REST_DTYPES)}"
-        )
+        raise LitBinqError(f"rest_dtype: got {_dtype_name(rest_dtype)}, expected one of {', '.join(REST_DTYPES)}")
     names: dict[type, str] = {kind: name for name, (kind, _) in FORMATS.items()}
     linears: dict[str, str] = {}
     for name, module in packed_linears(model).items():
         if type(module) not in names:
-            raise LitBinqError(
-                f"linear {name}: format {type(module).__name__} cannot be stored in a packed folder"
-            )
+            raise LitBinqError(f"linear {name}: format {type(module).__name__} cannot be stored in a packed folder")
         linears[name] = names[type(module)]
     bits = true_bits(model)
     round_rest(model, rest_dtype)
     state, tied = _distinct_state(model)
     rest = set(_rest_names(model, list(state)))
     tensors = {
-        name: t.detach()
-        .to("cpu", rest_dtype if name in rest and t.is_floating_point() else t.dtype)
-        .contiguous()
+        name: t.detach().to("cpu", rest_dtype if name in rest and t.is_floating_point() else t.dtype).contiguous()
         for name, t in state.items()
     }
     marker = {
@@ -247,10 +214,11 @@ def save_packed(
         "dense_weights": dense_weights(model),
         "facts": facts,
     }
-    with _new_folder(folder) as work:
+    with new_folder(folder) as work:
         _save_configuration(model, work)
         tokenizer.save_pretrained(work)
         save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
+        (work / WEIGHTS).chmod(0o644)  # safetensors leaves 0600, which other users could not read
         (work / PACKED_MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
 
 
@@ -288,8 +256,7 @@ def read_marker(folder: str | Path) -> dict[str, Any]:
         marker = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise LitBinqError(
-            f"packed folder {str(folder)!r}: {PACKED_MARKER} is damaged ({first_line(error)}); "
-            "write the folder again"
+            f"packed folder {str(folder)!r}: {PACKED_MARKER} is damaged ({first_line(error)}); write the folder again"
         ) from error
     version = marker.get("version") if isinstance(marker, dict) else None
     if version != VERSION:
@@ -300,8 +267,7 @@ def read_marker(folder: str | Path) -> dict[str, Any]:
     missing = {"linears", "tied", "rest_dtype", "true_bits", "dense_weights"} - marker.keys()
     if missing:
         raise LitBinqError(
-            f"packed folder {str(folder)!r}: {PACKED_MARKER} lacks {sorted(missing)[0]!r}; "
-            "write the folder again"
+            f"packed folder {str(folder)!r}: {PACKED_MARKER} lacks {sorted(missing)[0]!r}; write the folder again"
         )
     return marker
 
@@ -326,9 +292,7 @@ def load_packed(
     marker = read_marker(folder)
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
-            raise LitBinqError(
-                f"packed folder {str(folder)!r}: {name} is missing; expected a complete packed folder"
-            )
+            raise LitBinqError(f"packed folder {str(folder)!r}: {name} is missing; expected a complete packed folder")
     with _damaged("config.json", folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         # Memory of the dense linears is reserved but never touched: they are replaced before reading.
@@ -339,9 +303,7 @@ def load_packed(
     _load_tensors(model, marker, folder)
     if (folder / "generation_config.json").is_file():
         with _damaged("generation_config.json", folder):
-            model.generation_config = type(model.generation_config).from_pretrained(
-                folder, local_files_only=True
-            )
+            model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
     with _damaged("tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.to(device).eval(), tokenizer
@@ -356,8 +318,7 @@ def _damaged(name: str, folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise LitBinqError(
-            f"packed folder {str(folder)!r}: {name} is damaged or missing ({first_line(error)}); "
-            "write the folder again"
+            f"packed folder {str(folder)!r}: {name} is damaged or missing ({first_line(error)}); write the folder again"
         ) from error
 
 
@@ -366,8 +327,7 @@ def _replace_linears(model: nn.Module, linears: dict[str, str], folder: Path) ->
     for name, kind in linears.items():
         if kind not in FORMATS:
             raise LitBinqError(
-                f"packed folder {str(folder)!r}: linear {name} has format {kind!r}, "
-                f"expected one of {sorted(FORMATS)}"
+                f"packed folder {str(folder)!r}: linear {name} has format {kind!r}, expected one of {sorted(FORMATS)}"
             )
         try:
             linear = model.get_submodule(name)
@@ -394,9 +354,7 @@ def _load_tensors(model: nn.Module, marker: dict[str, Any], folder: Path) -> Non
             stored = set(file.keys())
             if wrong := sorted((state.keys() - tied.keys()) ^ stored):
                 there = "has an unexpected" if wrong[0] in stored else "lacks the"
-                raise LitBinqError(
-                    f"{where} {there} tensor {wrong[0]} ({len(wrong)} differ); write the folder again"
-                )
+                raise LitBinqError(f"{where} {there} tensor {wrong[0]} ({len(wrong)} differ); write the folder again")
             for name in sorted(stored):
                 tensor, target = file.get_tensor(name), state[name]
                 dtype = rest_dtype if name in rest and target.is_floating_point() else target.dtype
@@ -408,14 +366,10 @@ def _load_tensors(model: nn.Module, marker: dict[str, Any], folder: Path) -> Non
                     )
                 target.copy_(tensor)
     except SafetensorError as error:
-        raise LitBinqError(
-            f"{where} is damaged or truncated ({first_line(error)}); write the folder again"
-        ) from error
+        raise LitBinqError(f"{where} is damaged or truncated ({first_line(error)}); write the folder again") from error
     for name, kept in tied.items():
         if name not in state or kept not in state:
-            raise LitBinqError(
-                f"{where}: tied tensor {name} or {kept} is not in the model; write the folder again"
-            )
+            raise LitBinqError(f"{where}: tied tensor {name} or {kept} is not in the model; write the folder again")
         if state[name].data_ptr() != state[kept].data_ptr():
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter(kept))

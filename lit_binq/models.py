@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -28,12 +27,18 @@ log = logging.getLogger(__name__)
 PACKED_MARKER = "lit_binq.json"
 """The file that tells a packed folder from a Hugging Face checkpoint."""
 
-# What the libraries below raise for a bad source: network and files, configurations, truncated tensors.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError)
-
 # GGUF names the splitting rule of a byte-level tokenizer in `tokenizer.ggml.pre`; transformers drops the name
 # and falls back to GPT-2's rule, which keeps a run of digits together. This rule splits them one by one.
 _DIGITS_ONE_BY_ONE = ("smollm",)
+
+_GGUF_KEYS = {
+    "pre": "",
+    "bos_token_id": "bos_token",
+    "eos_token_id": "eos_token",
+    "unknown_token_id": "unk_token",
+    "padding_token_id": "pad_token",
+}
+"""Key under `tokenizer.ggml.` -> the tokenizer's attribute that holds that token."""
 
 
 def first_line(error: BaseException) -> str:
@@ -68,9 +73,7 @@ def _local(source: str) -> Path | None:
                 "(for GGUF, name the .gguf file itself)"
             )
     elif path.suffix.lower() != ".gguf":
-        raise LitBinqError(
-            f"model {source!r}: a file of type {path.suffix!r}; expected a folder or a .gguf file"
-        )
+        raise LitBinqError(f"model {source!r}: a file of type {path.suffix!r}; expected a folder or a .gguf file")
     return path
 
 
@@ -79,7 +82,7 @@ def _one_line_errors(what: str, source: str) -> Iterator[None]:
     """Turn what the libraries raise while they read `source` into a LitBinqError."""
     try:
         yield
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # parsers, network and tensor readers below each raise their own kinds
         local = Path(source).expanduser().exists()
         hint = (
             "check that it is a complete checkpoint of a causal language model"
@@ -89,9 +92,7 @@ def _one_line_errors(what: str, source: str) -> Iterator[None]:
         raise LitBinqError(f"{what} {source!r} cannot be loaded ({first_line(error)}); {hint}") from error
 
 
-def load_model(
-    source: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
+def load_model(source: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a causal language model in evaluation mode.
 
     Args:
@@ -116,9 +117,7 @@ def load_model(
     else:
         _check_architecture(source, where, options)
     with _one_line_errors("model", source):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, output_loading_info=True, **options
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
@@ -193,13 +192,7 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTok
     if path.is_file():
         with _one_line_errors("tokenizer", source):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        if _gguf_pre_tokenizer(path) in _DIGITS_ONE_BY_ONE:
-            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Digits(individual_digits=True),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-                ]
-            )
+            _repair_gguf_tokenizer(tokenizer, path)
         return tokenizer
     if not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
         raise LitBinqError(
@@ -210,9 +203,23 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTok
         return AutoTokenizer.from_pretrained(path)
 
 
-def _gguf_pre_tokenizer(path: Path) -> str | None:
-    """The name of the splitting rule that the GGUF file states, or None."""
+def _repair_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Give the tokenizer what its GGUF file states and transformers loses: digits split, special tokens.
+
+    transformers 5.17 takes the BOS token for EOS and drops the padding token; later versions do not.
+    """
     from gguf import GGUFReader
 
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    return None if field is None else str(field.contents())
+    reader = GGUFReader(path)
+    stated = {key: f.contents() for key in _GGUF_KEYS if (f := reader.get_field(f"tokenizer.ggml.{key}"))}
+    if stated.get("pre") in _DIGITS_ONE_BY_ONE:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    for key, name in _GGUF_KEYS.items():
+        if name and key in stated:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(stated[key])))
+    tokenizer.clean_up_tokenization_spaces = False  # it would drop spaces before punctuation in decoded text

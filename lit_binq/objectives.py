@@ -60,10 +60,18 @@ class GramAccumulator:
         self.tokens = 0
         self._objective = objective
 
-    def add(self, x: Tensor, x_tilde: Tensor) -> None:
-        """Add a batch: x and x~, both (..., K), token by token in the same order."""
+    def add(self, x: Tensor, x_tilde: Tensor, weights: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            x: (..., K), full-precision stream.
+            x_tilde: (..., K), quantized stream, token by token in the same order.
+            weights: (tokens,) non-negative weight of each token, or None for all alike.
+        """
         x, x_tilde = (t.reshape(-1, t.shape[-1]).float() for t in (x, x_tilde))
         self.tokens += len(x)
+        if weights is not None:
+            x, x_tilde = (t * weights.sqrt()[:, None] for t in (x, x_tilde))
         if self._objective in ("pseudo", "true"):
             self.S.addmm_(x_tilde.T, x_tilde)
         if self._objective == "true":

@@ -15,6 +15,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Container
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lit_binq.blocks import (
     find_blocks,
     linear_groups,
     linear_input,
+    move,
     norm_parameters,
     replace_module,
     run_block,
@@ -33,7 +35,7 @@ from lit_binq.blocks import (
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear
 from lit_binq.formats.latent import LatentBinaryLinear
-from lit_binq.losses import block_loss, kl_divergence
+from lit_binq.losses import BlockLoss, block_errors, kl_divergence
 from lit_binq.objectives import GramAccumulator, Objective, Statistics, target_and_metric
 from lit_binq.solvers.row_column import RowColumnSolver
 from lit_binq.streams import StreamOptions, Streams
@@ -48,11 +50,13 @@ class ClosedForm:
     Attributes:
         objective: what is matched: `true` (output alignment), `pseudo` (ARB-X), `naive` or `weight`.
         shrinkage: lambda, pull of the objective towards the full-precision weight; raise it for little data.
+        clip_tokens: weigh tokens in the statistics so that none counts more than the median token (ours).
         solver: options of the row x column solver.
     """
 
     objective: Objective = "true"
     shrinkage: float = 0.1
+    clip_tokens: bool = True
     solver: RowColumnSolver = field(default_factory=RowColumnSolver)
 
 
@@ -69,24 +73,26 @@ class Tuning:
         lr_norms: for norm weights and biases.
         patience: epochs without a better held-out loss after which the stage ends; 0 means never early.
         final_lr: share of the learning rate that the cosine schedule ends at.
+        loss: of block stages: `token` (relative error of each token, averaged) or `block` (of the whole block).
     """
 
     epochs: int = 0
-    lr_codes: float = 0.05
+    lr_codes: float = 0.03
     lr_scales: float = 3e-3
     lr_norms: float = 1e-3
-    patience: int = 4
+    patience: int = 6
     final_lr: float = 0.0
+    loss: BlockLoss = "token"
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 0:
+            if name != "loss" and value < 0:
                 raise LitBinqError(f"tuning.{name}: got {value}, expected a number >= 0")
 
 
 def end_stage_tuning() -> Tuning:
-    """Defaults of the model stage: scales and norms only."""
-    return Tuning(epochs=0, lr_codes=0.0, lr_scales=1e-2, lr_norms=1e-2, patience=2)
+    """Defaults of the model stage: left out; when switched on, scales, norms and, slowly, codes."""
+    return Tuning(epochs=0, lr_codes=1e-2, lr_scales=2e-3, lr_norms=2e-3, patience=3)
 
 
 class Workspace:
@@ -121,7 +127,6 @@ class Workspace:
         self.blocks = find_blocks(self.student)
         round_parameters(self.student, rest_dtype, skip=shared)
         self.streams = Streams(windows, held_out, device, options)
-        self.confidence: dict[int, dict[str, Tensor]] = {}  # latent sizes, kept if the model stage moves codes
         home = next(teacher.parameters()).device
         calls = capture_calls(teacher, self.teacher_blocks, windows[:1].to(home))
         self.calls = [call.to(device) for call in calls]
@@ -168,11 +173,11 @@ class Stage(ABC):
     def leave(self) -> None:
         """Pack what was tuned into the student and move on."""
 
-    def parameter_groups(self) -> list[dict[str, object]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Trainable parameters with their learning rates, for the optimizer; also sets requires_grad."""
         t = self.tuning
         self.module.requires_grad_(False)
-        groups: list[dict[str, object]] = []
+        groups: list[dict[str, Any]] = []
 
         def add(p: nn.Parameter, lr: float) -> None:
             if lr > 0:
@@ -198,22 +203,13 @@ class BlockStage(Stage):
         index: i.
         closed_form: how linear layers are solved.
         tuning: how the block is tuned.
-        keep_confidence: remember the latents' sizes for a model stage that moves codes.
     """
 
-    def __init__(
-        self,
-        work: Workspace,
-        index: int,
-        closed_form: ClosedForm,
-        tuning: Tuning,
-        keep_confidence: bool = False,
-    ) -> None:
+    def __init__(self, work: Workspace, index: int, closed_form: ClosedForm, tuning: Tuning) -> None:
         super().__init__(work, tuning)
         self.index, self.closed_form = index, closed_form
         self.call: BlockCall = work.calls[index]
         self.title = f"block {index}"
-        self.keep_confidence = keep_confidence
 
     @torch.no_grad()
     def enter(self) -> None:
@@ -244,11 +240,18 @@ class BlockStage(Stage):
                 if objective == "naive"
                 else linear_input(self.module, name, w.streams.x_tilde[rows].to(w.device), self.call)
             )
-            grams.add(x, x_tilde)
+            grams.add(x, x_tilde, self._token_weights(x) if self.closed_form.clip_tokens else None)
         try:
             return grams.statistics()
         except LitBinqError as error:
             raise LitBinqError(f"block {self.index}, {name}: {error}") from None
+
+    @staticmethod
+    def _token_weights(x: Tensor) -> Tensor:
+        """Weights m / max(|x|^2, m) with m the batch's median |x|^2: a massive token counts as an ordinary one."""
+        norms = x.reshape(-1, x.shape[-1]).float().square().sum(-1)
+        median = norms.median().clamp_min(torch.finfo(torch.float32).tiny)
+        return median / norms.clamp_min(median)
 
     def _solve(self, name: str, stats: Statistics | None) -> None:
         form = self.closed_form
@@ -267,24 +270,22 @@ class BlockStage(Stage):
         s, device = self.work.streams, self.work.device
         rows = rows.to(s.x_tilde.device)
         y_hat = run_block(self.module, s.x_tilde[rows].to(device), self.call)
-        return block_loss(y_hat, s.y[rows].to(device), self.scale)
+        error, norm = block_errors(y_hat, s.y[rows].to(device), self.tuning.loss)
+        # Over the whole block's norm rather than this batch's, so that steps weigh alike.
+        return error / (norm if self.tuning.loss == "token" else self.scale * s.y[rows].numel())
 
     def evaluate(self, *, held_out: bool) -> Tensor:
-        """Sums of |y^ - y|^2 and |y|^2."""
+        """The two sums of the block's relative error."""
         s = self.work.streams
         rows = slice(s.train, s.train + s.held_out) if held_out else slice(0, s.train)
-        return torch.stack(s.block_error(self.module, self.call, rows))
+        return s.block_error(self.module, self.call, rows, self.tuning.loss)
 
     def leave(self) -> None:
         """Pack the block, put it into the student, advance both streams with exactly what is stored."""
         w = self.work
-        sizes: dict[str, Tensor] = {}
         for name, m in list(self.module.named_modules()):
             if isinstance(m, LatentBinaryLinear):
-                sizes[name] = m.v.detach().abs().half().cpu()
                 replace_module(self.module, name, m.pack())
-        if self.keep_confidence:
-            w.confidence[self.index] = sizes
         self.module.requires_grad_(False)
         round_parameters(self.module, w.rest_dtype)
         w.blocks[self.index] = self.module
@@ -305,14 +306,17 @@ class ModelStage(Stage):
         """Make the packed linears trainable again and move teacher and student to the device."""
         w = self.work
         w.streams.close()
-        w.teacher.to(w.device)
-        for i, block in enumerate(w.blocks):
+        move(w.teacher, w.device)
+        for block in w.blocks:
+            block.to(w.device)
             for name, m in list(block.named_modules()):
                 if isinstance(m, BinaryLinear):
-                    sizes = w.confidence.get(i, {}).get(name) if self.tuning.lr_codes else None
-                    sizes = sizes.float().to(w.device) if sizes is not None else None
-                    replace_module(block, name, LatentBinaryLinear(m.solution(), sizes, m.bias))
-        self.module = w.student.to(w.device)
+                    # Latents left over from block tuning sit close to zero where a code was undecided, and would flip
+                    # at once by the thousand. From one common size only codes that are pushed steadily flip.
+                    s = m.solution()
+                    sizes = torch.ones_like(s.B) if self.tuning.lr_codes else None
+                    replace_module(block, name, LatentBinaryLinear(s, sizes, m.bias))
+        self.module = move(w.student, w.device)
 
     def loss(self, rows: Tensor) -> Tensor:
         """Mean KL(teacher || student) over the tokens of windows `rows` (b,)."""

@@ -6,7 +6,7 @@ either stream, y (n, T, d) its full-precision output. The last `held_out` window
 Streams advance block by block: after a block is packed, x becomes y and x~ the packed block's output.
 Where they are kept is the option `cache`: on the device, in host memory, or in a memory-mapped file.
 
-May touch: blocks. Knows no solver, no format.
+May touch: blocks, losses. Knows no solver, no format.
 """
 
 import math
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from lit_binq.blocks import BlockCall, embed, run_block
 from lit_binq.errors import LitBinqError
+from lit_binq.losses import BlockLoss, block_errors
 
 Cache = Literal["auto", "device", "host", "disk"]
 
@@ -133,16 +134,15 @@ class Streams:
         self.x, self.y = self.y, self.x
 
     @torch.no_grad()
-    def block_error(self, block: nn.Module, call: BlockCall, rows: slice) -> tuple[Tensor, Tensor]:
-        """Sums for the relative squared error of `block` on windows `rows`: (sum |y^ - y|^2, sum |y|^2), float64."""
-        error = torch.zeros((), dtype=torch.float64, device=self.device)
-        norm = torch.zeros_like(error)
+    def block_error(self, block: nn.Module, call: BlockCall, rows: slice, kind: BlockLoss) -> Tensor:
+        """(2,) float64: the sums of `losses.block_errors` of `block` over windows `rows`."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for start in range(rows.start, rows.stop, self.options.batch_windows):
             part = slice(start, min(start + self.options.batch_windows, rows.stop))
             y = self.y[part].to(self.device)
-            error += (run_block(block, self.x_tilde[part].to(self.device), call) - y).square().sum().double()
-            norm += y.square().sum().double()
-        return error, norm
+            y_hat = run_block(block, self.x_tilde[part].to(self.device), call)
+            sums += torch.stack(block_errors(y_hat, y, kind)).double()
+        return sums
 
     def close(self) -> None:
         """Free the cache and remove its files."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -50,9 +49,7 @@ class TextSource:
 
     def __post_init__(self) -> None:
         if self.limit_documents is not None and self.limit_documents < 1:
-            raise LitBinqError(
-                f"limit_documents: got {self.limit_documents}, expected at least 1, or null for all"
-            )
+            raise LitBinqError(f"limit_documents: got {self.limit_documents}, expected at least 1, or null for all")
 
     def rules(self) -> dict[str, Any]:
         """The fields as they go into a fingerprint: a local path counts by its name, not by its place."""
@@ -107,11 +104,7 @@ def _local_documents(source: TextSource, path: Path) -> Iterable[str]:
     files = sorted(f for f in path.iterdir() if f.suffix in known) if path.is_dir() else [path]
     kinds = {"plain text" if f.suffix in PLAIN else f.suffix for f in files}
     if len(kinds) != 1 or files[0].suffix not in known:
-        found = (
-            f"files of several types ({', '.join(sorted(kinds))})"
-            if len(kinds) > 1
-            else "nothing of a known type"
-        )
+        found = f"files of several types ({', '.join(sorted(kinds))})" if len(kinds) > 1 else "nothing of a known type"
         raise LitBinqError(
             f"text {source.path!r}: found {found}; expected files of one type of {', '.join(known)}: "
             "check the option `path`"
@@ -135,14 +128,15 @@ def _read_exactly(path: Path) -> str:
 
 
 def _hub_documents(source: TextSource) -> Iterable[str]:
-    rows = _load(
-        source, source.path, source.name, split=source.split, streaming=source.limit_documents is not None
-    )
+    rows = _load(source, source.path, source.name, split=source.split, streaming=source.limit_documents is not None)
     return _fields(source, rows)
 
 
 def _load(source: TextSource, *args: Any, **options: Any) -> Any:
     """datasets.load_dataset with one-line errors."""
+    # Imported here: a plain text file needs neither the library nor the seconds that its import takes.
+    from datasets import load_dataset
+
     try:
         rows = load_dataset(*args, **options)
     except Exception as error:  # the library raises its own, the hub's, fsspec's and pyarrow's kinds
@@ -173,9 +167,7 @@ def _fields(source: TextSource, rows: Any) -> Iterable[str]:
     except LitBinqError:
         raise
     except Exception as error:  # a damaged file is noticed only while streaming; see _load for the kinds
-        raise LitBinqError(
-            f"text {source.path!r} cannot be read ({first_line(error)}); check the file"
-        ) from error
+        raise LitBinqError(f"text {source.path!r} cannot be read ({first_line(error)}); check the file") from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -185,9 +177,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def make_windows(
-    ids: Tensor, length: int, count: int | None, *, take: Take = "first", seed: int = 0
-) -> Tensor:
+def make_windows(ids: Tensor, length: int, count: int | None, *, take: Take = "first", seed: int = 0) -> Tensor:
     """Cut ids into windows that do not overlap and choose some.
 
     Args:

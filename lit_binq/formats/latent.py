@@ -34,6 +34,8 @@ class LatentBinaryLinear(nn.Module):
         bias: (N,) or None; kept as it is.
     """
 
+    bias: Tensor | None
+
     def __init__(self, solution: RowColumn, confidence: Tensor | None, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = solution.B.shape

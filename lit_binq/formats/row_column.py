@@ -67,9 +67,7 @@ def binary_matmul(
 
 
 @binary_matmul.register_fake
-def _(
-    x: Tensor, codes: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tensor | None, in_features: int
-) -> Tensor:
+def _(x: Tensor, codes: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -130,9 +128,7 @@ class BinaryLinear(PackedLinear):
 
     def solution(self) -> RowColumn:
         """The stored weight, unpacked to float32."""
-        return RowColumn(
-            self.row_scale.float(), self.col_scale.float(), unpack_signs(self.codes, self.in_features)
-        )
+        return RowColumn(self.row_scale.float(), self.col_scale.float(), unpack_signs(self.codes, self.in_features))
 
     def dequantize(self) -> Tensor:
         """(N, K) float32."""

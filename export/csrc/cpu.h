@@ -1,0 +1,14 @@
+// Which kernels this machine can run, and which ones new operators take. Touches CPUID and one process-wide choice.
+#pragma once
+
+#include "kernel.h"
+
+namespace lit_binq {
+
+// The kernels for operators created from now on: the best ones this machine has, or those that `force_kernels` chose.
+const Kernels& current_kernels();
+
+// Chooses by name ("scalar", "avx2"). False, and nothing changed, where the name is unknown or the machine lacks it.
+bool force_kernels(const char* name);
+
+}  // namespace lit_binq

@@ -1,0 +1,84 @@
+// The interface that every instruction set implements, and the layouts it shares with the driver (multiply.cpp).
+// Knows nothing of ONNX Runtime, allocates nothing, starts no threads.
+//
+// Legend: y = ((x * c) B^T) * r + bias; x (M, K) activations, B (N, K) signs, c (K,) and r (N,) scales.
+// z = x * 2^-e * c: one row of activations, scaled so that nothing overflows (multiply.cpp chooses e per row).
+//
+// Weights (packed_matrix.h). Rows come in tiles of up to 128. Within a tile the bytes of the row-major file are
+// transposed: [K/8][width], so that consecutive bytes belong to consecutive rows and the same 8 columns. Bit b of a
+// byte is column 8k + b; set is +1, clear is -1.
+//
+// LUT mode. For 4 activations z0..z3 there are only 16 signed sums; a nibble of the weights picks one of them. The
+// sums of a block of 256 activations are rounded to bytes with one common scale:
+//     table[i] = 128 + round(127 * s_i / max|s|),  s_i = (+-z0 +- z1) + (+-z2 +- z3),  bit j of i set: + z_j
+// The bytes are biased by 128, hence unsigned: an AVX2 kernel adds them up in 16-bit lanes that hold two bytes each,
+// and splitting such a lane into its even and odd byte is right for unsigned bytes only.
+//
+// Exact mode. The same idea in float32: a byte of weights picks from three tables of 8 floats, for its bits 0-2, 3-5
+// and 6-7 (8 floats fill one 256-bit register, which a lane permutation indexes by 3 bits).
+//
+// All sets compute the same integers and round the same float operations in the same order: their results are equal
+// bit for bit, in both modes. tests/test_native_kernels.py holds them to it.
+#pragma once
+
+#include <cstdint>
+
+namespace lit_binq {
+
+// Rows of one vector register: 32 bytes of AVX2. Tiles are whole vectors: N is padded to a multiple of 32.
+constexpr int64_t kVectorRows = 32;
+
+// Rows of a tile. 128 rows are 4 vectors, so that the two table registers of a weight byte are loaded once for 4
+// vectors, and their 8 accumulators (even and odd bytes) with 2 tables, 1 mask and 3 temporaries fit the 16
+// registers of AVX2. A tile's block is 128 * 32 bytes = 4 KB and stays in L1 while all rows of a panel pass over it.
+constexpr int64_t kTileRows = 128;
+
+// Activations that share one table scale. Smaller is more accurate and costs one flush to float more; 256 gives 7e-3
+// relative error on Gaussian data and flushes once in 32 weight bytes. Its 64 groups of 4 add bytes of at most 255:
+// 64 * 255 = 16320 < 65536 for the unsigned 16-bit sum, and 64 * 127 = 8128 < 32768 once the bias 64 * 128 is off.
+constexpr int64_t kBlock = 256;
+constexpr int64_t kBlockBytes = kBlock / 8;
+
+constexpr int kTableBias = 128;
+constexpr float kTableLimit = 127.0f;
+constexpr int64_t kLutEntries = 32;    // bytes of table for one byte of weights: two nibbles with 16 sums each
+constexpr int64_t kExactEntries = 24;  // floats of table for one byte of weights: three parts with 8 sums each
+
+// Blocks whose largest sum is below this count as zero. z is scaled so that the row's largest live activation is at
+// least 2^-23 and the smallest float16 column scale is 2^-24: 2^-100 is 2^-53 of the least a row can hold, and
+// 127 / 2^-100 still is a float.
+constexpr float kTiniestSum = 0x1p-100f;
+
+// Part of one tile that a kernel works on: the bytes of one block of columns.
+struct TileBlock {
+  const uint8_t* codes;  // [bytes][width]
+  int64_t width;         // rows: 32, 64, 96 or 128
+  int64_t bytes;         // 1 to kBlockBytes
+};
+
+// Kernels of one instruction set. Every function is safe to call from many threads.
+struct Kernels {
+  const char* name;
+
+  // Tables of one block. `x` and `c` have `count` (1 to kBlock) elements; z = (x * pre) * c, zero beyond `count` and
+  // where c is zero: `pre` is chosen for the columns that count, so it may send x of the others to infinity.
+  // `table` takes ceil(count / 8) * kLutEntries bytes; `scale` takes the float that one table unit stands for.
+  void (*build_lut)(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale);
+  // `table` takes ceil(count / 8) * kExactEntries floats.
+  void (*build_exact)(const float* x, const float* c, int64_t count, float pre, float* table);
+
+  // Adds the products of one block for `rows` rows of activations: row m has its tables at `tables` + m * stride and
+  // its sums at `sums` + m * kTileRows; in LUT mode its scale is scales[m * scale_stride].
+  void (*add_lut)(const TileBlock& block, const uint8_t* tables, int64_t stride, const float* scales,
+                  int64_t scale_stride, int64_t rows, float* sums);
+  // float32 inside a block (at most 36 roundings on the way of a product: 2 + 2 in and between tables, 32 bytes),
+  // float64 across blocks: the error is at most 36 * 2^-24 = 2.2e-6 of sum |z|, whatever K.
+  void (*add_exact)(const TileBlock& block, const float* tables, int64_t stride, int64_t rows, double* sums);
+};
+
+extern const Kernels kScalarKernels;
+#if LIT_BINQ_HAVE_AVX2
+extern const Kernels kAvx2Kernels;  // call only where cpu.h says that AVX2 is there
+#endif
+
+}  // namespace lit_binq

@@ -1,0 +1,36 @@
+// y = ((x * c) B^T) * r + bias with packed B: the driver between an operator and the kernels.
+// Knows kernel.h, packed_matrix.h and workspace.h; threads are the caller's (Executor).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernel.h"
+#include "packed_matrix.h"
+
+namespace lit_binq {
+
+enum class Mode { kLut = 0, kExact = 1 };
+
+// Runs independent tasks, here or on somebody's threads.
+class Executor {
+ public:
+  virtual ~Executor() = default;
+  // Calls task(argument, i) once for each i < tasks, in any order, and returns when all are done. `batches` is the
+  // number of pieces worth handing out. Tasks never throw.
+  virtual void run(size_t tasks, size_t batches, void (*task)(void*, size_t), void* argument) = 0;
+};
+
+class SerialExecutor final : public Executor {
+ public:
+  void run(size_t tasks, size_t, void (*task)(void*, size_t), void* argument) override {
+    for (size_t i = 0; i < tasks; ++i) task(argument, i);
+  }
+};
+
+// x (M, K) and y (M, N) row-major; bias (N,) or nullptr. M may be 0. Safe to call from many threads on one matrix.
+// A row of x that holds an infinity or a NaN gives a row of NaN. Throws std::bad_alloc.
+void multiply(const Kernels& kernels, const PackedMatrix& weights, Mode mode, const float* x, int64_t M,
+              const float* bias, float* y, Executor& executor);
+
+}  // namespace lit_binq

@@ -1,0 +1,45 @@
+// Aligned memory, and a pool of it for the tables of a multiplication. Touches the heap only.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace lit_binq {
+
+// A cache line, and twice an AVX2 register.
+constexpr size_t kAlignment = 64;
+
+struct AlignedDelete {
+  void operator()(uint8_t* p) const noexcept { ::operator delete(p, std::align_val_t{kAlignment}); }
+};
+using AlignedBytes = std::unique_ptr<uint8_t[], AlignedDelete>;
+
+// Throws std::bad_alloc.
+inline AlignedBytes allocate_aligned(size_t size) {
+  return AlignedBytes(static_cast<uint8_t*>(::operator new(size, std::align_val_t{kAlignment})));
+}
+
+struct WorkspaceBuffer {
+  AlignedBytes bytes;
+  size_t size = 0;
+};
+
+// Memory borrowed from a process-wide pool for the time of one multiplication. Concurrent and nested calls get
+// different buffers; a session in its stride allocates nothing, since buffers are kept for the life of the process:
+// as many as there were calls at once, each as large as the largest panel of tables (multiply.cpp bounds it).
+class Workspace {
+ public:
+  explicit Workspace(size_t size);  // throws std::bad_alloc
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  uint8_t* data() { return buffer_.bytes.get(); }
+
+ private:
+  WorkspaceBuffer buffer_;
+};
+
+}  // namespace lit_binq

@@ -1,0 +1,177 @@
+"""The native operator library: where it lies, how a session gets it, how a test steers it.
+
+The library is C++ (export/csrc) and optional: without it, ONNX Runtime runs the function bodies of
+`lit_binq_onnx.functions` from the same file. Touches the file system and the loaded library, never a model.
+"""
+
+import ctypes
+import os
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_binq.errors import LitBinqError
+
+if TYPE_CHECKING:
+    from onnxruntime import SessionOptions
+
+ENVIRONMENT_VARIABLE = "LIT_BINQ_OPS"
+"""Names a library file; it then wins over the installed one."""
+
+LIBRARY_NAMES = ("liblit_binq_ops.so", "liblit_binq_ops.dylib")
+
+HOW_TO_BUILD = (
+    "build it with `pip install -e .` (needs CMake and a C++17 compiler), "
+    f"or set {ENVIRONMENT_VARIABLE} to a built liblit_binq_ops.so"
+)
+
+
+def _folders() -> list[Path]:
+    """Folders that may hold the installed library.
+
+    In an editable install the sources stay in the project while built files go to site-packages, so the
+    folder of this file is not enough: every folder of the package counts, and the platform's package folder.
+    """
+    import lit_binq_onnx
+
+    folders = [Path(folder) for folder in lit_binq_onnx.__path__]
+    folders.append(Path(sysconfig.get_path("platlib")) / "lit_binq_onnx")
+    return list(dict.fromkeys(folders))
+
+
+def library_path() -> Path | None:
+    """The native library on this machine, or None where there is none.
+
+    Raises:
+        LitBinqError: the environment variable LIT_BINQ_OPS names a file that does not exist.
+    """
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named:
+        path = Path(named)
+        if not path.is_file():
+            raise LitBinqError(
+                f"{ENVIRONMENT_VARIABLE}: got {named}, which is no file; expected the path of a built "
+                f"liblit_binq_ops.so: correct or unset {ENVIRONMENT_VARIABLE}"
+            )
+        return path.resolve()
+    for folder in _folders():
+        for name in LIBRARY_NAMES:
+            if (folder / name).is_file():
+                return (folder / name).resolve()
+    return None
+
+
+def required_library_path() -> Path:
+    """The native library on this machine.
+
+    Raises:
+        LitBinqError: there is none.
+    """
+    path = library_path()
+    if path is None:
+        searched = ", ".join(str(folder) for folder in _folders())
+        raise LitBinqError(f"native operators: found no {LIBRARY_NAMES[0]} in {searched}; {HOW_TO_BUILD}")
+    return path
+
+
+def register(session_options: "SessionOptions", *, required: bool = True) -> bool:
+    """Make the native operators known to sessions created with these options.
+
+    Args:
+        session_options: options of a session that does not exist yet.
+        required: raise where the library is missing; otherwise leave the options as they are, and ONNX
+            Runtime runs the function bodies.
+
+    Returns:
+        Whether the native operators are registered.
+
+    Raises:
+        LitBinqError: the library is required and missing, or it refuses this ONNX Runtime.
+    """
+    path = required_library_path() if required else library_path()
+    if path is None:
+        return False
+    try:
+        session_options.register_custom_ops_library(str(path))
+    except Exception as error:  # onnxruntime raises its own, undocumented exception types
+        reason = " ".join(str(error).split())
+        raise LitBinqError(f"native operators: {path} could not be registered ({reason}); {HOW_TO_BUILD}") from error
+    return True
+
+
+class NativeLibrary:
+    """The C functions beside the operators: call counter, instruction set, forced mode.
+
+    All of them are process-wide. Modes and instruction sets are read when an operator is created, that is
+    when a session is created, and do not change it afterwards.
+
+    Args:
+        path: the library file; default the one `library_path` finds.
+
+    Raises:
+        LitBinqError: the file is missing or is no such library.
+    """
+
+    _forced_mode = -1  # process-wide, as in the library
+
+    def __init__(self, path: Path | str | None = None) -> None:
+        self.path = Path(path) if path is not None else required_library_path()
+        try:
+            self.handle = ctypes.CDLL(str(self.path))
+            self.handle.lit_binq_calls.restype = ctypes.c_int64
+            self.handle.lit_binq_isa.restype = ctypes.c_char_p
+            self.handle.lit_binq_force_isa.argtypes = [ctypes.c_char_p]
+            self.handle.lit_binq_force_isa.restype = ctypes.c_int
+            self.handle.lit_binq_force_mode.argtypes = [ctypes.c_int]
+            self.handle.lit_binq_force_mode.restype = None
+        except (OSError, AttributeError) as error:
+            raise LitBinqError(f"native operators: {self.path} cannot be loaded ({error}); {HOW_TO_BUILD}") from error
+
+    def calls(self) -> int:
+        """Multiplications that native operators have done since the library was loaded."""
+        return int(self.handle.lit_binq_calls())
+
+    def isa(self) -> str:
+        """Instruction set of operators created from now on: "scalar" or "avx2"."""
+        return str(self.handle.lit_binq_isa().decode())
+
+    def force_isa(self, name: str) -> None:
+        """Choose the instruction set of operators created from now on.
+
+        Args:
+            name: "scalar" or "avx2".
+
+        Raises:
+            LitBinqError: the name is unknown or this machine lacks it.
+        """
+        if self.handle.lit_binq_force_isa(name.encode()) != 0:
+            raise LitBinqError(
+                f"force_isa: got {name!r}, expected an instruction set that this machine has "
+                f"('scalar' or 'avx2'); the choice stays {self.isa()!r}"
+            )
+
+    @contextmanager
+    def force_mode(self, mode: str | None) -> Iterator[None]:
+        """Within the context, operators are created in one mode, whatever their attribute `exact` says.
+
+        Args:
+            mode: "lut", "exact", or None to follow the attribute.
+
+        Raises:
+            LitBinqError: the mode is unknown.
+        """
+        numbers: dict[str | None, int] = {None: -1, "lut": 0, "exact": 1}
+        if mode not in numbers:
+            raise LitBinqError(f"force_mode: got {mode!r}, expected 'lut', 'exact' or None")
+        before = NativeLibrary._forced_mode
+        self._set_mode(numbers[mode])
+        try:
+            yield
+        finally:
+            self._set_mode(before)
+
+    def _set_mode(self, number: int) -> None:
+        self.handle.lit_binq_force_mode(number)
+        NativeLibrary._forced_mode = number

