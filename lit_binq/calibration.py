@@ -12,34 +12,28 @@ How stages and Lightning fit together:
 - between stages nothing is being optimized, so a checkpoint taken there holds the packed blocks and no optimizer
   moments; both streams are computed again on resume by running the packed blocks, which gives the same bits.
 
-May touch: stages, models, hub, metrics, data's batches. Lightning is known only here, in data and in cli.
+May touch: stages, evaluation, checkpoint, models, hub. Lightning is known only in these, in data and in cli.
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 import math
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning
-import lightning.pytorch as pl
 import torch
 import transformers
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from lit_binq.blocks import move, replace_module
+from lit_binq.blocks import replace_module
+from lit_binq.checkpoint import StageCheckpoint, identity, require_same
 from lit_binq.errors import LitBinqError
+from lit_binq.evaluation import PackedEvaluation, highest_precision
 from lit_binq.formats.row_column import empty_like
-from lit_binq.hub import file_bits, load_packed, read_marker, save_packed, true_bits
-from lit_binq.metrics import TokenPerplexity
+from lit_binq.hub import file_bits, save_packed, true_bits
 from lit_binq.models import load_model, load_tokenizer
 from lit_binq.stages import BlockStage, ClosedForm, ModelStage, Stage, Tuning, Workspace, end_stage_tuning
 from lit_binq.streams import StreamOptions
@@ -48,26 +42,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "lit_binq"
 CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), Tuning(epochs=24), end_stage_tuning(), StreamOptions()
-
-
-class StageCheckpoint(Checkpoint):
-    """Writes a checkpoint at every stage boundary, keeping the last one.
-
-    Resume with `--ckpt_path DIRPATH/last.ckpt`.
-
-    Args:
-        dirpath: folder of the checkpoint.
-    """
-
-    def __init__(self, dirpath: str = "checkpoints") -> None:
-        self.path = Path(dirpath) / "last.ckpt"
-
-    def save(self, trainer: pl.Trainer) -> None:
-        """Write the checkpoint under a temporary name, then rename it. Called on every rank."""
-        part = self.path.with_suffix(".part")
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            part.replace(self.path)
 
 
 @dataclasses.dataclass
@@ -94,7 +68,7 @@ class StageRecord:
     seconds: float
 
 
-class BinQCalibration(pl.LightningModule):
+class BinQCalibration(PackedEvaluation):
     """Calibrate a causal language model to packed one-bit weights, block by block, in one fit.
 
     Args:
@@ -125,10 +99,9 @@ class BinQCalibration(pl.LightningModule):
         revision: str | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.source, self.revision, self.packed = model, revision, Path(packed)
+        super().__init__(model, packed, compare_fp, revision)
         self.closed_form, self.tuning, self.finish = closed_form, tuning, finish
-        self.stream_options, self.compare_fp, self.seed = streams, compare_fp, seed
+        self.stream_options, self.seed = streams, seed
         self.rest_dtype: torch.dtype = getattr(torch, rest_dtype)
         self.matmul_precision = matmul_precision
         # DDP refuses to wrap a module without trainable parameters; no stage is on when Lightning first wraps it.
@@ -136,12 +109,8 @@ class BinQCalibration(pl.LightningModule):
         self.active: nn.Module | None = None
         self.stage_index = 0
         self.records: list[StageRecord] = []
-        self.results: dict[str, dict[str, float]] = {}
         self._stage: Stage | None = None
-        self._metrics: dict[str, TokenPerplexity] = {}
         self._resume: dict[str, Any] | None = None
-        # Big models stay out of the module registry: object attributes, so that nobody moves or saves them.
-        self._outside: dict[str, Any] = {}
 
     # ---- set-up -----------------------------------------------------------------------------------------------
 
@@ -175,15 +144,10 @@ class BinQCalibration(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Load the models that this run needs."""
-        fitting = self.trainer.state.fn == "fit"
-        if fitting and "work" not in self._outside:
+        if self.trainer.state.fn != "fit":
+            super().configure_model()
+        elif "work" not in self._outside:
             self._start_fit()
-        elif not fitting and "student" not in self._outside:
-            device = self.trainer.strategy.root_device
-            student, _ = load_packed(self.packed)
-            self._outside["student"] = move(student, device)
-            if self.compare_fp:
-                self._outside["teacher"] = move(load_model(self.source, revision=self.revision), device)
 
     def _start_fit(self) -> None:
         self._began = time.monotonic()
@@ -206,20 +170,11 @@ class BinQCalibration(pl.LightningModule):
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, str]:
-        """What must be the same for a checkpoint to be resumed: hashes of model, data and options."""
-        digest = hashlib.sha256(self.work.teacher.config.to_json_string().encode())
-        for name, p in self.work.teacher.named_parameters():
-            digest.update(name.encode() + p.detach().flatten()[:256].cpu().numpy().tobytes())
-        options = {name: dataclasses.asdict(getattr(self, name)) for name in ("closed_form", "tuning", "finish")} | {
-            "rest_dtype": str(self.rest_dtype),
-            "seed": self.seed,
-            "ranks": self.trainer.world_size,
+        options: dict[str, Any] = {
+            name: dataclasses.asdict(getattr(self, name)) for name in ("closed_form", "tuning", "finish")
         }
-        return {
-            "model": digest.hexdigest()[:16],
-            "data": self._data["fingerprint"],
-            "options": json.dumps(options, sort_keys=True),
-        }
+        options |= {"rest_dtype": str(self.rest_dtype), "seed": self.seed, "ranks": self.trainer.world_size}
+        return identity(self.work.teacher, self._data["fingerprint"], options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the packed blocks and the stage; see the file's head for what is left out and why."""
@@ -242,13 +197,7 @@ class BinQCalibration(pl.LightningModule):
         state = checkpoint.get(CHECKPOINT_KEY)
         if state is None:
             raise LitBinqError("ckpt_path: got a checkpoint without calibration state, expected one of this command")
-        mine = self._identity()
-        for part, value in mine.items():
-            if state["identity"][part] != value:
-                raise LitBinqError(
-                    f"ckpt_path: the checkpoint was made with another {part} ({state['identity'][part]}), expected "
-                    f"{value}: use the same configuration, or start without --ckpt_path"
-                )
+        require_same(state["identity"], self._identity())
         checkpoint["state_dict"] = self.state_dict()
         checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
         checkpoint.pop("loops", None)
@@ -275,7 +224,7 @@ class BinQCalibration(pl.LightningModule):
     def on_fit_start(self) -> None:
         """After a resume, compute the streams up to the stage to come."""
         if self._resume is not None:
-            with _highest():
+            with highest_precision():
                 self._take_up(self._resume)
             self._resume = None
 
@@ -295,7 +244,7 @@ class BinQCalibration(pl.LightningModule):
             stage = BlockStage(work, i, self.closed_form, self.tuning)
         else:
             stage = ModelStage(work, self.finish)
-        with _highest():
+        with highest_precision():
             stage.enter()
         self._stage, self._epoch, self._stale, self._best_epoch = stage, 0, 0, 0
         self._before = self._best = self._score(stage)
@@ -351,7 +300,7 @@ class BinQCalibration(pl.LightningModule):
         if score < self._best:
             self._best, self._stale, self._best_epoch = score, 0, self._epoch
             self._keep_best()
-        self.log(f"loss/{stage.title.replace(' ', '_')}", score, rank_zero_only=True)
+        self.log(f"loss/{stage.title.replace(' ', '_')}", score, sync_dist=True)
         patience = stage.tuning.patience
         if self._epoch >= stage.tuning.epochs or (patience and self._stale >= patience):
             self._finish_stage()
@@ -379,7 +328,7 @@ class BinQCalibration(pl.LightningModule):
             for p, best in zip(parameters, self._best_state, strict=True):
                 p.copy_(best)
             self._best_state, self._groups = [], []
-        with _highest():
+        with highest_precision():
             stage.leave()
         self.active, self._stage = None, None
         self.placeholder.requires_grad_(True)
@@ -452,60 +401,6 @@ class BinQCalibration(pl.LightningModule):
             )
         self.trainer.strategy.barrier()
 
-    def release(self) -> None:
-        """Forget the models of the fit, so that evaluation has the memory and reads what was written."""
-        self._outside.clear()
-
-    def summary(self) -> dict[str, Any]:
-        """Perplexities by evaluation set, with the bits of the packed model they belong to."""
-        student = self._outside["student"]
-        return {
-            "model": self.source,
-            "packed": str(self.packed),
-            "true_bits": true_bits(student),
-            "file_bits": file_bits(self.packed),
-            "perplexity": self.results,
-            "data": self.trainer.datamodule.describe(),  # type: ignore[attr-defined]
-            **{k: v for k, v in read_marker(self.packed)["facts"].items() if k.startswith("calibration_")},
-        }
-
-    # ---- evaluation -------------------------------------------------------------------------------------------
-
-    def on_validation_start(self) -> None:
-        """Fresh metrics, one for each evaluation set and model."""
-        names = self.trainer.datamodule.eval_names  # type: ignore[attr-defined]
-        models = ["packed"] + ["fp"] * ("teacher" in self._outside)
-        self._metrics = {f"{m}/{n}": TokenPerplexity().to(self.device) for n in names for m in models}
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Next-token loss of the packed (and the full-precision) model on windows (b, T)."""
-        name = self.trainer.datamodule.eval_names[dataloader_idx]  # type: ignore[attr-defined]
-        ids = batch["input_ids"]
-        for kind, key in (("packed", "student"), ("fp", "teacher")):
-            if key in self._outside:
-                self._metrics[f"{kind}/{name}"].update(self._outside[key](input_ids=ids, use_cache=False).logits, ids)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the perplexities and print them beside the true bits."""
-        for key, metric in self._metrics.items():
-            kind, name = key.split("/", 1)
-            value = float(metric.compute())
-            self.results.setdefault(name, {})[kind] = value
-            self.log(f"ppl_{kind}/{name}", value, rank_zero_only=True)
-        student = self._outside["student"]
-        if self.trainer.is_global_zero:
-            log.info(
-                "%.3f true bits on the block linears, %.2f file bits",
-                true_bits(student),
-                file_bits(self.packed),
-            )
-            for name, values in self.results.items():
-                fp = f", full precision {values['fp']:.2f}, ratio {values['packed'] / values['fp']:.2f}"
-                log.info("perplexity on %s: %.2f%s", name, values["packed"], fp if "fp" in values else "")
-
-    on_test_start, test_step = on_validation_start, validation_step
-    on_test_epoch_end = on_validation_epoch_end
-
 
 def refuse_sharding(strategy: str, *, always: bool = False) -> None:
     """Refuse strategies that shard the model, by name, before a trainer is built.
@@ -522,17 +417,6 @@ def refuse_sharding(strategy: str, *, always: bool = False) -> None:
             f"trainer.strategy: got {strategy}, expected `auto` or `ddp`: strategies that shard the model set up their "
             "optimizer before a block is chosen and do not shard packed weights"
         )
-
-
-@contextmanager
-def _highest() -> Iterator[None]:
-    """Full float32 products inside, whatever the option `matmul_precision` says; statistics need them."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _device_name(device: torch.device) -> str:

@@ -123,7 +123,8 @@ def _lightning(arguments: list[str]) -> None:
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
 
-    from lit_binq.calibration import BinQCalibration, StageCheckpoint, refuse_sharding
+    from lit_binq.calibration import BinQCalibration, refuse_sharding
+    from lit_binq.checkpoint import StageCheckpoint
     from lit_binq.data import CalibrationData
 
     class OneLineParser(LightningArgumentParser):

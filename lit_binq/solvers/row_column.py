@@ -89,7 +89,7 @@ def start(T: Tensor, iterations: int) -> RowColumn:
 
 
 def update_row_scales(s: RowColumn, TH: Tensor, H: Tensor) -> RowColumn:
-    """The best r for given c and B. Rows whose q H q^T vanishes keep their scale.
+    """The best r for given c and B. Rows whose q H q^T vanishes, or drowns in rounding, keep their scale.
 
     Args:
         s: current solution.
@@ -98,7 +98,10 @@ def update_row_scales(s: RowColumn, TH: Tensor, H: Tensor) -> RowColumn:
     """
     q = s.B * s.c
     denominator = ((q @ H) * q).sum(1)
-    r = torch.where(denominator > 0, (q * TH).sum(1) / denominator.clamp_min(1e-30), s.r)
+    # Rounding leaves an error of about this size where a nearly singular H makes the terms cancel; dividing by
+    # what is left would blow the scale up. It is the same for every row: |q_ij| = |c_j|.
+    noise = len(s.c) * torch.finfo(H.dtype).eps * (s.c.square() * H.diagonal()).sum()
+    r = torch.where(denominator > noise, (q * TH).sum(1) / denominator, s.r)
     return RowColumn(r, s.c, s.B)
 
 
@@ -107,9 +110,10 @@ def update_column_scales(s: RowColumn, TH: Tensor, H: Tensor) -> RowColumn:
 
     As a function of c alone, f = c^T A c - 2 c^T right + const. Arguments as in `update_row_scales`.
     """
-    Br = s.B * s.r[:, None]
-    A = (H * (Br.T @ Br)).double()
-    right = (Br * TH).sum(0).double()
+    # In float64 from the start: where A is nearly singular, float32 rounding would open directions that it lacks.
+    Br = (s.B * s.r[:, None]).double()
+    A = H.double() * (Br.T @ Br)
+    right = (Br * TH).sum(0)
     mean = float(A.diagonal().mean())
     if mean <= 0:
         return s
@@ -120,8 +124,8 @@ def update_column_scales(s: RowColumn, TH: Tensor, H: Tensor) -> RowColumn:
         return s
     c = torch.cholesky_solve(right[:, None], L)[:, 0]
     old = s.c.double()
-    worse = c @ (A @ c) - 2 * (c @ right) > old @ (A @ old) - 2 * (old @ right)
-    return s if bool(worse) else RowColumn(s.r, c.to(s.c.dtype), s.B)
+    better = c @ (A @ c) - 2 * (c @ right) <= old @ (A @ old) - 2 * (old @ right)
+    return RowColumn(s.r, c.to(s.c.dtype), s.B) if bool(better) else s
 
 
 def update_codes(
@@ -140,7 +144,7 @@ def update_codes(
         outer: columns of a panel that every inner panel updates. The result depends on neither but for rounding.
     """
     K = TH.shape[1]
-    Bt = s.B.T.contiguous()  # (K, N)
+    Bt = s.B.T.clone(memory_format=torch.contiguous_format)  # (K, N); at N = 1, contiguous() would not copy
     scale = s.c[:, None] * s.r[None, :]  # (K, N): the weight a code stands for
     Gt = TH.T - H @ (Bt * scale)  # (K, N)
     square = scale * scale

@@ -1,0 +1,117 @@
+"""Perplexity of a packed model beside its full-precision source: `litbinq validate` and `litbinq test`.
+
+May touch: models, hub, metrics, data's batches.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lit_binq.blocks import move
+from lit_binq.hub import file_bits, load_packed, read_marker, true_bits
+from lit_binq.metrics import TokenPerplexity
+from lit_binq.models import load_model
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def highest_precision() -> Iterator[None]:
+    """Full float32 products inside, whatever the option `matmul_precision` says; statistics need them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class PackedEvaluation(pl.LightningModule):
+    """Evaluates a packed folder; the calibration module builds on it.
+
+    Args:
+        model: the full-precision source.
+        packed: the packed folder.
+        compare_fp: measure the source as well.
+        revision: branch, tag or commit of a hub model.
+    """
+
+    def __init__(self, model: str, packed: str, compare_fp: bool = True, revision: str | None = None) -> None:
+        super().__init__()
+        self.source, self.packed, self.compare_fp, self.revision = model, Path(packed), compare_fp, revision
+        self.results: dict[str, dict[str, float]] = {}
+        self._metrics: dict[str, TokenPerplexity] = {}
+        # Big models stay out of the module registry, so that nobody moves, saves or wraps them.
+        self._outside: dict[str, Any] = {}
+
+    def configure_model(self) -> None:
+        """Load the packed model and, if asked for, its source."""
+        if "student" in self._outside:
+            return
+        device = self.trainer.strategy.root_device
+        self._outside["student"] = move(load_packed(self.packed)[0], device)
+        if self.compare_fp:
+            self._outside["teacher"] = move(load_model(self.source, revision=self.revision), device)
+
+    def release(self) -> None:
+        """Forget the models of the fit, so that evaluation has the memory and reads what was written."""
+        self._outside.clear()
+
+    def summary(self) -> dict[str, Any]:
+        """Perplexities by evaluation set, with the bits of the packed model they belong to."""
+        student = self._outside["student"]
+        return {
+            "model": self.source,
+            "packed": str(self.packed),
+            "true_bits": true_bits(student),
+            "file_bits": file_bits(self.packed),
+            "perplexity": self.results,
+            "data": self.trainer.datamodule.describe(),  # type: ignore[attr-defined]
+            **{k: v for k, v in read_marker(self.packed)["facts"].items() if k.startswith("calibration_")},
+        }
+
+    def on_validation_start(self) -> None:
+        """Fresh metrics, one for each evaluation set and model."""
+        names = self.trainer.datamodule.eval_names  # type: ignore[attr-defined]
+        models = ["packed"] + ["fp"] * ("teacher" in self._outside)
+        self._metrics = {f"{m}/{n}": TokenPerplexity().to(self.device) for n in names for m in models}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Next-token loss of the packed (and the full-precision) model on windows (b, T)."""
+        name = self.trainer.datamodule.eval_names[dataloader_idx]  # type: ignore[attr-defined]
+        ids = batch["input_ids"]
+        # Perplexities are float32 whatever precision the tuning ran in.
+        with highest_precision(), torch.autocast(self.device.type, enabled=False):
+            self._measure(name, ids)
+
+    def _measure(self, name: str, ids: Tensor) -> None:
+        for kind, key in (("packed", "student"), ("fp", "teacher")):
+            if key in self._outside:
+                self._metrics[f"{kind}/{name}"].update(self._outside[key](input_ids=ids, use_cache=False).logits, ids)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the perplexities and print them beside the true bits."""
+        for key, metric in self._metrics.items():
+            kind, name = key.split("/", 1)
+            value = float(metric.compute())
+            self.results.setdefault(name, {})[kind] = value
+            self.log(f"ppl_{kind}/{name}", value, rank_zero_only=True)
+        student = self._outside["student"]
+        if self.trainer.is_global_zero:
+            log.info(
+                "%.3f true bits on the block linears, %.2f file bits",
+                true_bits(student),
+                file_bits(self.packed),
+            )
+            for name, values in self.results.items():
+                fp = f", full precision {values['fp']:.2f}, ratio {values['packed'] / values['fp']:.2f}"
+                log.info("perplexity on %s: %.2f%s", name, values["packed"], fp if "fp" in values else "")
+
+    on_test_start, test_step = on_validation_start, validation_step
+    on_test_epoch_end = on_validation_epoch_end

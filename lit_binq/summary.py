@@ -1,0 +1,138 @@
+"""The summary of a whole run: what a fit reported and what ONNX Runtime makes of it, in one JSON and one table.
+
+Every figure is measured here or read from the fit's own results; windows are the very ones the fit was evaluated on.
+
+May touch everything below cli; nothing but the demo imports it.
+"""
+
+import gc
+import json
+import logging
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lit_binq.data import CalibrationData
+from lit_binq.errors import LitBinqError
+from lit_binq.files import write_json
+from lit_binq.models import load_model, load_tokenizer
+from lit_binq.texts import TextSource
+
+log = logging.getLogger(__name__)
+
+PROMPT = "The history of the city begins"
+NEW_TOKENS = 48
+REPEATS = 3
+
+
+def evaluation_windows(data: dict[str, Any], model: str) -> dict[str, torch.Tensor]:
+    """The evaluation windows (n, T) of a configuration's `data` part, by name."""
+    sets = {name: TextSource(**source) for name, source in data["evaluation"].items()}
+    options = {k: data[k] for k in ("eval_windows", "eval_length", "eval_batch_size") if k in data}
+    module = CalibrationData(model, evaluation=sets, **options)
+    module.setup("validate")
+    return {name: loader.dataset.windows for name, loader in zip(sets, module.val_dataloader(), strict=True)}  # type: ignore[attr-defined]  # our own data set class
+
+
+@torch.no_grad()
+def torch_tokens_per_second(source: str, prompt: str, new_tokens: int) -> float:
+    """Greedy decoding steps a second of the full-precision model in eager torch, float32, with its cache."""
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    out = model(input_ids=ids, use_cache=True)
+    began = time.perf_counter()
+    for _ in range(new_tokens):
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    return new_tokens / (time.perf_counter() - began)
+
+
+def onnx_tokens_per_second(folder: Path, prompt: str, new_tokens: int) -> tuple[float, str]:
+    """Median decoding steps a second with the native operators, and the text after the prompt (greedy)."""
+    from lit_binq_onnx.generate import generate
+    from lit_binq_onnx.session import OnnxModel
+
+    model, tokenizer = OnnxModel(folder, native=True), load_tokenizer(str(folder))
+    rates, text = [], ""
+    for _ in range(REPEATS):
+        generation = generate(model, tokenizer, prompt, new_tokens)
+        text = "".join(generation)
+        rates.append(generation.stats.tokens_per_second)
+    return statistics.median(rates), text
+
+
+def summarize(recipe: str, onnx: str, out: str) -> None:
+    """Measure an exported run and write its summary.
+
+    Args:
+        recipe: the YAML file of the fit; its `results` file must exist.
+        onnx: the exported folder.
+        out: JSON file to write.
+
+    Raises:
+        LitBinqError: the fit has left no results, or the evaluation sets differ.
+    """
+    from lit_binq_onnx.perplexity import onnx_perplexity
+    from lit_binq_onnx.session import OnnxModel
+
+    options = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    results = Path(options["results"])
+    if not results.is_file():
+        raise LitBinqError(
+            f"summary: no such file {str(results)!r}, expected the results of `litbinq fit`: run it first"
+        )
+    fit = json.loads(results.read_text(encoding="utf-8"))
+    source = options["model"]["model"]
+    (name, windows), *_ = evaluation_windows(options["data"], source).items()
+    perplexity = {}
+    for key, native, mode in (("onnx", True, "lut"), ("onnx_exact", True, "exact"), ("onnx_stock", False, "exact")):
+        log.info("perplexity of ONNX Runtime, %s", key)
+        perplexity[key] = onnx_perplexity(OnnxModel(onnx, native=native, mode=mode), windows).ppl  # type: ignore[arg-type]  # a literal from the tuple
+        gc.collect()
+    log.info("decoding speed")
+    rate, text = onnx_tokens_per_second(Path(onnx), PROMPT, NEW_TOKENS)
+    summary = {
+        "model": fit["model"],
+        "true_bits": fit["true_bits"],
+        "file_bits": fit["file_bits"],
+        "evaluation": f"{name}, {len(windows)} windows of {windows.shape[1]} tokens",
+        "ppl_fp": fit["perplexity"][name]["fp"],
+        "ppl_torch": fit["perplexity"][name]["packed"],
+        **{f"ppl_{key}": value for key, value in perplexity.items()},
+        "calibration_tokens": fit["calibration_tokens"],
+        "calibration_seconds": fit["calibration_seconds"],
+        "tokens_per_second_onnx": rate,
+        "tokens_per_second_torch_fp32": torch_tokens_per_second(source, PROMPT, NEW_TOKENS),
+        "threads": torch.get_num_threads(),
+        "onnx_megabytes": sum(f.stat().st_size for f in Path(onnx).glob("model.onnx*")) / 1e6,
+        "text": PROMPT + text,
+    }
+    write_json(Path(out), summary)
+    print(table(summary))
+
+
+def table(s: dict[str, Any]) -> str:
+    """The README's table of one run, as Markdown."""
+
+    def drift(key: str) -> str:
+        return f"{s[key]:.2f} ({s[key] / s['ppl_torch'] - 1:+.1e})"
+
+    rows = [
+        ("true bits, block linears", f"{s['true_bits']:.3f}"),
+        ("file bits, whole packed folder", f"{s['file_bits']:.2f}"),
+        ("calibration", f"{s['calibration_tokens']} tokens, {s['calibration_seconds']:.0f} s"),
+        (f"perplexity ({s['evaluation']})", ""),
+        ("- full precision, torch", f"{s['ppl_fp']:.2f}"),
+        ("- packed, torch", f"{s['ppl_torch']:.2f}"),
+        ("- packed, ONNX Runtime, LUT mode", drift("ppl_onnx")),
+        ("- packed, ONNX Runtime, exact mode", drift("ppl_onnx_exact")),
+        ("- packed, ONNX Runtime without the library", drift("ppl_onnx_stock")),
+        (f"decoding, ONNX Runtime, {s['threads']} threads", f"{s['tokens_per_second_onnx']:.0f} tokens/s"),
+        (f"decoding, torch float32, {s['threads']} threads", f"{s['tokens_per_second_torch_fp32']:.0f} tokens/s"),
+        ("ONNX files", f"{s['onnx_megabytes']:.0f} MB"),
+    ]
+    lines = [f"| {s['model'].rpartition('/')[2]} | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    return "\n".join([*lines, "", f"It writes: {s['text']!r}"])
