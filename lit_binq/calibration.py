@@ -184,6 +184,7 @@ class BinQCalibration(PackedEvaluation):
             "stage": self.stage_index,
             "identity": self._identity(),
             "blocks": {i: work.blocks[i].state_dict() for i in range(min(self.stage_index, len(work.blocks)))},
+            "loose_norms": work.loose_norms(),
             "records": [dataclasses.asdict(r) for r in self.records],
             "seconds": time.monotonic() - self._began,
         }
@@ -217,7 +218,11 @@ class BinQCalibration(PackedEvaluation):
             block.load_state_dict(saved)
             work.blocks[i] = block
             work.skip(i)
+        for name, norm in work.loose_norms().items():
+            norm.copy_(state["loose_norms"][name])
         log.info("resumed behind stage %d of %d", self.stage_index, self.n_stages)
+        if self.stage_index == self.n_stages:  # only the folder was still to be written
+            self._write()
 
     # ---- stages -----------------------------------------------------------------------------------------------
 
@@ -270,10 +275,10 @@ class BinQCalibration(PackedEvaluation):
         tuning = self._stage.tuning
         fused = self.trainer.strategy.root_device.type == "cuda"
         optimizer = torch.optim.AdamW(self._groups, weight_decay=0.0, betas=(0.9, 0.95), fused=fused)
-        steps = max(1, tuning.epochs * int(self.trainer.num_training_batches))
+        steps = tuning.epochs * math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
 
         def cosine(step: int) -> float:
-            done = min(step / steps, 1.0)
+            done = min(step / max(steps, 1), 1.0)
             return tuning.final_lr + (1 - tuning.final_lr) * (1 + math.cos(math.pi * done)) / 2
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)

@@ -24,7 +24,7 @@ from lit_binq.errors import LitBinqError
 
 log = logging.getLogger(__name__)
 
-Objective = Literal["weight", "naive", "pseudo", "true"]
+Objective = Literal["weight", "naive_output", "pseudo_target", "true_target"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 
@@ -73,11 +73,11 @@ class GramAccumulator:
         self.tokens += len(x)
         if weights is not None:
             x, x_tilde = (t * weights.sqrt()[:, None] for t in (x, x_tilde))
-        if self._objective in ("pseudo", "true"):
+        if self._objective in ("pseudo_target", "true_target"):
             self.S.addmm_(x_tilde.T, x_tilde)
-        if self._objective == "true":
+        if self._objective == "true_target":
             self.C.addmm_(x.T, x_tilde)
-        if self._objective == "naive":
+        if self._objective == "naive_output":
             self.F.addmm_(x.T, x)
 
     def statistics(self) -> Statistics:
@@ -101,13 +101,22 @@ class GramAccumulator:
         return Statistics(self.S / n, self.C / n, self.F / n, n)
 
 
+def check_options(objective: str, shrinkage: float) -> None:
+    """Raise LitBinqError for an unknown objective or a shrinkage that is negative or not finite."""
+    if objective not in OBJECTIVES:
+        raise LitBinqError(f"objective: got {objective!r}, expected one of {', '.join(OBJECTIVES)}")
+    if not 0 <= shrinkage < math.inf:
+        raise LitBinqError(f"shrinkage: got {shrinkage}, expected a finite number >= 0")
+
+
 def target_and_metric(
     W: Tensor, stats: Statistics | None, *, objective: Objective, shrinkage: float
 ) -> tuple[Tensor, Tensor]:
     """The target T and the metric H of an objective.
 
-    weight: T = W, H = I. naive: T = W, H = F + d I. pseudo (ARB-X): T = W, H = S + d I.
-    true (output alignment): H = S + d I, T = W (C + d I) H^-1, with d = shrinkage * mean(diag H before shrinkage).
+    weight: T = W, H = I. naive_output: T = W, H = F + d I. pseudo_target (ARB-X): T = W, H = S + d I.
+    true_target (output alignment): H = S + d I, T = W (C + d I) H^-1.
+    d = shrinkage * mean(diag H before shrinkage).
 
     The system is solved in float64. Where H is not positive definite (shrinkage 0 and dead or collinear
     inputs) the damping grows tenfold until it is, and the log says so.
@@ -124,21 +133,20 @@ def target_and_metric(
     Raises:
         LitBinqError: unknown objective, negative shrinkage, or no damping makes H positive definite.
     """
-    if objective not in OBJECTIVES:
-        raise LitBinqError(f"objective: got {objective!r}, expected one of {', '.join(OBJECTIVES)}")
-    if not 0 <= shrinkage < math.inf:
-        raise LitBinqError(f"shrinkage: got {shrinkage}, expected a finite number >= 0")
+    check_options(objective, shrinkage)
+    if stats is None and objective != "weight":
+        raise ValueError(f"objective {objective!r} needs statistics")
     W = W.detach().float()
     identity = torch.eye(W.shape[1], device=W.device)
-    if objective == "weight" or stats is None:
+    if stats is None or objective == "weight":
         return W, identity
-    gram = stats.F if objective == "naive" else stats.S
+    gram = stats.F if objective == "naive_output" else stats.S
     mean = float(gram.diagonal().mean())
     if mean <= 0:  # the input is zero throughout: any weight gives the same output, so stay at the weights
         return W, identity
     L, damping = _cholesky(gram, shrinkage, mean)
     H = gram + damping * identity
-    if objective != "true":
+    if objective != "true_target":
         return W, H
     right = (W.double() @ stats.C.double() + damping * W.double()).T
     return torch.cholesky_solve(right, L).T.float(), H

@@ -37,7 +37,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear
 from lit_binq.formats.latent import LatentBinaryLinear
 from lit_binq.losses import BlockLoss, block_errors, kl_divergence
-from lit_binq.objectives import GramAccumulator, Objective, Statistics, target_and_metric
+from lit_binq.objectives import GramAccumulator, Objective, Statistics, check_options, target_and_metric
 from lit_binq.solvers.row_column import RowColumnSolver
 from lit_binq.streams import StreamOptions, Streams
 
@@ -49,16 +49,20 @@ class ClosedForm:
     """How a block's linear layers are solved.
 
     Attributes:
-        objective: what is matched: `true` (output alignment), `pseudo` (ARB-X), `naive` or `weight`.
+        objective: what is matched: `true_target` (output alignment), `pseudo_target` (ARB-X), `naive_output` or
+            `weight`.
         shrinkage: lambda, pull of the objective towards the full-precision weight; raise it for little data.
         clip_tokens: weigh tokens in the statistics so that none counts more than its window's median token (ours).
         solver: options of the row x column solver.
     """
 
-    objective: Objective = "true"
+    objective: Objective = "true_target"
     shrinkage: float = 0.1
     clip_tokens: bool = True
     solver: RowColumnSolver = field(default_factory=RowColumnSolver)
+
+    def __post_init__(self) -> None:
+        check_options(self.objective, self.shrinkage)
 
 
 @dataclass
@@ -130,8 +134,8 @@ class Workspace:
         self.blocks = find_blocks(self.student)
         round_parameters(self.student, rest_dtype, skip=shared)
         self.streams = Streams(windows, held_out, device, options)
-        home = next(teacher.parameters()).device
-        calls = capture_calls(teacher, self.teacher_blocks, windows[:1].to(home))
+        self.home = next(teacher.parameters()).device  # where blocks rest that are not in progress
+        calls = capture_calls(teacher, self.teacher_blocks, windows[:1].to(self.home))
         self.calls = [call.to(device) for call in calls]
         self.streams.start((teacher, self.teacher_blocks), (self.student, self.blocks))
 
@@ -141,9 +145,20 @@ class Workspace:
 
     def skip(self, i: int) -> None:
         """Advance both streams past the already packed block i."""
-        block = self.teacher_blocks[i].to(self.device)
-        self.streams.compute_targets(block, self.calls[i])
-        self.streams.advance(self.blocks[i].to(self.device), self.calls[i])
+        self.streams.compute_targets(self.teacher_blocks[i].to(self.device), self.calls[i])
+        self.place(i, self.blocks[i].to(self.device))
+
+    def place(self, i: int, block: nn.Module) -> None:
+        """Put the packed block i into the student, advance both streams, and clear the device of it."""
+        self.streams.advance(block, self.calls[i])
+        self.blocks[i] = block.to(self.home)
+        self.teacher_blocks[i].to(self.home)
+
+    def loose_norms(self) -> dict[str, Tensor]:
+        """The student's norm parameters outside the blocks: only the model stage tunes them."""
+        inside = {id(p) for p in self.blocks.parameters()}
+        norms = norm_parameters(self.student, [LatentBinaryLinear, BinaryLinear])
+        return {name: p.detach() for name, p in norms.items() if id(p) not in inside}
 
 
 class Stage(ABC):
@@ -250,7 +265,7 @@ class BlockStage(Stage):
             x = linear_input(reference, name, w.streams.x[rows].to(w.device), self.call)
             x_tilde = (
                 x
-                if objective == "naive"
+                if objective == "naive_output"
                 else linear_input(self.module, name, w.streams.x_tilde[rows].to(w.device), self.call)
             )
             weights = self._token_weights(x, rows.stop - rows.start) if self.closed_form.clip_tokens else None
@@ -281,6 +296,10 @@ class BlockStage(Stage):
             raise LitBinqError(f"block {self.index}, {name}: {error}") from None
         if self.tuning.epochs and self.tuning.lr_codes:
             self._confidence[name] = T.abs()
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # Ranks solve the same system; should their libraries round differently, rank 0 is right.
+            for tensor in packed.weight_buffers().values():
+                torch.distributed.broadcast(tensor, 0)
         replace_module(self.module, name, packed)
 
     def loss(self, rows: Tensor) -> Tensor:
@@ -306,8 +325,7 @@ class BlockStage(Stage):
                 replace_module(self.module, name, m.pack())
         self.module.requires_grad_(False)
         round_parameters(self.module, w.rest_dtype)
-        w.blocks[self.index] = self.module
-        w.streams.advance(self.module, self.call)
+        w.place(self.index, self.module)
 
 
 class ModelStage(Stage):

@@ -137,7 +137,7 @@ def test_early_stopping_keeps_at_least_the_closed_form(make_source, text_file, t
     assert_same(tmp_path / "wild", tmp_path / "closed")
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resuming_at_a_stage_boundary_gives_the_same_bits(stage, make_source, text_file, tmp_path):
     source = make_source("opt")  # dropout, biases and LayerNorm
     keep = KeepEach(str(tmp_path / "kept"))

@@ -49,8 +49,8 @@ def token_error(
     distance = float((W - W_hat).square().sum())
     if objective == "weight":
         return distance
-    wanted = {"naive": x, "pseudo": x_tilde, "true": x}[objective]
-    given_ = x if objective == "naive" else x_tilde
+    wanted = {"naive_output": x, "pseudo_target": x_tilde, "true_target": x}[objective]
+    given_ = x if objective == "naive_output" else x_tilde
     error = power = 0.0
     for t in range(len(x)):
         error += weights[t] * float((W @ wanted[t] - W_hat @ given_[t]).square().sum()) / len(x)
@@ -75,14 +75,14 @@ def test_the_quadratic_form_is_the_mean_token_error(objective: str, shrinkage: f
     scale = max(map(abs, claimed))
     for i in range(1, len(candidates)):
         assert f[i] - f[0] == pytest.approx(claimed[i] - claimed[0], abs=2e-6 * scale)
-    if objective != "true":  # nothing is left over: there W itself is perfect
+    if objective != "true_target":  # nothing is left over: there W itself is perfect
         assert f == pytest.approx(claimed, abs=2e-6 * scale)
         assert torch.equal(T, W)
 
 
 def test_the_unshrunk_true_target_is_the_regression_of_the_full_precision_output() -> None:
     (x, x_tilde), W = two_streams(), normal(N, K, seed=10)
-    T, _ = target_and_metric(W, gather(x, x_tilde, "true"), objective="true", shrinkage=0.0)
+    T, _ = target_and_metric(W, gather(x, x_tilde, "true_target"), objective="true_target", shrinkage=0.0)
     regression = torch.linalg.lstsq(x_tilde.double(), x.double() @ W.double().T).solution.T
     torch.testing.assert_close(T.double(), regression, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(T, W, atol=1e-2)
@@ -91,16 +91,18 @@ def test_the_unshrunk_true_target_is_the_regression_of_the_full_precision_output
 @pytest.mark.parametrize("shrinkage", [0.0, 0.1, 10.0])
 def test_where_the_streams_agree_the_true_target_is_the_weight(shrinkage: float) -> None:
     (x, _), W = two_streams(), normal(N, K, seed=10)
-    T, H = target_and_metric(W, gather(x, x, "true"), objective="true", shrinkage=shrinkage)
+    T, H = target_and_metric(W, gather(x, x, "true_target"), objective="true_target", shrinkage=shrinkage)
     torch.testing.assert_close(T, W, atol=1e-5, rtol=1e-5)
-    assert torch.equal(H, target_and_metric(W, gather(x, x, "pseudo"), objective="pseudo", shrinkage=shrinkage)[1])
+    assert torch.equal(
+        H, target_and_metric(W, gather(x, x, "pseudo_target"), objective="pseudo_target", shrinkage=shrinkage)[1]
+    )
 
 
 def test_much_shrinkage_ends_at_the_weight() -> None:
     (x, x_tilde), W = two_streams(), normal(N, K, seed=10)
     distances = []
     for shrinkage in (0.0, 0.1, 10.0, 1e3, 1e6):  # more than the damping's own limit, too
-        T, _ = target_and_metric(W, gather(x, x_tilde, "true"), objective="true", shrinkage=shrinkage)
+        T, _ = target_and_metric(W, gather(x, x_tilde, "true_target"), objective="true_target", shrinkage=shrinkage)
         distances.append(float((T - W).norm()))
     assert distances == sorted(distances, reverse=True)
     assert distances[-1] < 1e-4 < distances[0]
@@ -111,8 +113,8 @@ def test_much_shrinkage_ends_at_the_weight() -> None:
 
 def test_batches_and_shapes_do_not_matter() -> None:
     x, x_tilde = two_streams()
-    whole = gather(x, x_tilde, "true")
-    grams = GramAccumulator(K, torch.device("cpu"), "true")
+    whole = gather(x, x_tilde, "true_target")
+    grams = GramAccumulator(K, torch.device("cpu"), "true_target")
     grams.add(x[:10].reshape(2, 5, K), x_tilde[:10].reshape(2, 5, K))
     grams.add(x[10:11], x_tilde[10:11])
     grams.add(x[11:], x_tilde[11:])
@@ -127,8 +129,8 @@ def test_batches_and_shapes_do_not_matter() -> None:
 def test_a_weight_of_two_is_a_token_seen_twice() -> None:
     x, x_tilde = two_streams()
     weights = torch.tensor([0, 1, 2, 3]).repeat(TOKENS // 4)
-    weighted = gather(x, x_tilde, "true", weights.float())
-    repeated = gather(x.repeat_interleave(weights, 0), x_tilde.repeat_interleave(weights, 0), "true")
+    weighted = gather(x, x_tilde, "true_target", weights.float())
+    repeated = gather(x.repeat_interleave(weights, 0), x_tilde.repeat_interleave(weights, 0), "true_target")
     assert weighted is not None
     assert repeated is not None
     assert weighted.tokens == TOKENS  # an average over tokens, not over weights
@@ -138,7 +140,9 @@ def test_a_weight_of_two_is_a_token_seen_twice() -> None:
         )
 
 
-@pytest.mark.parametrize(("objective", "needed"), [("weight", ""), ("naive", "F"), ("pseudo", "S"), ("true", "SC")])
+@pytest.mark.parametrize(
+    ("objective", "needed"), [("weight", ""), ("naive_output", "F"), ("pseudo_target", "S"), ("true_target", "SC")]
+)
 def test_only_the_grams_an_objective_needs_are_computed(objective: str, needed: str) -> None:
     grams = GramAccumulator(K, torch.device("cpu"), objective)
     grams.add(*two_streams())
@@ -147,7 +151,7 @@ def test_only_the_grams_an_objective_needs_are_computed(objective: str, needed: 
 
 def test_half_precision_activations_are_summed_in_float32() -> None:
     x, x_tilde = (t.bfloat16() for t in two_streams())
-    stats = gather(x, x_tilde, "true")
+    stats = gather(x, x_tilde, "true_target")
     assert stats is not None
     assert stats.S.dtype == torch.float32
     torch.testing.assert_close(stats.S, x_tilde.float().T @ x_tilde.float() / TOKENS)
@@ -169,7 +173,7 @@ def singular(kind: str) -> tuple[Tensor, Tensor]:
     return x, x_tilde
 
 
-@pytest.mark.parametrize("objective", ["pseudo", "true"])
+@pytest.mark.parametrize("objective", ["pseudo_target", "true_target"])
 @pytest.mark.parametrize("kind", ["dead", "collinear", "few tokens", "one token"])
 def test_a_singular_gram_is_damped_and_the_log_says_so(
     kind: str, objective: str, caplog: pytest.LogCaptureFixture
@@ -188,7 +192,7 @@ def test_a_singular_gram_is_damped_and_the_log_says_so(
     assert 0 < damping < 1e-3 * mean  # as little as will do
     torch.testing.assert_close(H, stats.S + damping * torch.eye(K))
     assert float(torch.linalg.eigvalsh(H.double()).min()) > 0
-    if objective == "true":  # the normal equations, hence still the minimum of what it claims
+    if objective == "true_target":  # the normal equations, hence still the minimum of what it claims
         right = W.double() @ (stats.C.double() + damping * torch.eye(K))
         torch.testing.assert_close(T.double() @ H.double(), right, atol=1e-4, rtol=1e-4)
         if kind == "dead":  # an input that is dead in both streams says nothing: the weight stays
@@ -199,7 +203,7 @@ def test_a_singular_gram_is_damped_and_the_log_says_so(
 def test_an_indefinite_gram_is_refused_in_one_line() -> None:
     S = torch.tensor([[1.0, 1e9], [1e9, 1.0]])
     with pytest.raises(LitBinqError, match=r"no shrinkage from 0\.5 to 1000 made it positive definite") as caught:
-        target_and_metric(torch.ones(1, 2), Statistics(S, S, S, 1), objective="true", shrinkage=0.5)
+        target_and_metric(torch.ones(1, 2), Statistics(S, S, S, 1), objective="true_target", shrinkage=0.5)
     assert "\n" not in str(caught.value)
 
 
@@ -221,15 +225,15 @@ def test_activations_that_are_not_finite_are_refused(stream: int, bad: float) ->
     streams = two_streams()
     streams[stream][5, 2] = bad
     with pytest.raises(LitBinqError, match="activations hold NaN or inf") as caught:
-        gather(*streams, "true")
+        gather(*streams, "true_target")
     assert "\n" not in str(caught.value)
 
 
 def test_no_tokens_are_refused() -> None:
     with pytest.raises(LitBinqError, match="got no calibration tokens"):
-        GramAccumulator(K, torch.device("cpu"), "true").statistics()
+        GramAccumulator(K, torch.device("cpu"), "true_target").statistics()
     with pytest.raises(LitBinqError, match="got no calibration tokens"):
-        gather(torch.zeros(0, K), torch.zeros(0, K), "true")
+        gather(torch.zeros(0, K), torch.zeros(0, K), "true_target")
 
 
 @pytest.mark.parametrize("shrinkage", [-0.1, float("nan"), float("inf")])
@@ -280,7 +284,7 @@ def test_extreme_scales(
     # Diagonal scaling takes the channels' spread out; what is left must be positive definite up to float32 rounding.
     root = H.double().diagonal().rsqrt()
     assert float(torch.linalg.eigvalsh(root[:, None] * H.double() * root).min()) > -1e-6
-    if objective == "true":
+    if objective == "true_target":
         damping = float((H.double() - stats.S.double()).diagonal().min())
         right = W.double() @ stats.C.double() + damping * W.double()
         error = (T.double() @ H.double() - right).norm()
@@ -323,7 +327,7 @@ def _rank(rank: int, folder: str) -> None:
     found: dict[str, object] = {}
     for case, shares in {"uneven": (25, 40), "one rank without tokens": (40, 40), "nan": (25, 40)}.items():
         mine = slice(0, shares[0]) if rank == 0 else slice(shares[0], shares[1])
-        grams = GramAccumulator(K, torch.device("cpu"), "true")
+        grams = GramAccumulator(K, torch.device("cpu"), "true_target")
         grams.add(x[mine], x_tilde[mine])
         if case == "nan" and rank == 1:
             grams.add(torch.full((1, K), float("nan")), torch.ones(1, K))
@@ -341,7 +345,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1)]
-    one = gather(*two_streams(), "true")
+    one = gather(*two_streams(), "true_target")
     assert one is not None
     for found in ranks:
         for case in ("uneven", "one rank without tokens"):

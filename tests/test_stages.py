@@ -107,10 +107,10 @@ def plain_target(W: Tensor, x: Tensor, x_tilde: Tensor, form: ClosedForm) -> tup
             power = x[part].square().sum(1)
             median = power.sort().values[(TOKENS - 1) // 2]
             weights[part] = torch.where(power > median, median / power, 1.0)
-    left = {"naive": x, "pseudo": x_tilde, "true": x_tilde}[form.objective]
+    left = {"naive_output": x, "pseudo_target": x_tilde, "true_target": x_tilde}[form.objective]
     H = torch.einsum("t,tj,tk->jk", weights, left, left) / len(x)
     ridge = form.shrinkage * H.diagonal().mean() * identity
-    if form.objective != "true":
+    if form.objective != "true_target":
         return W, H + ridge
     C = torch.einsum("t,tj,tk->jk", weights, x, x_tilde) / len(x)
     return W @ (C + ridge) @ torch.linalg.inv(H + ridge), H + ridge
@@ -188,7 +188,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("clip_tokens", [True, False])
-@pytest.mark.parametrize("objective", ["weight", "naive", "pseudo", "true"])
+@pytest.mark.parametrize("objective", ["weight", "naive_output", "pseudo_target", "true_target"])
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_block_stages_equal_a_plain_recomputation(kind: str, objective: Any, clip_tokens: bool) -> None:
     teacher = tiny_model(kind)
@@ -235,7 +235,7 @@ def differing_codes(a: dict[str, BinaryLinear], b: dict[str, BinaryLinear]) -> f
 def test_objectives_and_options_lead_to_different_codes() -> None:
     """Otherwise the recomputation above would show less than it seems to."""
     teacher = tiny_model("llama")
-    forms = [ClosedForm(objective=o) for o in ("weight", "naive", "pseudo", "true")]
+    forms = [ClosedForm(objective=o) for o in ("weight", "naive_output", "pseudo_target", "true_target")]
     forms += [ClosedForm(clip_tokens=False), ClosedForm(shrinkage=1.0), ClosedForm(solver=RowColumnSolver(rounds=1))]
     results = [packed(quantize(workspace(teacher), form)) for form in forms]
     for i, a in enumerate(results):
@@ -247,11 +247,11 @@ def test_the_true_target_ends_closest_to_the_teacher() -> None:
     """What output alignment is for: of all objectives the least error of the last block's output."""
     teacher, errors = tiny_model("llama"), {}
     windows = make_windows(40)
-    for objective in ("weight", "pseudo", "true"):
+    for objective in ("weight", "pseudo_target", "true_target"):
         work = workspace(teacher, windows)
         quantize(work, ClosedForm(objective=objective))
         errors[objective] = float((work.streams.x_tilde - work.streams.x).norm())
-    assert errors["true"] < min(errors["weight"], errors["pseudo"])
+    assert errors["true_target"] < min(errors["weight"], errors["pseudo_target"])
 
 
 # ---- what goes into the statistics ---------------------------------------------------------------------------------
