@@ -94,9 +94,13 @@ def _is_users(error: Exception) -> bool:
 def _set_up_output() -> None:
     """One plain stream of progress lines on standard error; the libraries speak up from warnings on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Lightning calls a method that jsonargparse has renamed; nothing a user could act on.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     logging.getLogger("lit_binq_onnx").setLevel(logging.INFO)
+    # Called from within Python (tests, notebooks), `args` is meant.
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     # Lightning uses a name that torch has renamed; nothing a user could act on.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     # Loaders read a tensor in memory, workers would only copy it; while fitting there is no validation loader.
@@ -174,6 +178,13 @@ def _lightning(arguments: list[str]) -> None:
             parser.add_argument(
                 "--results", type=str | None, default=None, help="JSON file the perplexities are written to"
             )
+
+        def before_fit(self) -> None:
+            path = self._get(self.config, "ckpt_path")
+            if path and not Path(path).is_file():
+                raise LitBinqError(
+                    f"ckpt_path: no such file {str(path)!r}, expected DIRPATH/last.ckpt of `--checkpoint.dirpath`"
+                )
 
         def after_fit(self) -> None:
             if self._get(self.config, "evaluate"):

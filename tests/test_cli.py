@@ -57,16 +57,15 @@ def test_validate_gives_the_figures_of_the_fit(way, tmp_path):
     assert again["perplexity"] == first["perplexity"]
 
 
-def test_export_check_and_generate(way, tmp_path, capsys):
+def test_export_check_and_generate(way, tmp_path, capsys, caplog):
     out = tmp_path / "onnx"
     assert cli.main(["export", str(way / "packed"), str(out)]) == 0
     assert cli.main(["check", str(out)]) == 0
     assert "left-padded" in capsys.readouterr().out
     arguments = ["generate", str(out), "--prompt", "the cat", "--max_new_tokens", "5", "--threads", "1"]
     assert cli.main(arguments) == 0
-    captured = capsys.readouterr()
-    assert captured.out.startswith("the cat")
-    assert "tokens/s" in captured.err
+    assert capsys.readouterr().out.startswith("the cat")
+    assert "tokens/s" in caplog.text
 
 
 def test_help_and_wrong_usage(capsys):
@@ -80,7 +79,6 @@ def test_help_and_wrong_usage(capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0
-    assert "tokens/s" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
