@@ -35,8 +35,9 @@ from lit_binq.evaluation import PackedEvaluation, highest_precision
 from lit_binq.formats.row_column import empty_like
 from lit_binq.hub import file_bits, save_packed, true_bits
 from lit_binq.models import load_model, load_tokenizer
-from lit_binq.stages import BlockStage, ClosedForm, ModelStage, Stage, Tuning, Workspace, end_stage_tuning
+from lit_binq.stages import BlockStage, ClosedForm, ModelStage, Stage, Tuning, end_stage_tuning
 from lit_binq.streams import StreamOptions
+from lit_binq.workspace import Workspace
 
 log = logging.getLogger(__name__)
 

@@ -5,27 +5,21 @@ row x column weight.
 
 A block stage quantizes one decoder block: each linear group is captured after the groups before it are
 quantized, solved in closed form and, if asked for, tuned on the block's output. The model stage, last,
-tunes scales and norms on the teacher's distribution. Stages never step an optimizer themselves.
+tunes scales, norms and, slowly, codes on the teacher's distribution. Stages never step an optimizer themselves.
 
 May touch: blocks, streams, objectives, solvers, formats, losses. Knows nothing of Lightning.
 """
 
-import copy
-import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lit_binq.blocks import (
     BlockCall,
-    capture_calls,
-    find_blocks,
     linear_groups,
     linear_input,
     move,
@@ -39,9 +33,7 @@ from lit_binq.formats.latent import LatentBinaryLinear
 from lit_binq.losses import BlockLoss, block_errors, kl_divergence
 from lit_binq.objectives import GramAccumulator, Objective, Statistics, check_options, target_and_metric
 from lit_binq.solvers.row_column import RowColumnSolver
-from lit_binq.streams import StreamOptions, Streams
-
-log = logging.getLogger(__name__)
+from lit_binq.workspace import Workspace, round_parameters
 
 
 @dataclass
@@ -100,65 +92,6 @@ class Tuning:
 def end_stage_tuning() -> Tuning:
     """Defaults of the model stage: left out; when switched on, scales, norms and, slowly, codes."""
     return Tuning(epochs=0, lr_codes=1e-2, lr_scales=2e-3, lr_norms=2e-3, patience=3)
-
-
-class Workspace:
-    """What all stages of one rank share: teacher, student, streams.
-
-    The student begins as a copy of the teacher that shares the tensors of its blocks; stage by stage its blocks are
-    replaced. Everything outside the blocks is rounded at once to the dtype it will be stored in.
-
-    Args:
-        teacher: full-precision model in eval mode, float32.
-        windows: (n, T) int64 token windows of this rank, held-out ones last.
-        held_out: number of held-out windows at the end.
-        device: where blocks run.
-        options: activation cache.
-        rest_dtype: dtype in which everything but the packed weights is stored.
-    """
-
-    def __init__(
-        self,
-        teacher: PreTrainedModel,
-        windows: Tensor,
-        held_out: int,
-        device: torch.device,
-        options: StreamOptions,
-        rest_dtype: torch.dtype,
-    ) -> None:
-        teacher.requires_grad_(False)
-        self.teacher, self.device, self.rest_dtype = teacher, device, rest_dtype
-        self.teacher_blocks = find_blocks(teacher)
-        shared = {id(t): t for t in (*self.teacher_blocks.parameters(), *self.teacher_blocks.buffers())}
-        self.student: PreTrainedModel = copy.deepcopy(teacher, shared)
-        self.blocks = find_blocks(self.student)
-        round_parameters(self.student, rest_dtype, skip=shared)
-        self.streams = Streams(windows, held_out, device, options)
-        self.home = next(teacher.parameters()).device  # where blocks rest that are not in progress
-        calls = capture_calls(teacher, self.teacher_blocks, windows[:1].to(self.home))
-        self.calls = [call.to(device) for call in calls]
-        self.streams.start((teacher, self.teacher_blocks), (self.student, self.blocks))
-
-    def new_block(self, i: int) -> nn.Module:
-        """A private copy of the teacher's block i on the device."""
-        return copy.deepcopy(self.teacher_blocks[i]).to(self.device)
-
-    def skip(self, i: int) -> None:
-        """Advance both streams past the already packed block i."""
-        self.streams.compute_targets(self.teacher_blocks[i].to(self.device), self.calls[i])
-        self.place(i, self.blocks[i].to(self.device))
-
-    def place(self, i: int, block: nn.Module) -> None:
-        """Put the packed block i into the student, advance both streams, and clear the device of it."""
-        self.streams.advance(block, self.calls[i])
-        self.blocks[i] = block.to(self.home)
-        self.teacher_blocks[i].to(self.home)
-
-    def loose_norms(self) -> dict[str, Tensor]:
-        """The student's norm parameters outside the blocks: only the model stage tunes them."""
-        inside = {id(p) for p in self.blocks.parameters()}
-        norms = norm_parameters(self.student, [LatentBinaryLinear, BinaryLinear])
-        return {name: p.detach() for name, p in norms.items() if id(p) not in inside}
 
 
 class Stage(ABC):
@@ -379,32 +312,3 @@ class ModelStage(Stage):
                     replace_module(block, name, m.pack())
         self.module.requires_grad_(False)
         round_parameters(self.module, self.work.rest_dtype)
-
-
-@torch.no_grad()
-def round_parameters(module: nn.Module, dtype: torch.dtype, skip: Container[int] = ()) -> None:
-    """Round everything outside the packed weights, their biases too, to the dtype it is stored in, in place.
-
-    Args:
-        module: a packed block or a model.
-        dtype: dtype on disk.
-        skip: ids of parameters to leave alone.
-
-    Raises:
-        LitBinqError: a parameter or bias does not fit `dtype`.
-    """
-    biases = {
-        f"{name}.bias": m.bias
-        for name, m in module.named_modules()
-        if isinstance(m, BinaryLinear) and m.bias is not None
-    }
-    for name, p in (*module.named_parameters(), *biases.items()):
-        if id(p) in skip:
-            continue
-        rounded = p.to(dtype)
-        if not torch.isfinite(rounded).all():
-            raise LitBinqError(
-                f"{name} has values up to {float(p.abs().max()):g}, more than {dtype} holds; expected finite values "
-                "after rounding: set the option `rest_dtype` to bfloat16 or float32"
-            )
-        p.copy_(rounded.to(p.dtype))

@@ -26,11 +26,10 @@ from lit_binq.stages import (
     ModelStage,
     Stage,
     Tuning,
-    Workspace,
     end_stage_tuning,
-    round_parameters,
 )
 from lit_binq.streams import StreamOptions
+from lit_binq.workspace import Workspace, round_parameters
 
 CPU = torch.device("cpu")
 TRAIN, HELD_OUT, TOKENS = 6, 2, 12
