@@ -148,6 +148,62 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, window: Tensor)
     return calls
 
 
+def require_same_calls(first: list[BlockCall], second: list[BlockCall], model: PreTrainedModel) -> None:
+    """Refuse models that pass their blocks something that depends on the tokens: it would be another in each window.
+
+    Args:
+        first: arguments recorded from one window.
+        second: arguments recorded from another window.
+        model: named in the error.
+
+    Raises:
+        LitBinqError: a tensor differs.
+    """
+    for a, b in zip(first, second, strict=True):
+        if not _same((a.args, a.kwargs), (b.args, b.kwargs)):
+            raise LitBinqError(
+                f"{type(model).__name__} passes its blocks arguments that depend on the tokens (per-layer embeddings, "
+                "say), expected the same for every window: this architecture is not supported, change `model`"
+            )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
+    return True
+
+
+def require_fitting(model: PreTrainedModel, windows: Tensor, option: str) -> None:
+    """Refuse windows (n, T) that a model has no positions or no embeddings for.
+
+    Args:
+        model: its configuration says how many positions there are.
+        windows: int64 token windows.
+        option: named in the error.
+
+    Raises:
+        LitBinqError: too long windows, or a token beyond the vocabulary.
+    """
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and windows.shape[1] > positions:
+        raise LitBinqError(
+            f"{option}: got windows of {windows.shape[1]} tokens, expected at most the model's {positions} positions: "
+            f"lower {option}"
+        )
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    rows = embeddings.num_embeddings
+    if windows.numel() and int(windows.max()) >= rows:
+        raise LitBinqError(
+            f"tokenizer: it gives token {int(windows.max())}, expected numbers below the model's {rows} embeddings: "
+            "model and tokenizer do not belong together"
+        )
+
+
 def embed(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) -> Tensor:
     """Hidden states that enter the first block: (b, T) int64 -> (b, T, d)."""
     caught: list[Tensor] = []

@@ -33,7 +33,7 @@ from lit_binq.checkpoint import StageCheckpoint, identity, require_same
 from lit_binq.errors import LitBinqError
 from lit_binq.evaluation import PackedEvaluation, highest_precision
 from lit_binq.formats.row_column import empty_like
-from lit_binq.hub import file_bits, save_packed, true_bits
+from lit_binq.hub import file_bits, require_target, save_packed, true_bits
 from lit_binq.models import load_model, load_tokenizer
 from lit_binq.stages import BlockStage, ClosedForm, ModelStage, Stage, Tuning, end_stage_tuning
 from lit_binq.streams import StreamOptions
@@ -109,6 +109,7 @@ class BinQCalibration(PackedEvaluation):
         self.placeholder = nn.Parameter(torch.zeros(1))
         self.active: nn.Module | None = None
         self.stage_index = 0
+        self.finished = False
         self.records: list[StageRecord] = []
         self._stage: Stage | None = None
         self._resume: dict[str, Any] | None = None
@@ -133,12 +134,19 @@ class BinQCalibration(PackedEvaluation):
         """Refuse what cannot work before anything is loaded.
 
         Raises:
-            LitBinqError: a strategy that shards the model.
+            LitBinqError: a strategy that shards the model, a precision below float32 throughout, or an output that
+                cannot be written.
         """
         strategy = self.trainer.strategy
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
             refuse_sharding(type(strategy).__name__, always=True)
+        if str(self.trainer.precision).endswith("-true") and self.trainer.precision != "32-true":
+            raise LitBinqError(
+                f"trainer.precision: got {self.trainer.precision}, expected 32-true, bf16-mixed or 16-mixed: "
+                "statistics and streams are float32"
+            )
         if stage == "fit":
+            require_target(self.packed)
             # Stages end by their own rule, so Lightning's epoch count must not end the fit.
             self.trainer.fit_loop.max_epochs = -1
         torch.set_float32_matmul_precision(self.matmul_precision)
@@ -174,7 +182,18 @@ class BinQCalibration(PackedEvaluation):
         options: dict[str, Any] = {
             name: dataclasses.asdict(getattr(self, name)) for name in ("closed_form", "tuning", "finish")
         }
-        options |= {"rest_dtype": str(self.rest_dtype), "seed": self.seed, "ranks": self.trainer.world_size}
+        options |= {
+            "rest_dtype": str(self.rest_dtype),
+            "seed": self.seed,
+            "ranks": self.trainer.world_size,
+            "batch_size": getattr(self.trainer.datamodule, "batch_size", None),  # type: ignore[attr-defined]
+            "batch_windows": self.stream_options.batch_windows,
+            "matmul_precision": self.matmul_precision,
+            "precision": str(self.trainer.precision),
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "gradient_clip_val": self.trainer.gradient_clip_val,
+            "limit_train_batches": self.trainer.limit_train_batches,
+        }
         return identity(self.work.teacher, self._data["fingerprint"], options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -197,8 +216,11 @@ class BinQCalibration(PackedEvaluation):
             LitBinqError: the checkpoint is not ours, or was made with another model, data or options.
         """
         state = checkpoint.get(CHECKPOINT_KEY)
-        if state is None:
-            raise LitBinqError("ckpt_path: got a checkpoint without calibration state, expected one of this command")
+        if state is None or "work" not in self._outside:
+            raise LitBinqError(
+                "ckpt_path: got a file without calibration state, or a command other than fit; "
+                "expected a checkpoint of this command and `litbinq fit`"
+            )
         require_same(state["identity"], self._identity())
         checkpoint["state_dict"] = self.state_dict()
         checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
@@ -239,7 +261,9 @@ class BinQCalibration(PackedEvaluation):
         while self._stage is None and self.stage_index < self.n_stages:
             self._enter()
         if self._stage is not None:
-            generator = torch.Generator().manual_seed((self.seed * 1000 + self.stage_index) * 100_000 + self._epoch)
+            generator = torch.Generator().manual_seed(
+                ((self.seed * 1000 + self.stage_index) * 100_000 + self._epoch) % 2**63
+            )
             self._order = torch.randperm(self.work.streams.train, generator=generator)
 
     def _enter(self) -> None:
@@ -378,6 +402,7 @@ class BinQCalibration(PackedEvaluation):
     def _write(self) -> None:
         """Write the packed folder, with every fact of this run."""
         seconds = time.monotonic() - self._began
+        self.finished = True
         work = self.work
         facts = {
             "source": self.source,

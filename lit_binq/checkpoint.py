@@ -30,9 +30,15 @@ class StageCheckpoint(Checkpoint):
     def save(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint under a temporary name, then rename it. Called on every rank."""
         part = self.path.with_suffix(".part")
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            part.replace(self.path)
+        try:
+            trainer.save_checkpoint(part)
+            if trainer.is_global_zero:
+                part.replace(self.path)
+        except OSError as error:
+            raise LitBinqError(
+                f"checkpoint.dirpath: {str(self.path)!r} cannot be written ({error.strerror}); "
+                "expected a writable folder"
+            ) from error
 
 
 def identity(model: PreTrainedModel, data: str, options: dict[str, Any]) -> dict[str, str]:
@@ -56,8 +62,8 @@ def require_same(saved: dict[str, str], mine: dict[str, str]) -> None:
         LitBinqError: names the first part that differs.
     """
     for part, value in mine.items():
-        if saved[part] != value:
+        if saved.get(part) != value:
             raise LitBinqError(
-                f"ckpt_path: the checkpoint was made with another {part} ({saved[part]}), expected {value}: "
+                f"ckpt_path: the checkpoint was made with another {part} ({saved.get(part)}), expected {value}: "
                 "use the same configuration, or start without --ckpt_path"
             )

@@ -168,6 +168,7 @@ def _lightning(arguments: list[str]) -> None:
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("model.model", "data.tokenizer")
+            parser.link_arguments("model.revision", "data.revision")
             parser.add_lightning_class_args(StageCheckpoint, "checkpoint")
             parser.add_argument(
                 "--evaluate",
@@ -179,14 +180,27 @@ def _lightning(arguments: list[str]) -> None:
                 "--results", type=str | None, default=None, help="JSON file the perplexities are written to"
             )
 
-        def before_fit(self) -> None:
-            path = self._get(self.config, "ckpt_path")
-            if path and not Path(path).is_file():
+        def _parse_ckpt_path(self) -> None:
+            """Lightning would look for hyper-parameters in the checkpoint; ours has none, so only check the file."""
+            subcommand = self.config.get("subcommand")
+            path = self.config[subcommand].get("ckpt_path") if subcommand else None
+            if path and subcommand == "fit":
+                require_checkpoint(Path(path))
+
+        def before_validate(self) -> None:
+            if self._get(self.config, "ckpt_path"):
                 raise LitBinqError(
-                    f"ckpt_path: no such file {str(path)!r}, expected DIRPATH/last.ckpt of `--checkpoint.dirpath`"
+                    "ckpt_path: got one, expected none: validate and test read the folder `model.packed`"
                 )
 
+        before_test = before_validate
+
         def after_fit(self) -> None:
+            if not self.model.finished:
+                raise LitBinqError(
+                    f"the fit ended after {self.model.stage_index} of its stages, expected all (trainer.max_steps, "
+                    "max_time or fast_dev_run?): go on with --ckpt_path and without that option"
+                )
             if self._get(self.config, "evaluate"):
                 self.model.release()
                 self.trainer.validate(self.model, self.datamodule, verbose=False)
@@ -216,6 +230,26 @@ def _lightning(arguments: list[str]) -> None:
             "logger": False,
         },
     )
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse a `--ckpt_path` that is no checkpoint file.
+
+    Raises:
+        LitBinqError: no such file, or a file of another kind.
+    """
+    import torch
+
+    if not path.is_file():
+        raise LitBinqError(
+            f"ckpt_path: no such file {str(path)!r}, expected DIRPATH/last.ckpt of `--checkpoint.dirpath`"
+        )
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling makes of a file of another kind
+        raise LitBinqError(
+            f"ckpt_path: {str(path)!r} is no checkpoint, expected DIRPATH/last.ckpt of `--checkpoint.dirpath`"
+        ) from error
 
 
 def export(packed: str, out: str, check: bool = True) -> None:

@@ -79,6 +79,7 @@ class CalibrationData(LightningDataModule):
         eval_windows: windows an evaluation set, over all ranks; null for all there are.
         eval_length: tokens an evaluation window.
         eval_batch_size: evaluation windows a step, on each rank.
+        revision: branch, tag or commit of the tokenizer, for a hub id.
 
     Attributes:
         train_windows: (n, T) int64, this rank's, after setup("fit").
@@ -104,9 +105,10 @@ class CalibrationData(LightningDataModule):
         eval_windows: int | None = 64,
         eval_length: int = 1024,
         eval_batch_size: int = 4,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.revision = tokenizer, revision
         # Not as the argument's own default: the command line would mix its fields into what the user gives.
         train = WIKITEXT2 if train is None else train
         self.train = train if isinstance(train, list) else [train]
@@ -152,13 +154,13 @@ class CalibrationData(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None
         if stage in ("fit", None):
             if self._calibration is None:
-                tokenizer = load_tokenizer(self.tokenizer)
+                tokenizer = load_tokenizer(self.tokenizer, revision=self.revision)
                 self._calibration = self._split(self._mix(tokenizer))
             train, held_out = self._calibration
             self.train_windows = self._share(train, rank, ranks, "windows")
             self.held_out_windows = self._share(held_out, rank, ranks, "held_out")
         if stage in ("validate", "test", None) and self._evaluation is None:
-            tokenizer = tokenizer or load_tokenizer(self.tokenizer)
+            tokenizer = tokenizer or load_tokenizer(self.tokenizer, revision=self.revision)
             self._evaluation = {name: self._eval_set(tokenizer, name) for name in self.eval_names}
         if rank == 0:
             log.info("%s", self.describe())

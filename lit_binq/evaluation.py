@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_binq.blocks import move
+from lit_binq.blocks import move, require_fitting
 from lit_binq.hub import file_bits, load_packed, read_marker, true_bits
 from lit_binq.metrics import TokenPerplexity
 from lit_binq.models import load_model
@@ -80,6 +80,8 @@ class PackedEvaluation(pl.LightningModule):
         """Fresh metrics, one for each evaluation set and model."""
         names = self.trainer.datamodule.eval_names  # type: ignore[attr-defined]
         models = ["packed"] + ["fp"] * ("teacher" in self._outside)
+        for loader in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+            require_fitting(self._outside["student"], loader.dataset.windows, "data.eval_length")
         self._metrics = {f"{m}/{n}": TokenPerplexity().to(self.device) for n in names for m in models}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:

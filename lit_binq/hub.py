@@ -28,6 +28,7 @@ Two figures say how large a model is:
 import copy
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,6 +161,24 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def require_target(folder: Path) -> None:
+    """Refuse a place a packed folder must not be written to.
+
+    Raises:
+        LitBinqError: a file, or a folder with other files in it, or nowhere to write.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise LitBinqError(f"output {str(folder)!r}: a file of this name exists; expected a new folder's name")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PACKED_MARKER).is_file():
+        raise LitBinqError(
+            f"output {str(folder)!r}: the folder holds other files; expected a new or empty folder, or an "
+            "older packed one"
+        )
+    parent = next(p for p in folder.resolve().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise LitBinqError(f"output {str(folder)!r}: cannot be written; expected a folder in a writable place")
+
+
 def save_packed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -182,13 +201,7 @@ def save_packed(
             no name here, or a tensor does not fit `rest_dtype`.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise LitBinqError(f"output {str(folder)!r}: a file of this name exists; expected a new folder's name")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PACKED_MARKER).is_file():
-        raise LitBinqError(
-            f"output {str(folder)!r}: the folder holds other files; expected a new or empty folder, or an "
-            "older packed one"
-        )
+    require_target(folder)
     if _dtype_name(rest_dtype) not in REST_DTYPES:
         raise LitBinqError(f"rest_dtype: got {_dtype_name(rest_dtype)}, expected one of {', '.join(REST_DTYPES)}")
     names: dict[type, str] = {kind: name for name, (kind, _) in FORMATS.items()}

@@ -85,6 +85,8 @@ class Tuning:
         for name, value in vars(self).items():
             if name != "loss" and not value >= 0:
                 raise LitBinqError(f"tuning.{name}: got {value}, expected a number >= 0")
+        if self.epochs and not (self.lr_codes or self.lr_scales or self.lr_norms):
+            raise LitBinqError("tuning: got epochs with every learning rate 0, expected one above 0, or `epochs: 0`")
         if self.loss not in get_args(BlockLoss):
             raise LitBinqError(f"tuning.loss: got {self.loss!r}, expected one of {', '.join(get_args(BlockLoss))}")
 
@@ -181,10 +183,11 @@ class BlockStage(Stage):
         if self.tuning.epochs:
             for name, m in list(self.module.named_modules()):
                 if isinstance(m, BinaryLinear):
-                    latent = LatentBinaryLinear(m.solution(), self._confidence.pop(name, None), m.bias)
-                    replace_module(self.module, name, latent)
+                    replace_module(
+                        self.module, name, LatentBinaryLinear.from_packed(m, self._confidence.pop(name, None))
+                    )
         w.streams.compute_targets(reference, self.call)
-        self.scale = w.streams.y[: w.streams.train].square().mean().to(w.device)
+        self.scale = w.streams.mean_square()
 
     def _statistics(self, reference: nn.Module, name: str) -> Statistics | None:
         w, objective = self.work, self.closed_form.objective
@@ -282,9 +285,8 @@ class ModelStage(Stage):
                 if isinstance(m, BinaryLinear):
                     # Latents left over from block tuning sit close to zero where a code was undecided, and would flip
                     # at once by the thousand. From one common size only codes that are pushed steadily flip.
-                    s = m.solution()
-                    sizes = torch.ones_like(s.B) if self.tuning.lr_codes else None
-                    replace_module(block, name, LatentBinaryLinear(s, sizes, m.bias))
+                    sizes = torch.ones(m.out_features, m.in_features, device=w.device) if self.tuning.lr_codes else None
+                    replace_module(block, name, LatentBinaryLinear.from_packed(m, sizes))
         self.module = move(w.student, w.device)
 
     def loss(self, rows: Tensor) -> Tensor:

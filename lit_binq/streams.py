@@ -100,14 +100,14 @@ class Streams:
 
     def _allocate(self, shape: tuple[int, ...], name: str) -> Tensor:
         if self._place == "device":
-            return torch.empty(shape, device=self.device)
+            return torch.empty(shape, device=self.device, dtype=torch.float32)
         if self._place == "host":
-            return torch.empty(shape)
+            return torch.empty(shape, dtype=torch.float32)
         self._folder = self._folder or tempfile.TemporaryDirectory(
             prefix="litbinq-streams-", dir=self.options.cache_dir or None
         )
         path = Path(self._folder.name) / name
-        return torch.from_file(str(path), shared=True, size=math.prod(shape)).reshape(shape)
+        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32).reshape(shape)
 
     def batches(self, stop: int | None = None) -> Iterator[slice]:
         """Slices of consecutive windows, `batch_windows` long, up to `stop` (default: all)."""
@@ -120,6 +120,17 @@ class Streams:
         """y = the full-precision block's output on x, for every window."""
         for rows in self.batches():
             self.y[rows] = run_block(block, self.x[rows].to(self.device), call).to(self.y.device)
+
+    @torch.no_grad()
+    def mean_square(self) -> Tensor:
+        """Mean of y^2 over the training windows of all ranks, a scalar on the device."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for rows in self.batches(self.train):
+            y = self.y[rows]
+            sums += torch.stack((y.square().sum().to(self.device), torch.tensor(float(y.numel()), device=self.device)))
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(sums)
+        return (sums[0] / sums[1]).float()
 
     @torch.no_grad()
     def advance(self, block: nn.Module, call: BlockCall) -> None:

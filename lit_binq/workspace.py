@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_binq.blocks import capture_calls, find_blocks, norm_parameters
+from lit_binq.blocks import capture_calls, find_blocks, norm_parameters, require_fitting, require_same_calls
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear
 from lit_binq.formats.latent import LatentBinaryLinear
@@ -50,7 +50,10 @@ class Workspace:
         round_parameters(self.student, rest_dtype, skip=shared)
         self.streams = Streams(windows, held_out, device, options)
         self.home = next(teacher.parameters()).device  # where blocks rest that are not in progress
-        calls = capture_calls(teacher, self.teacher_blocks, windows[:1].to(self.home))
+        require_fitting(teacher, windows, "data.window_length")
+        window = windows[:1].to(self.home)
+        calls = capture_calls(teacher, self.teacher_blocks, window)
+        require_same_calls(calls, capture_calls(teacher, self.teacher_blocks, window.roll(1, 1)), teacher)
         self.calls = [call.to(device) for call in calls]
         self.streams.start((teacher, self.teacher_blocks), (self.student, self.blocks))
 

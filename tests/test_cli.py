@@ -91,6 +91,10 @@ def test_help_and_wrong_usage(capsys):
         (["--trainer.strategy", "fsdp"], ["trainer.strategy", "fsdp", "expected `auto` or `ddp`"]),
         (["--model.streams.batch_windows", "0"], ["batch_windows", "at least 1"]),
         (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
+        (["--ckpt_path", __file__], ["test_cli.py", "no checkpoint"]),
+        (["--data.window_length", "200"], ["200", "128 positions", "data.window_length"]),
+        (["--trainer.precision", "bf16-true"], ["trainer.precision", "bf16-mixed"]),
+        (["--model.tuning", '{"epochs": 1, "lr_codes": 0, "lr_scales": 0, "lr_norms": 0}'], ["every learning rate 0"]),
     ],
 )
 def test_bad_options_of_fit_are_one_line_and_leave_nothing(arguments, words, way, tmp_path, capsys):
@@ -101,6 +105,30 @@ def test_bad_options_of_fit_are_one_line_and_leave_nothing(arguments, words, way
     assert line.startswith("litbinq fit: error: ")
     assert [w for w in words if w not in line] == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fit_that_lightning_ends_early_is_no_success(way, tmp_path, capsys):
+    base = ["fit", "--config", str(way / "config.yaml"), "--checkpoint.dirpath", str(tmp_path / "ckpt")]
+    results = tmp_path / "results.json"
+    packed = tmp_path / "packed"
+    shutil.copytree(way / "packed", packed)  # an older result must not be taken for this run's
+    places = ["--model.packed", str(packed), "--results", str(results)]
+    assert cli.main([*base, *places, "--trainer.max_steps", "1"]) == 1
+    assert "the fit ended after" in one_line(capsys)
+    assert not results.exists()
+
+
+def test_a_folder_with_other_files_is_refused_before_the_fit(way, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert cli.main(["fit", "--config", str(way / "config.yaml"), "--model.packed", str(tmp_path)]) == 1
+    assert "holds other files" in one_line(capsys)
+    assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_validate_takes_no_checkpoint(way, capsys):
+    checkpoint = str(way / "checkpoint" / "last.ckpt")
+    assert cli.main(["validate", "--config", str(way / "config.yaml"), "--ckpt_path", checkpoint]) == 1
+    assert "model.packed" in one_line(capsys)
 
 
 def test_unknown_options_exit_with_2(way, capsys):

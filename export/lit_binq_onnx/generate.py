@@ -145,12 +145,13 @@ def choose(logits: np.ndarray, rng: np.random.Generator, *, temperature: float, 
     return int(order[rng.choice(len(p), p=p)])
 
 
-def _refuse(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+def _refuse(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     for ok, name, got, expected in (
         (max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more"),
         (0 <= temperature < float("inf"), "temperature", temperature, "0 (greedy) or more"),
         (top_k >= 0, "top_k", top_k, "0 (all) or more"),
         (0 < top_p <= 1, "top_p", top_p, "above 0, at most 1"),
+        (seed >= 0, "seed", seed, "0 or more"),
     ):
         if not ok:
             raise LitBinqError(f"{name}: got {got}, expected {expected}")
@@ -187,7 +188,7 @@ def generate(
     Raises:
         LitBinqError: an option out of its range, an empty prompt, or one longer than the model's positions.
     """
-    _refuse(max_new_tokens, temperature, top_k, top_p)
+    _refuse(max_new_tokens, temperature, top_k, top_p, seed)
     ids = encode_prompt(tokenizer, prompt, chat=chat)
     limit = onnx_model.facts.get("max_positions")
     if limit is not None and len(ids) >= limit:

@@ -49,9 +49,9 @@ class LatentBinaryLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @classmethod
-    def from_packed(cls, layer: BinaryLinear) -> "LatentBinaryLinear":
-        """Trainable scales over the frozen codes of a packed layer."""
-        return cls(layer.solution(), None, layer.bias)
+    def from_packed(cls, layer: BinaryLinear, confidence: Tensor | None = None) -> "LatentBinaryLinear":
+        """The trainable twin of a packed layer; `confidence` as in the constructor."""
+        return cls(layer.solution(), confidence, layer.bias)
 
     def solution(self) -> RowColumn:
         """The current weight."""
