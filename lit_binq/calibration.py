@@ -160,7 +160,7 @@ class BinQCalibration(PackedEvaluation):
 
     def _start_fit(self) -> None:
         self._began = time.monotonic()
-        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on the trainer at fit
+        data = self.datamodule
         if data is None or not hasattr(data, "train_windows"):
             raise LitBinqError("fit: got no calibration data, expected the data module CalibrationData (option `data`)")
         windows = torch.cat((data.train_windows, data.held_out_windows))
@@ -186,7 +186,7 @@ class BinQCalibration(PackedEvaluation):
             "rest_dtype": str(self.rest_dtype),
             "seed": self.seed,
             "ranks": self.trainer.world_size,
-            "batch_size": getattr(self.trainer.datamodule, "batch_size", None),  # type: ignore[attr-defined]
+            "batch_size": getattr(self.datamodule, "batch_size", None),
             "batch_windows": self.stream_options.batch_windows,
             "matmul_precision": self.matmul_precision,
             "precision": str(self.trainer.precision),

@@ -50,6 +50,11 @@ class PackedEvaluation(pl.LightningModule):
         # Big models stay out of the module registry, so that nobody moves, saves or wraps them.
         self._outside: dict[str, Any] = {}
 
+    @property
+    def datamodule(self) -> Any:
+        """The trainer's data module, or None; Lightning sets it while it runs and does not declare it."""
+        return getattr(self.trainer, "datamodule", None)
+
     def configure_model(self) -> None:
         """Load the packed model and, if asked for, its source."""
         if "student" in self._outside:
@@ -72,21 +77,21 @@ class PackedEvaluation(pl.LightningModule):
             "true_bits": true_bits(student),
             "file_bits": file_bits(self.packed),
             "perplexity": self.results,
-            "data": self.trainer.datamodule.describe(),  # type: ignore[attr-defined]
+            "data": self.datamodule.describe(),
             **{k: v for k, v in read_marker(self.packed)["facts"].items() if k.startswith("calibration_")},
         }
 
     def on_validation_start(self) -> None:
         """Fresh metrics, one for each evaluation set and model."""
-        names = self.trainer.datamodule.eval_names  # type: ignore[attr-defined]
+        names = self.datamodule.eval_names
         models = ["packed"] + ["fp"] * ("teacher" in self._outside)
-        for loader in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+        for loader in self.datamodule.val_dataloader():
             require_fitting(self._outside["student"], loader.dataset.windows, "data.eval_length")
         self._metrics = {f"{m}/{n}": TokenPerplexity().to(self.device) for n in names for m in models}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Next-token loss of the packed (and the full-precision) model on windows (b, T)."""
-        name = self.trainer.datamodule.eval_names[dataloader_idx]  # type: ignore[attr-defined]
+        name = self.datamodule.eval_names[dataloader_idx]
         ids = batch["input_ids"]
         # Perplexities are float32 whatever precision the tuning ran in.
         with highest_precision(), torch.autocast(self.device.type, enabled=False):
