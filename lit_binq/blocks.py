@@ -9,19 +9,21 @@ May touch: torch and transformers modules. Knows no solver and no format but Pac
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.base import PackedLinear
+from lit_binq.formats.base import LatentLinear, PackedLinear
 
 log = logging.getLogger(__name__)
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @dataclass
@@ -258,9 +260,18 @@ def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
     setattr(root.get_submodule(parent), leaf, new)
 
 
-def norm_parameters(module: nn.Module, linears: Iterable[type[nn.Module]]) -> dict[str, nn.Parameter]:
+def find_layers(root: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
+    """Sub-modules of a kind by name, in order; layers inside such a layer belong to it and are not listed."""
+    found: dict[str, Layer] = {}
+    for name, module in root.named_modules():
+        if isinstance(module, kind) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
+
+
+def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of `module` outside its linear layers and embeddings: norm weights and norm biases."""
-    skip = (*linears, nn.Linear, nn.Embedding)
+    skip = (LatentLinear, PackedLinear, nn.Linear, nn.Embedding)
     return {
         f"{prefix}.{name}" if prefix else name: p
         for prefix, m in module.named_modules()

@@ -28,12 +28,12 @@ import transformers
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from lit_binq.blocks import replace_module
+from lit_binq.blocks import find_layers, replace_module
 from lit_binq.checkpoint import StageCheckpoint, identity, require_same
 from lit_binq.errors import LitBinqError
 from lit_binq.evaluation import PackedEvaluation, highest_precision
-from lit_binq.formats.row_column import empty_like
-from lit_binq.hub import file_bits, require_target, save_packed, true_bits
+from lit_binq.formats import PackedLinear
+from lit_binq.hub import describe_layer, empty_layer, file_bits, require_target, save_packed, true_bits
 from lit_binq.models import load_model, load_tokenizer
 from lit_binq.stages import BlockStage, ClosedForm, ModelStage, Stage, Tuning, end_stage_tuning
 from lit_binq.streams import StreamOptions
@@ -183,6 +183,7 @@ class BinQCalibration(PackedEvaluation):
             name: dataclasses.asdict(getattr(self, name)) for name in ("closed_form", "tuning", "finish")
         }
         options |= {
+            "solver": type(self.closed_form.solver).__name__,
             "rest_dtype": str(self.rest_dtype),
             "seed": self.seed,
             "ranks": self.trainer.world_size,
@@ -199,11 +200,16 @@ class BinQCalibration(PackedEvaluation):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the packed blocks and the stage; see the file's head for what is left out and why."""
         work = self.work
+        done = range(min(self.stage_index, len(work.blocks)))
         checkpoint["state_dict"] = {}
         checkpoint[CHECKPOINT_KEY] = {
             "stage": self.stage_index,
             "identity": self._identity(),
-            "blocks": {i: work.blocks[i].state_dict() for i in range(min(self.stage_index, len(work.blocks)))},
+            "blocks": {i: work.blocks[i].state_dict() for i in done},
+            "formats": {
+                i: {name: describe_layer(m) for name, m in find_layers(work.blocks[i], PackedLinear).items()}
+                for i in done
+            },
             "loose_norms": work.loose_norms(),
             "records": [dataclasses.asdict(r) for r in self.records],
             "seconds": time.monotonic() - self._began,
@@ -235,10 +241,13 @@ class BinQCalibration(PackedEvaluation):
         self._began -= state["seconds"]
         for i, saved in state["blocks"].items():
             block = work.new_block(i)
-            for name, module in list(block.named_modules()):
-                if isinstance(module, nn.Linear) and f"{name}.codes" in saved:
-                    replace_module(block, name, empty_like(module))
+            for name, entry in state["formats"][i].items():
+                linear = block.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
+                replace_module(block, name, empty_layer(linear, entry))
             block.load_state_dict(saved)
+            for layer in find_layers(block, PackedLinear).values():
+                layer.refresh()
             work.blocks[i] = block
             work.skip(i)
         for name, norm in work.loose_norms().items():

@@ -8,8 +8,9 @@ A packed folder holds
 
 lit_binq.json has these keys:
 
-    version        1
-    linears        {module name: format}, e.g. {"model.layers.0.mlp.up_proj": "row_column"}
+    version        2
+    linears        {module name: {"format": name, layout...}}, e.g. {"model.layers.0.mlp.up_proj": {"format":
+                   "salient", "extra": 58}}
     tied           {tensor name: name of the tensor it shares its memory with}; the former is not stored
     rest_dtype     dtype of every floating-point tensor outside the packed weights
     true_bits      stored bits for each weight of the packed linears
@@ -49,23 +50,41 @@ from transformers.initialization import no_init_weights
 
 from lit_binq.errors import LitBinqError
 from lit_binq.files import new_folder
-from lit_binq.formats import BinaryLinear, PackedLinear
-from lit_binq.formats.row_column import empty_like
+from lit_binq.formats import FORMATS, PackedLinear
+from lit_binq.formats.base import parse_layout
 from lit_binq.models import PACKED_MARKER, first_line
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 WEIGHTS = "model.safetensors"
-FORMATS = {"row_column": (BinaryLinear, empty_like)}
-"""Format name in lit_binq.json -> (its module, nn.Linear -> a module of that shape with zeroed buffers)."""
-
 REST_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
     """Every packed linear of the model, by module name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+
+
+def describe_layer(layer: PackedLinear) -> dict[str, Any]:
+    """The entry of a packed linear in lit_binq.json: its format and what fixes the shapes of its tensors."""
+    return {"format": layer.kind, **layer.layout()}
+
+
+def empty_layer(linear: nn.Linear, entry: Any) -> PackedLinear:
+    """A packed linear of the shape of `linear` with zeroed buffers, as `entry` (see `describe_layer`) says.
+
+    Raises:
+        LitBinqError: an unknown format, or a layout that does not belong to it.
+    """
+    kind, layout = parse_layout(entry)
+    if kind not in FORMATS:
+        raise LitBinqError(f"format {kind!r}, expected one of {sorted(FORMATS)}")
+    bias = linear.bias is not None
+    try:
+        return FORMATS[kind].empty(linear.in_features, linear.out_features, bias, linear.weight.dtype, **layout)
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise LitBinqError(f"layout {layout} does not belong to format {kind!r} ({first_line(error)})") from error
 
 
 def block_linear_weights(model: nn.Module) -> int:
@@ -204,12 +223,11 @@ def save_packed(
     require_target(folder)
     if _dtype_name(rest_dtype) not in REST_DTYPES:
         raise LitBinqError(f"rest_dtype: got {_dtype_name(rest_dtype)}, expected one of {', '.join(REST_DTYPES)}")
-    names: dict[type, str] = {kind: name for name, (kind, _) in FORMATS.items()}
-    linears: dict[str, str] = {}
+    linears: dict[str, dict[str, Any]] = {}
     for name, module in packed_linears(model).items():
-        if type(module) not in names:
+        if FORMATS.get(module.kind) is not type(module):
             raise LitBinqError(f"linear {name}: format {type(module).__name__} cannot be stored in a packed folder")
-        linears[name] = names[type(module)]
+        linears[name] = describe_layer(module)
     bits = true_bits(model)
     round_rest(model, rest_dtype)
     state, tied = _distinct_state(model)
@@ -335,13 +353,9 @@ def _damaged(name: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _replace_linears(model: nn.Module, linears: dict[str, str], folder: Path) -> None:
+def _replace_linears(model: nn.Module, linears: dict[str, Any], folder: Path) -> None:
     """Put an empty packed linear at every name of `linears`."""
-    for name, kind in linears.items():
-        if kind not in FORMATS:
-            raise LitBinqError(
-                f"packed folder {str(folder)!r}: linear {name} has format {kind!r}, expected one of {sorted(FORMATS)}"
-            )
+    for name, entry in linears.items():
         try:
             linear = model.get_submodule(name)
         except AttributeError:
@@ -351,7 +365,10 @@ def _replace_linears(model: nn.Module, linears: dict[str, str], folder: Path) ->
                 f"packed folder {str(folder)!r}: {PACKED_MARKER} names {name}, which is no linear "
                 "layer of config.json's model"
             )
-        model.set_submodule(name, FORMATS[kind][1](linear))
+        try:
+            model.set_submodule(name, empty_layer(linear, entry))
+        except LitBinqError as error:
+            raise LitBinqError(f"packed folder {str(folder)!r}: linear {name}: {error}") from error
 
 
 @torch.no_grad()
@@ -380,6 +397,11 @@ def _load_tensors(model: nn.Module, marker: dict[str, Any], folder: Path) -> Non
                 target.copy_(tensor)
     except SafetensorError as error:
         raise LitBinqError(f"{where} is damaged or truncated ({first_line(error)}); write the folder again") from error
+    for name, layer in packed_linears(model).items():
+        try:
+            layer.refresh()
+        except ValueError as error:
+            raise LitBinqError(f"{where}: {name}: {first_line(error)}; write the folder again") from error
     for name, kept in tied.items():
         if name not in state or kept not in state:
             raise LitBinqError(f"{where}: tied tensor {name} or {kept} is not in the model; write the folder again")

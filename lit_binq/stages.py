@@ -1,7 +1,6 @@
 """One stage of a calibration: capture, solve, tune, advance. The LightningModule decides only which one is on.
 
-Legend: x, x~, y the streams (lit_binq.streams); T, H target and metric (lit_binq.objectives); r, c, B the
-row x column weight.
+Legend: x, x~, y the streams (lit_binq.streams); T, H target and metric (lit_binq.objectives).
 
 A block stage quantizes one decoder block: each linear group is captured after the groups before it are
 quantized, solved in closed form and, if asked for, tuned on the block's output. The model stage, last,
@@ -13,13 +12,14 @@ May touch: blocks, streams, objectives, solvers, formats, losses. Knows nothing 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lit_binq.blocks import (
     BlockCall,
+    find_layers,
     linear_groups,
     linear_input,
     move,
@@ -28,11 +28,10 @@ from lit_binq.blocks import (
     run_block,
 )
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import BinaryLinear
-from lit_binq.formats.latent import LatentBinaryLinear
+from lit_binq.formats import LatentLinear, PackedLinear
 from lit_binq.losses import BlockLoss, block_errors, kl_divergence
 from lit_binq.objectives import GramAccumulator, Objective, Statistics, check_options, target_and_metric
-from lit_binq.solvers.row_column import RowColumnSolver
+from lit_binq.solvers import RowColumnSolver, Solver
 from lit_binq.workspace import Workspace, round_parameters
 
 
@@ -45,16 +44,31 @@ class ClosedForm:
             `weight`.
         shrinkage: lambda, pull of the objective towards the full-precision weight; raise it for little data.
         clip_tokens: weigh tokens in the statistics so that none counts more than its window's median token (ours).
-        solver: options of the row x column solver.
+        scope: which linear layers the objective is for: `all`, or `last`, only the last of each block as in the
+            paper, all others then taking `weight`.
+        solver: the method and with it the format, for example `RowColumnSolver` or `SalientSolver`.
+        bits: most true bits a weight over all layers, spent where they lower the objective most; 0 leaves the size of
+            each layer to the solver.
     """
 
     objective: Objective = "true_target"
     shrinkage: float = 0.1
     clip_tokens: bool = True
-    solver: RowColumnSolver = field(default_factory=RowColumnSolver)
+    scope: Literal["all", "last"] = "all"
+    solver: Solver = field(default_factory=RowColumnSolver)
+    bits: float = 0.0
 
     def __post_init__(self) -> None:
         check_options(self.objective, self.shrinkage)
+        if self.scope not in ("all", "last"):
+            raise LitBinqError(f"closed_form.scope: got {self.scope!r}, expected `all` or `last`")
+        if not 0 <= self.bits < math.inf:
+            raise LitBinqError(f"closed_form.bits: got {self.bits}, expected a number >= 0")
+        if self.bits and not self.solver.takes_bits:
+            raise LitBinqError(
+                f"closed_form.bits: got {self.bits} for {type(self.solver).__name__}, whose format has a fixed size; "
+                "expected 0, or a solver such as SalientSolver"
+            )
 
 
 @dataclass
@@ -141,13 +155,12 @@ class Stage(ABC):
                 p.requires_grad_(True)
                 groups.setdefault(2 ** (round(4 * math.log2(lr)) / 4), []).append(p)
 
-        for m in self.module.modules():
-            if isinstance(m, LatentBinaryLinear):
-                if m.train_codes:
-                    add(m.v, t.lr_codes)
-                for p in (m.r, m.c):
-                    add(p, t.lr_scales * float(p.detach().abs().mean()))
-        for p in norm_parameters(self.module, [LatentBinaryLinear, BinaryLinear]).values():
+        for m in find_layers(self.module, LatentLinear).values():
+            for p in m.code_parameters():
+                add(p, t.lr_codes)
+            for p in m.scale_parameters():
+                add(p, t.lr_scales * float(p.detach().abs().mean()))
+        for p in norm_parameters(self.module).values():
             add(p, t.lr_norms * max(float(p.detach().abs().mean()), 1e-2))
         return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
 
@@ -174,23 +187,24 @@ class BlockStage(Stage):
         w = self.work
         reference = w.teacher_blocks[self.index].to(w.device)
         self.module = w.new_block(self.index)
-        self._confidence: dict[str, Tensor] = {}
+        self._targets: dict[str, Tensor] = {}
         groups = linear_groups(reference, w.streams.x[:1].to(w.device), self.call)
         for names in groups:
-            stats = self._statistics(reference, names[0])
+            objective = self.closed_form.objective
+            if self.closed_form.scope == "last" and names is not groups[-1]:
+                objective = "weight"
+            stats = self._statistics(reference, names[0], objective)
             for name in names:
-                self._solve(name, stats)
+                self._solve(name, stats, objective)
         if self.tuning.epochs:
-            for name, m in list(self.module.named_modules()):
-                if isinstance(m, BinaryLinear):
-                    replace_module(
-                        self.module, name, LatentBinaryLinear.from_packed(m, self._confidence.pop(name, None))
-                    )
+            for name, layer in find_layers(self.module, PackedLinear).items():
+                latent = layer.latent(bool(self.tuning.lr_codes), self._targets.pop(name, None))
+                replace_module(self.module, name, latent)
         w.streams.compute_targets(reference, self.call)
         self.scale = w.streams.mean_square()
 
-    def _statistics(self, reference: nn.Module, name: str) -> Statistics | None:
-        w, objective = self.work, self.closed_form.objective
+    def _statistics(self, reference: nn.Module, name: str, objective: Objective) -> Statistics | None:
+        w = self.work
         if objective == "weight":
             return None
         linear = reference.get_submodule(name)
@@ -221,21 +235,23 @@ class BlockStage(Stage):
         median = norms.median(1, keepdim=True).values.clamp_min(torch.finfo(torch.float32).tiny)
         return (median / norms.maximum(median)).flatten()
 
-    def _solve(self, name: str, stats: Statistics | None) -> None:
+    def _solve(self, name: str, stats: Statistics | None, objective: Objective) -> None:
         form = self.closed_form
         linear = self.module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         try:
-            T, H = target_and_metric(linear.weight, stats, objective=form.objective, shrinkage=form.shrinkage)
-            packed = BinaryLinear.from_solution(form.solver.solve(T, H), linear.bias)
+            T, H = target_and_metric(linear.weight, stats, objective=objective, shrinkage=form.shrinkage)
+            bits = self.work.bits.get(f"{self.index}.{name}")
+            packed = form.solver.solve(T, H, bits=bits).pack(linear.bias)
         except LitBinqError as error:
             raise LitBinqError(f"block {self.index}, {name}: {error}") from None
         if self.tuning.epochs and self.tuning.lr_codes:
-            self._confidence[name] = T.abs()
+            self._targets[name] = T
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # Ranks solve the same system; should their libraries round differently, rank 0 is right.
             for tensor in packed.weight_buffers().values():
                 torch.distributed.broadcast(tensor, 0)
+            packed.refresh()
         replace_module(self.module, name, packed)
 
     def loss(self, rows: Tensor) -> Tensor:
@@ -256,9 +272,8 @@ class BlockStage(Stage):
     def leave(self) -> None:
         """Pack the block, put it into the student, advance both streams with exactly what is stored."""
         w = self.work
-        for name, m in list(self.module.named_modules()):
-            if isinstance(m, LatentBinaryLinear):
-                replace_module(self.module, name, m.pack())
+        for name, layer in find_layers(self.module, LatentLinear).items():
+            replace_module(self.module, name, layer.pack())
         self.module.requires_grad_(False)
         round_parameters(self.module, w.rest_dtype)
         w.place(self.index, self.module)
@@ -281,12 +296,10 @@ class ModelStage(Stage):
         move(w.teacher, w.device)
         for block in w.blocks:
             block.to(w.device)
-            for name, m in list(block.named_modules()):
-                if isinstance(m, BinaryLinear):
-                    # Latents left over from block tuning sit close to zero where a code was undecided, and would flip
-                    # at once by the thousand. From one common size only codes that are pushed steadily flip.
-                    sizes = torch.ones(m.out_features, m.in_features, device=w.device) if self.tuning.lr_codes else None
-                    replace_module(block, name, LatentBinaryLinear.from_packed(m, sizes))
+            for name, layer in find_layers(block, PackedLinear).items():
+                # Latents left over from block tuning sit close to zero where a code was undecided, and would flip at
+                # once by the thousand. From one common size only codes that are pushed steadily flip.
+                replace_module(block, name, layer.latent(bool(self.tuning.lr_codes)))
         self.module = move(w.student, w.device)
 
     def loss(self, rows: Tensor) -> Tensor:
@@ -309,8 +322,7 @@ class ModelStage(Stage):
     def leave(self) -> None:
         """Pack the student's linears again."""
         for block in self.work.blocks:
-            for name, m in list(block.named_modules()):
-                if isinstance(m, LatentBinaryLinear):
-                    replace_module(block, name, m.pack())
+            for name, layer in find_layers(block, LatentLinear).items():
+                replace_module(block, name, layer.pack())
         self.module.requires_grad_(False)
         round_parameters(self.module, self.work.rest_dtype)

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from lit_binq.blocks import capture_calls, find_blocks, norm_parameters, require_fitting, require_same_calls
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import BinaryLinear
-from lit_binq.formats.latent import LatentBinaryLinear
+from lit_binq.formats import PackedLinear
 from lit_binq.streams import StreamOptions, Streams
 
 
@@ -43,6 +42,7 @@ class Workspace:
     ) -> None:
         teacher.requires_grad_(False)
         self.teacher, self.device, self.rest_dtype = teacher, device, rest_dtype
+        self.bits: dict[str, float] = {}  # "block.linear": true bits it may take, where a budget was planned
         self.teacher_blocks = find_blocks(teacher)
         shared = {id(t): t for t in (*self.teacher_blocks.parameters(), *self.teacher_blocks.buffers())}
         self.student: PreTrainedModel = copy.deepcopy(teacher, shared)
@@ -75,7 +75,7 @@ class Workspace:
     def loose_norms(self) -> dict[str, Tensor]:
         """The student's norm parameters outside the blocks: only the model stage tunes them."""
         inside = {id(p) for p in self.blocks.parameters()}
-        norms = norm_parameters(self.student, [LatentBinaryLinear, BinaryLinear])
+        norms = norm_parameters(self.student)
         return {name: p.detach() for name, p in norms.items() if id(p) not in inside}
 
 
@@ -94,7 +94,7 @@ def round_parameters(module: nn.Module, dtype: torch.dtype, skip: Container[int]
     biases = {
         f"{name}.bias": m.bias
         for name, m in module.named_modules()
-        if isinstance(m, BinaryLinear) and m.bias is not None
+        if isinstance(m, PackedLinear) and m.bias is not None
     }
     for name, p in (*module.named_parameters(), *biases.items()):
         if id(p) in skip:

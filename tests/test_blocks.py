@@ -23,8 +23,7 @@ from lit_binq.blocks import (
     run_block,
 )
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import BinaryLinear
-from lit_binq.formats.row_column import empty_like
+from lit_binq.hub import empty_layer
 
 WINDOWS, TOKENS = 3, 12
 
@@ -83,7 +82,7 @@ def test_packed_blocks_are_found_too(llama: PreTrainedModel) -> None:
     for block in llama.model.layers:
         for name, m in list(block.named_modules()):
             if isinstance(m, nn.Linear):
-                replace_module(block, name, empty_like(m))
+                replace_module(block, name, empty_layer(m, {"format": "row_column"}))
     assert find_blocks(llama) is llama.model.layers
 
 
@@ -240,13 +239,13 @@ def test_replace_module(llama: PreTrainedModel) -> None:
 
 
 def test_norm_parameters_are_weights_and_biases_of_norms_only(any_model: PreTrainedModel) -> None:
-    names = set(norm_parameters(find_blocks(any_model)[0], [BinaryLinear]))
+    names = set(norm_parameters(find_blocks(any_model)[0]))
     if any_model.config.model_type == "opt":  # its linear layers have biases as well
         layers = ("self_attn_layer_norm", "final_layer_norm")
         assert names == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     else:
         assert names == {"input_layernorm.weight", "post_attention_layernorm.weight"}
-    whole = norm_parameters(any_model, [BinaryLinear])
+    whole = norm_parameters(any_model)
     assert len(whole) == 2 * len(names) + (2 if any_model.config.model_type == "opt" else 1)
     assert all(p is any_model.get_parameter(name) for name, p in whole.items())
 

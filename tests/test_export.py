@@ -246,7 +246,7 @@ def test_changed_bits_are_noticed(llama: Exported) -> None:
     other[name].codes[0, 0] ^= 1
     with pytest.raises(LitBinqError, match=f"packed tensors of {name} were changed"):
         require_packed_nodes(graph, other)
-    with pytest.raises(LitBinqError, match="13 packed linears became 14 BinaryMatMul nodes"):
+    with pytest.raises(LitBinqError, match="13 packed linears with 13 operators became 14 nodes"):
         require_packed_nodes(graph, {n: m for n, m in layers.items() if n != name})
 
 

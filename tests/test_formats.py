@@ -8,7 +8,7 @@ from torch import nn
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear, RowColumn, binary_matmul, packed_width
-from lit_binq.formats.row_column import empty_like
+from lit_binq.hub import empty_layer
 
 
 def random_solution(N: int, K: int, seed: int, *, signed: bool = False) -> RowColumn:
@@ -72,12 +72,12 @@ def test_true_bits_of_a_real_shape():
 def test_state_round_trip_into_an_empty_layer():
     linear = nn.Linear(13, 7)
     layer = BinaryLinear.from_solution(random_solution(7, 13, 0), linear.bias.detach())
-    empty = empty_like(linear)
+    empty = empty_layer(linear, {"format": "row_column"})
     assert float(empty(torch.ones(1, 13)).abs().max()) == 0
     empty.load_state_dict(layer.state_dict())
     x = torch.randn(5, 13, generator=torch.Generator().manual_seed(0))
     assert torch.equal(empty(x), layer(x))
-    assert empty_like(nn.Linear(3, 2, bias=False)).bias is None
+    assert empty_layer(nn.Linear(3, 2, bias=False), {"format": "row_column"}).bias is None
 
 
 def test_the_bias_is_a_copy():

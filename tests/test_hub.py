@@ -114,8 +114,8 @@ def test_other_users_can_read_the_folder(packed_folder):
 def test_facts_are_kept(packed_folder):
     marker = read_marker(packed_folder)
     assert marker["facts"] == {"made": "in a test"}
-    assert marker["version"] == 1
-    assert set(marker["linears"].values()) == {"row_column"}
+    assert marker["version"] == 2
+    assert all(entry == {"format": "row_column"} for entry in marker["linears"].values())
 
 
 def test_true_bits_needs_packed_linears(llama):
@@ -233,12 +233,12 @@ def test_contradictory_folders_are_refused(packed_folder, tmp_path):
         load_packed(folder)
 
     folder = broken("format")
-    edit(folder, linears={"model.layers.0.mlp.up_proj": "ternary"})
+    edit(folder, linears={"model.layers.0.mlp.up_proj": {"format": "ternary"}})
     with pytest.raises(LitBinqError, match=r"'ternary', expected one of \['row_column'\]"):
         load_packed(folder)
 
     folder = broken("names")
-    edit(folder, linears={"model.layers.7.mlp.up_proj": "row_column"})
+    edit(folder, linears={"model.layers.7.mlp.up_proj": {"format": "row_column"}})
     with pytest.raises(LitBinqError, match=r"layers\.7\.mlp\.up_proj, which is no linear"):
         load_packed(folder)
 

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import BinaryLinear, RowColumn
-from lit_binq.formats.latent import LatentBinaryLinear
+from lit_binq.formats import BinaryLinear, LatentBinaryLinear, RowColumn
 from lit_binq.solvers.row_column import RowColumnSolver
 
 N, K = 5, 11
@@ -24,7 +23,7 @@ def solution(seed: int = 0, shape: tuple[int, int] = (N, K)) -> RowColumn:
 def layer(*, train_codes: bool, bias: bool = True, seed: int = 0) -> LatentBinaryLinear:
     g = torch.Generator().manual_seed(seed + 1)
     confidence = torch.rand(N, K, generator=g) if train_codes else None
-    return LatentBinaryLinear(solution(seed), confidence, torch.randn(N, generator=g) if bias else None)
+    return LatentBinaryLinear(solution(seed), torch.randn(N, generator=g) if bias else None, train_codes, confidence)
 
 
 def inputs(seed: int = 7) -> Tensor:
@@ -81,11 +80,11 @@ def test_the_size_of_a_latent_does_not_reach_output_or_gradient() -> None:
 def test_latents_start_at_the_confidence() -> None:
     confidence = torch.rand(N, K)
     confidence[0, 0] = 0
-    latent = LatentBinaryLinear(solution(), confidence, None)
+    latent = LatentBinaryLinear(solution(), None, True, confidence)
     assert torch.equal(latent.v.sign(), solution().B)  # a code without any confidence has its sign, too
     torch.testing.assert_close(latent.v.abs()[1:], (confidence / confidence.mean())[1:])
     assert float(latent.v.detach().abs().mean()) == pytest.approx(1.0, rel=1e-5)
-    zero = LatentBinaryLinear(solution(), torch.zeros(N, K), None)
+    zero = LatentBinaryLinear(solution(), None, True, torch.zeros(N, K))
     assert torch.equal(zero.solution().B, solution().B)
 
 
@@ -99,7 +98,7 @@ def test_what_is_trained() -> None:
 def test_nothing_is_shared_with_what_it_was_made_from() -> None:
     s, bias = solution(), torch.ones(N)
     for confidence in (None, torch.ones(N, K)):
-        latent = LatentBinaryLinear(s, confidence, bias)
+        latent = LatentBinaryLinear(s, bias, confidence is not None, confidence)
         packed = latent.pack()
         with torch.no_grad():
             for t in (latent.r, latent.c, latent.v):
@@ -116,11 +115,11 @@ def test_nothing_is_shared_with_what_it_was_made_from() -> None:
 def test_pack_and_solution_round_trip(rows: int, columns: int, seed: int, codes: bool) -> None:
     """Scales that float16 holds: packing and unpacking return the same dense weight bit for bit."""
     s = solution(seed, (rows, columns))
-    latent = LatentBinaryLinear(s, torch.ones(rows, columns) if codes else None, None)
+    latent = LatentBinaryLinear(s, None, codes)
     assert torch.equal(latent.solution().dense(), s.dense())
     packed = latent.pack()
     assert torch.equal(packed.solution().dense(), s.dense())
-    again = LatentBinaryLinear.from_packed(packed)
+    again = packed.latent(train_codes=False)
     assert torch.equal(again.pack().codes, packed.codes)
     assert torch.equal(again.solution().dense(), s.dense())
     assert not again.train_codes
@@ -132,7 +131,7 @@ def test_scales_are_rounded_once_to_float16() -> None:
         latent.r.add_(1e-3 * torch.randn(N))
         latent.c.mul_(1.0003)
     torch.testing.assert_close(latent.pack().dequantize(), latent.solution().dense(), rtol=1.1e-3, atol=0)
-    assert torch.equal(LatentBinaryLinear.from_packed(latent.pack()).pack().row_scale, latent.pack().row_scale)
+    assert torch.equal(latent.pack().latent(train_codes=False).pack().row_scale, latent.pack().row_scale)
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
@@ -183,4 +182,4 @@ def test_dead_columns_cost_the_others_nothing(dead: int) -> None:
 
 def test_a_weight_of_zeros_packs() -> None:
     s = RowColumnSolver().solve(torch.zeros(3, 4), torch.eye(4)).balanced()
-    assert float(LatentBinaryLinear(s, None, None).pack().dequantize().abs().max()) == 0
+    assert float(LatentBinaryLinear(s, None, False).pack().dequantize().abs().max()) == 0

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import RowColumn
+from lit_binq.solvers import objective_value
 from lit_binq.solvers.row_column import (
     RowColumnSolver,
-    objective_value,
     start,
     update_codes,
     update_column_scales,

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from lit_binq.blocks import find_blocks, norm_parameters
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import BinaryLinear, RowColumn
-from lit_binq.formats.latent import LatentBinaryLinear
+from lit_binq.formats import BinaryLinear, LatentBinaryLinear, RowColumn
 from lit_binq.hub import round_rest
 from lit_binq.solvers.row_column import RowColumnSolver
 from lit_binq.stages import (
@@ -121,7 +120,7 @@ class Recorder(RowColumnSolver):
 
     seen: list[tuple[Tensor, Tensor, RowColumn]] = field(default_factory=list)
 
-    def solve(self, T: Tensor, H: Tensor) -> RowColumn:
+    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> RowColumn:
         self.seen.append((T, H, super().solve(T, H)))
         return self.seen[-1][2]
 
@@ -205,7 +204,7 @@ def test_block_stages_equal_a_plain_recomputation(kind: str, objective: Any, cli
         assert torch.equal(layer.dequantize(), BinaryLinear.from_solution(solution).dequantize())
         if original.bias is not None:
             assert torch.equal(found[name].bias, original.bias.half().float())
-    for name, p in norm_parameters(student, [BinaryLinear]).items():
+    for name, p in norm_parameters(student).items():
         assert torch.equal(p, teacher.get_parameter(name).half().float()), name
 
 
@@ -455,7 +454,7 @@ def test_model_stage_packs_again_and_rounds_norms(kind: str) -> None:
     assert student is work.student
     assert {name: m.codes.tolist() for name, m in packed(student).items()} == {n: c.tolist() for n, c in codes.items()}
     assert not any(isinstance(m, LatentBinaryLinear) for m in student.modules())
-    for name, p in norm_parameters(student, [BinaryLinear]).items():
+    for name, p in norm_parameters(student).items():
         assert torch.equal(p, p.half().float()), name
     after = student(input_ids=make_windows(), use_cache=False).logits
     assert not torch.allclose(after, before, atol=1e-4)

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_binq.errors import LitBinqError
 from lit_binq.files import new_folder
-from lit_binq.formats import BinaryLinear
+from lit_binq.formats import PackedLinear
 from lit_binq_onnx.check import check_onnx
 from lit_binq_onnx.functions import OPSET, add_functions
 from lit_binq_onnx.graph import external_bytes, require_packed_nodes, simplify, store_half
@@ -44,9 +44,9 @@ EXTERNAL_BYTES = 64
 _PACKAGES = ("lit-binq", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
-def _refuse(model: PreTrainedModel, target: Path) -> dict[str, BinaryLinear]:
+def _refuse(model: PreTrainedModel, target: Path) -> dict[str, PackedLinear]:
     """The packed layers by name; raises where the model or the target is not what export expects."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BinaryLinear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     if not layers:
         raise LitBinqError(
             "export: the model has no packed linear, expected one calibrated by `litbinq fit`: give its packed folder"
@@ -78,7 +78,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _write_graph(graph: ir.Model, layers: dict[str, BinaryLinear], folder: Path) -> None:
+def _write_graph(graph: ir.Model, layers: dict[str, PackedLinear], folder: Path) -> None:
     """model.onnx and model.onnx.data, function bodies included; the written packed tensors are read back."""
     graph.producer_name = "lit_binq"
     ir.save(graph, folder / MODEL, external_data=DATA, size_threshold_bytes=EXTERNAL_BYTES)
@@ -110,7 +110,7 @@ def export_onnx(
     """Export a packed model to a folder for ONNX Runtime.
 
     Args:
-        model: a causal language model with BinaryLinear layers, float32 on the CPU; put into evaluation mode.
+        model: a causal language model with PackedLinear layers, float32 on the CPU; put into evaluation mode.
         tokenizer: saved beside it.
         out_dir: folder to write; an empty folder or an older export there is replaced once all is done.
         packed: the packed folder the model came from, recorded so that the export can be checked again later.

@@ -19,10 +19,9 @@ import onnx_ir.passes.common as passes
 import onnxscript
 import onnxscript.optimizer
 from onnx.defs import OpSchema
-from torch import Tensor
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import BinaryLinear
+from lit_binq.formats import PackedLinear
 from lit_binq_onnx.functions import DOMAIN, VERSION
 
 OP_TYPE = "BinaryMatMul"
@@ -215,36 +214,35 @@ def store_half(graph: ir.Graph) -> int:
     return stored
 
 
-def _digest(arrays: Iterable[np.ndarray]) -> str:
-    """One name for a set of tensors: dtype, shape and bytes of each."""
-    h = hashlib.sha256()
+def _digest(kind: str, arrays: Iterable[np.ndarray]) -> str:
+    """One name for an operator and its tensors: dtype, shape and bytes of each."""
+    h = hashlib.sha256(kind.encode())
     for a in arrays:
         h.update(f"{a.dtype}{a.shape}".encode())
         h.update(np.ascontiguousarray(a).tobytes())
     return h.hexdigest()
 
 
-def _stored(layer: BinaryLinear) -> list[Tensor]:
-    """What a layer's node must carry, in the order of the node's inputs."""
-    scales = [layer.codes, layer.row_scale, layer.col_scale]
-    return scales if layer.bias is None else [*scales, layer.bias.float()]
-
-
-def require_packed_nodes(model: ir.Model, layers: dict[str, BinaryLinear]) -> None:
-    """Make sure that every packed layer became one node that reads exactly the layer's bits and scales.
+def require_packed_nodes(model: ir.Model, layers: dict[str, PackedLinear]) -> None:
+    """Make sure that every operator call of a packed layer became one node that reads exactly the layer's tensors.
 
     Args:
         model: the exported model; initializers may lie in an external file.
         layers: the packed layers of the torch model, by name.
 
     Raises:
-        LitBinqError: a layer has no node, a node has no layer, or a tensor was changed on the way.
+        LitBinqError: a call has no node, a node has no layer, or a tensor was changed on the way.
     """
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
-    if len(nodes) != len(layers):
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    wanted = [
+        (name, _digest(kind, (t.detach().cpu().numpy() for t in stored)))
+        for name, layer in layers.items()
+        for kind, stored in layer.operands()
+    ]
+    if len(nodes) != len(wanted):
         raise LitBinqError(
-            f"export: {len(layers)} packed linears became {len(nodes)} {OP_TYPE} nodes, expected one each: "
-            "this model calls a linear not once but never or several times in a pass, and is not supported"
+            f"export: {len(layers)} packed linears with {len(wanted)} operators became {len(nodes)} nodes, expected "
+            "one each: this model calls a linear not once but never or several times in a pass, and is not supported"
         )
     found: Counter[str] = Counter()
     for node in nodes:
@@ -254,14 +252,13 @@ def require_packed_nodes(model: ir.Model, layers: dict[str, BinaryLinear]) -> No
                 f"export: node {node.name} reads weights that are no longer stored tensors; expected packed "
                 "initializers: the export and this version of torch or onnxscript do not fit"
             )
-        found[_digest(a for a in arrays if a is not None)] += 1
-    wanted = {name: _digest(t.detach().cpu().numpy() for t in _stored(layer)) for name, layer in layers.items()}
-    lost = Counter(wanted.values()) - found
+        found[_digest(node.op_type, (a for a in arrays if a is not None))] += 1
+    lost = Counter(digest for _, digest in wanted) - found
     if lost:
-        name = next(n for n, d in wanted.items() if d in lost)
+        name = next(n for n, d in wanted if d in lost)
         raise LitBinqError(
-            f"export: the packed tensors of {name} were changed on the way to ONNX ({lost.total()} layers of "
-            f"{len(layers)}); expected the same bytes: the export and this version of torch or onnxscript do "
+            f"export: the packed tensors of {name} were changed on the way to ONNX ({lost.total()} operators of "
+            f"{len(wanted)}); expected the same bytes: the export and this version of torch or onnxscript do "
             "not fit"
         )
 

@@ -1,23 +1,100 @@
-"""What every stored format of a linear layer promises.
+"""What every stored format of a linear layer promises, in its three states.
 
-A packed linear stores exactly the tensors it computes with: its buffers are its file, and `true_bits` counts
-every one of them. Nothing above formats/ is known here.
+    Solution       unpacked: what a solver returns, float tensors
+    PackedLinear   stored: its buffers are its file, and `true_bits` counts every one of them
+    LatentLinear   trainable, while a block or a model is tuned
+
+    solver --> Solution --pack--> PackedLinear --latent--> LatentLinear --pack--> PackedLinear
+
+A packed linear stores exactly the tensors it computes with. Nothing above formats/ is known here.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
+
+from lit_binq.errors import LitBinqError
+
+
+class Solution(ABC):
+    """An unpacked weight of some format."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight (N, K) it stands for."""
+
+    @abstractmethod
+    def pack(self, bias: Tensor | None = None) -> "PackedLinear":
+        """The layer that stores it.
+
+        Args:
+            bias: (N,) or None.
+
+        Raises:
+            LitBinqError: a scale does not fit float16.
+        """
+
+
+class LatentLinear(nn.Module):
+    """A linear layer in training: its codes are signs of latents, its scales are parameters."""
+
+    bias: Tensor | None
+
+    @abstractmethod
+    def code_parameters(self) -> list[nn.Parameter]:
+        """Latent codes of mean size about 1; empty where codes are frozen."""
+
+    @abstractmethod
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """Scales (and means, levels); their learning rates follow their mean size."""
+
+    @abstractmethod
+    def pack(self) -> "PackedLinear":
+        """The current weight, packed. Raises LitBinqError where a scale does not fit float16."""
 
 
 class PackedLinear(nn.Module):
     """A linear layer y = x W^T + b whose weight is stored packed.
 
-    Sub-classes register every stored tensor as a buffer; `bias` (N,) or None is not part of the weight's bits.
+    Sub-classes register every stored tensor as a buffer and name their format; `bias` (N,) or None is not part of
+    the weight's bits.
     """
 
+    kind: ClassVar[str]
     in_features: int
     out_features: int
     bias: Tensor | None
+
+    @classmethod
+    @abstractmethod
+    def empty(
+        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
+    ) -> Self:
+        """A layer with zeroed buffers, to load a stored state into.
+
+        Args:
+            in_features: K.
+            out_features: N.
+            bias: whether a bias is stored.
+            dtype: dtype of the bias.
+            layout: what `layout` of the stored layer says.
+        """
+
+    def layout(self) -> dict[str, int]:
+        """What beyond K and N fixes the shapes of the buffers: a group size, a rank. JSON keeps it."""
+        return {}
+
+    @abstractmethod
+    def latent(self, train_codes: bool, target: Tensor | None = None) -> LatentLinear:
+        """The trainable twin.
+
+        Args:
+            train_codes: whether codes may change.
+            target: (N, K) dense weight that the codes were made from: latents far from zero then stand for codes
+                that are surely right. None gives every latent the same size.
+        """
 
     @abstractmethod
     def dequantize(self) -> Tensor:
@@ -27,6 +104,17 @@ class PackedLinear(nn.Module):
     def weight_buffers(self) -> dict[str, Tensor]:
         """Every stored tensor that makes up the weight, by buffer name."""
 
+    @abstractmethod
+    def operands(self) -> list[tuple[str, list[Tensor]]]:
+        """The operator calls of one forward pass: (operator's name in ONNX, the stored tensors it reads, in order)."""
+
+    def refresh(self) -> None:
+        """Derive again whatever follows from the stored tensors; call it after they were filled.
+
+        Raises:
+            ValueError: the stored tensors contradict each other.
+        """
+
     def stored_bits(self) -> int:
         """Bits of every stored tensor of the weight: codes with their padding, scales, everything."""
         return sum(t.numel() * t.element_size() * 8 for t in self.weight_buffers().values())
@@ -34,3 +122,33 @@ class PackedLinear(nn.Module):
     def true_bits(self) -> float:
         """Stored bits for each weight of the dense matrix."""
         return self.stored_bits() / (self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shape and true bits, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, true_bits={self.true_bits():.3f}"
+
+
+def half_scales(scales: Tensor, name: str) -> Tensor:
+    """Scales of any shape as float16.
+
+    Raises:
+        LitBinqError: a value that float16 cannot hold.
+    """
+    half = scales.detach().half()
+    if not torch.isfinite(half).all():
+        raise LitBinqError(
+            f"{name} has values that float16 cannot hold (not finite or above 65504); "
+            "expected finite scales: check the weights of this layer and raise the option `shrinkage`"
+        )
+    return half
+
+
+def parse_layout(entry: Any) -> tuple[str, dict[str, int]]:
+    """Format name and layout of an entry of a packed folder: {"format": name, layout...}.
+
+    Raises:
+        LitBinqError: not such an entry.
+    """
+    if not isinstance(entry, dict) or not isinstance(entry.get("format"), str):
+        raise LitBinqError(f'got {entry!r}, expected an object like {{"format": "row_column"}}')
+    return entry["format"], {k: v for k, v in entry.items() if k != "format"}

@@ -5,17 +5,18 @@ True bits: 1 + 16 (N + K) / (N K), plus the padding of a row to whole bytes.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from lit_binq.errors import LitBinqError
-from lit_binq.formats.base import PackedLinear
+from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, half_scales
+from lit_binq.formats.latent import latent_codes, signs, straight_through
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
 
 
 @dataclass
-class RowColumn:
+class RowColumn(Solution):
     """An unpacked row x column weight: what a solver returns.
 
     Attributes:
@@ -31,6 +32,10 @@ class RowColumn:
     def dense(self) -> Tensor:
         """(N, K): diag(r) B diag(c)."""
         return self.r[:, None] * self.B * self.c[None, :]
+
+    def pack(self, bias: Tensor | None = None) -> "BinaryLinear":
+        """The layer that stores it; bias (N,) or None."""
+        return BinaryLinear.from_solution(self, bias)
 
     def balanced(self) -> "RowColumn":
         """The same weight with r >= 0, c >= 0 and equal geometric means, so that both fit float16.
@@ -89,6 +94,7 @@ class BinaryLinear(PackedLinear):
         dtype: dtype of the bias.
     """
 
+    kind: ClassVar[str] = "row_column"
     codes: Tensor
     row_scale: Tensor
     col_scale: Tensor
@@ -104,6 +110,13 @@ class BinaryLinear(PackedLinear):
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
 
     @classmethod
+    def empty(
+        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
+    ) -> Self:
+        """Zeroed codes and scales; see the base class. There is no layout."""
+        return cls(in_features, out_features, bias, dtype, **layout)
+
+    @classmethod
     def from_solution(cls, solution: RowColumn, bias: Tensor | None = None) -> "BinaryLinear":
         """Pack a solver's result.
 
@@ -117,13 +130,7 @@ class BinaryLinear(PackedLinear):
         s = solution.balanced()
         layer = cls(s.B.shape[1], s.B.shape[0], bias is not None, torch.float32 if bias is None else bias.dtype)
         layer.codes = pack_signs(s.B)
-        layer.row_scale, layer.col_scale = s.r.detach().half(), s.c.detach().half()
-        for name in ("row_scale", "col_scale"):
-            if not torch.isfinite(getattr(layer, name)).all():
-                raise LitBinqError(
-                    f"BinaryLinear: {name} has values that float16 cannot hold (not finite or above 65504); "
-                    "expected finite scales: check the weights of this layer and raise the option `shrinkage`"
-                )
+        layer.row_scale, layer.col_scale = half_scales(s.r, "row_scale"), half_scales(s.c, "col_scale")
         if bias is not None:
             layer.bias = bias.detach().clone()
         return layer
@@ -136,6 +143,15 @@ class BinaryLinear(PackedLinear):
         """(N, K) float32."""
         return self.solution().dense()
 
+    def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentBinaryLinear":
+        """The trainable twin; see the base class."""
+        return LatentBinaryLinear(self.solution(), self.bias, train_codes, target)
+
+    def operands(self) -> list[tuple[str, list[Tensor]]]:
+        """One product."""
+        stored = [self.codes, self.row_scale, self.col_scale]
+        return [("BinaryMatMul", stored if self.bias is None else [*stored, self.bias.float()])]
+
     def weight_buffers(self) -> dict[str, Tensor]:
         """codes, row_scale and col_scale."""
         return {"codes": self.codes, "row_scale": self.row_scale, "col_scale": self.col_scale}
@@ -144,12 +160,49 @@ class BinaryLinear(PackedLinear):
         """(..., K) -> (..., N)."""
         return binary_matmul(x, self.codes, self.row_scale, self.col_scale, self.bias, self.in_features)
 
-    def extra_repr(self) -> str:
-        """Shape and true bits, for `print(model)`."""
-        return f"{self.in_features}, {self.out_features}, true_bits={self.true_bits():.3f}"
 
+class LatentBinaryLinear(LatentLinear):
+    """The trainable twin: W^ = diag(r) sign(v) diag(c).
 
-def empty_like(linear: nn.Linear) -> BinaryLinear:
-    """A BinaryLinear of the shape of `linear`, with zeroed codes, to load a packed state into."""
-    bias = linear.bias is not None
-    return BinaryLinear(linear.in_features, linear.out_features, bias, linear.weight.dtype)
+    Args:
+        solution: r (N,), c (K,), B (N, K).
+        bias: (N,) or None; kept as it is.
+        train_codes: whether codes may change.
+        target: (N, K), sets the size of the latents; see `lit_binq.formats.latent`.
+    """
+
+    def __init__(
+        self, solution: RowColumn, bias: Tensor | None, train_codes: bool, target: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = solution.B.shape
+        self.v = latent_codes(solution.B, train_codes, target)
+        self.train_codes = train_codes
+        self.r = nn.Parameter(solution.r.detach().float().clone())
+        self.c = nn.Parameter(solution.c.detach().float().clone())
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def code_parameters(self) -> list[nn.Parameter]:
+        """The latents, or nothing."""
+        return [self.v] if self.train_codes else []
+
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """r and c."""
+        return [self.r, self.c]
+
+    def solution(self) -> RowColumn:
+        """The current weight."""
+        return RowColumn(self.r.detach(), self.c.detach(), signs(self.v.detach()))
+
+    def pack(self) -> BinaryLinear:
+        """The current weight, packed."""
+        return BinaryLinear.from_solution(self.solution(), self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        # With frozen codes, scaling x and y instead of the weight spares the weight's gradient, a third of backward.
+        if self.train_codes:
+            weight = straight_through(self.v) * self.r[:, None] * self.c[None, :]
+            return nn.functional.linear(x, weight, self.bias)
+        y = nn.functional.linear(x * self.c, self.v) * self.r
+        return y if self.bias is None else y + self.bias

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.row_column import RowColumn
+from lit_binq.solvers.base import Solver, require_finite
 
 # Columns a block, on two levels. A step updates the residual of its inner panel only, an inner panel's end that of
 # its outer panel, an outer panel's end everything. 16 x N floats stay in the first-level cache and below the size
@@ -30,7 +31,7 @@ INNER, OUTER = 16, 128
 
 
 @dataclass
-class RowColumnSolver:
+class RowColumnSolver(Solver):
     """Options of the closed form.
 
     Attributes:
@@ -48,33 +49,19 @@ class RowColumnSolver:
             if getattr(self, name) < 0:
                 raise LitBinqError(f"solver.{name}: got {getattr(self, name)}, expected a number >= 0")
 
-    def solve(self, T: Tensor, H: Tensor) -> RowColumn:
-        """Fit a row x column weight.
+    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> RowColumn:
+        """Fit a row x column weight, float32; see the base class. Its size is fixed: `bits` says nothing here."""
+        require_finite(T, H)
+        return self.fit(T, H, None)
 
-        Args:
-            T: (N, K) float32 target.
-            H: (K, K) float32 metric, symmetric, positive diagonal.
-
-        Returns:
-            r (N,), c (K,), B (N, K), float32.
-
-        Raises:
-            LitBinqError: T or H holds NaN or inf.
-        """
-        if not (torch.isfinite(T).all() and torch.isfinite(H).all()):
-            raise LitBinqError("solver: target or metric holds NaN or inf; expected finite values")
-        solution, TH = start(T, self.start_iterations), T @ H
+    def fit(self, T: Tensor, H: Tensor, begin: RowColumn | None) -> RowColumn:
+        """Rounds of code and scale updates from `begin`, or from the rank-one start; T and H as in `solve`."""
+        solution, TH = begin or start(T, self.start_iterations), T @ H
         for _ in range(self.rounds):
             solution = update_codes(solution, TH, H, sweeps=self.sweeps)
             solution = update_row_scales(solution, TH, H)
             solution = update_column_scales(solution, TH, H)
         return update_row_scales(solution, TH, H) if self.rounds else solution
-
-
-def objective_value(solution: RowColumn, T: Tensor, H: Tensor) -> float:
-    """f = tr((T - W^) H (T - W^)^T), accumulated in float64."""
-    R = (T - solution.dense()).double()
-    return float(((R @ H.double()) * R).sum())
 
 
 def start(T: Tensor, iterations: int) -> RowColumn:

@@ -1,0 +1,53 @@
+"""What every solver promises: from the pair (T, H) to an unpacked weight of its format.
+
+Legend: T (N, K) target, H (K, K) metric (lit_binq.objectives); W^ (N, K) the quantized weight. A solver lowers
+f(W^) = tr((T - W^) H (T - W^)^T). It sees nothing else of the model.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_binq.errors import LitBinqError
+from lit_binq.formats.base import Solution
+
+
+class Solver(ABC):
+    """A way to fit a format under (T, H). Sub-classes are dataclasses: their fields are the options in a YAML file.
+
+    Attributes:
+        takes_bits: whether the size of the format can follow a bit budget.
+    """
+
+    takes_bits: ClassVar[bool] = False
+
+    @abstractmethod
+    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> Solution:
+        """Fit a weight.
+
+        Args:
+            T: (N, K) float32 target.
+            H: (K, K) float32 metric, symmetric, positive diagonal.
+            bits: most true bits a weight, for solvers with `takes_bits`; None leaves it to the solver's options.
+
+        Raises:
+            LitBinqError: T or H holds NaN or inf, or the format does not fit into `bits`.
+        """
+
+
+def require_finite(T: Tensor, H: Tensor) -> None:
+    """Refuse a system that no solver can use.
+
+    Raises:
+        LitBinqError: T or H holds NaN or inf.
+    """
+    if not (torch.isfinite(T).all() and torch.isfinite(H).all()):
+        raise LitBinqError("solver: target or metric holds NaN or inf; expected finite values")
+
+
+def objective_value(solution: Solution, T: Tensor, H: Tensor) -> float:
+    """f = tr((T - W^) H (T - W^)^T), accumulated in float64."""
+    R = (T - solution.dense()).double()
+    return float(((R @ H.double()) * R).sum())
