@@ -6,7 +6,7 @@
 
 - `take` says which windows are used: the first ones, or a random choice in random order. With `bos` a window
   is the BOS token and T - 1 ids of the text.
-- Several sources give equally many windows (the first ones one more, if it does not come out even), in turn.
+- Several sources give windows in proportion to their `share` (largest remainders), each spread evenly over the list.
 - The last windows of that list are held out: with `take: first` the end of the text that was read, with
   `take: random` a random choice from all of it.
 - Rank r of R gets windows r, r + R, ... Train and held-out windows are equally many on every rank, what is
@@ -175,22 +175,32 @@ class CalibrationData(LightningDataModule):
             raise LitBinqError(
                 f"bos: the tokenizer of {self.tokenizer!r} has no BOS token; set the option `bos` to false"
             )
-        shares = []
-        for i, source in enumerate(self.train):
-            count = self.windows // len(self.train) + (i < self.windows % len(self.train))
+        parts = []
+        for i, (source, count) in enumerate(zip(self.train, self._counts(), strict=True)):
             ids = encode(tokenizer, read_text(source))
-            share = make_windows(ids, self.window_length - self.bos, count, take=self.take, seed=self.seed + i)
-            if len(share) < count:
+            part = make_windows(ids, self.window_length - self.bos, count, take=self.take, seed=self.seed + i)
+            if len(part) < count:
                 log.warning(
                     "text %r has %d tokens: %d windows of %d instead of %d; lower windows or give more text",
-                    *(source.path, len(ids), len(share), self.window_length, count),
+                    *(source.path, len(ids), len(part), self.window_length, count),
                 )
-            shares.append(share)
-        longest = max(len(share) for share in shares)
-        mixed = torch.stack([share[k] for k in range(longest) for share in shares if k < len(share)])
+            parts.append(part)
+        # Window k of n stands at (k + 1/2) / n: sources of any lengths come evenly, those of one length in turn.
+        places = [((k + 0.5) / len(part), i, k) for i, part in enumerate(parts) for k in range(len(part))]
+        mixed = torch.stack([parts[i][k] for _, i, k in sorted(places)])
         if self.bos:
             mixed = torch.nn.functional.pad(mixed, (1, 0), value=int(tokenizer.bos_token_id))
         return mixed
+
+    def _counts(self) -> list[int]:
+        """Windows of each source: proportional to its share, the largest remainders rounded up; at least one."""
+        total = sum(source.share for source in self.train)
+        exact = [self.windows * source.share / total for source in self.train]
+        counts = [int(x) for x in exact]
+        order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for i in order[: self.windows - sum(counts)]:
+            counts[i] += 1
+        return [max(count, 1) for count in counts]
 
     def _split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Train and held-out windows; the held-out ones are the last."""

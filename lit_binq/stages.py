@@ -29,6 +29,7 @@ from lit_binq.blocks import (
 )
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import LatentLinear, PackedLinear
+from lit_binq.graphs import GraphedLoss
 from lit_binq.losses import BlockLoss, block_errors, kl_divergence
 from lit_binq.objectives import GramAccumulator, Objective, Statistics, check_options, target_and_metric
 from lit_binq.solvers import RowColumnSolver, Solver
@@ -82,6 +83,7 @@ class Tuning:
         lr_codes: for latent codes; 0 freezes the codes.
         lr_scales: for row and column scales.
         lr_norms: for norm weights and biases.
+        lr_embeddings: for embeddings and an untied head, which are stored in full anyway; model stage only.
         patience: epochs without a better held-out loss after which the stage ends; 0 means never early.
         final_lr: share of the learning rate that the cosine schedule ends at.
         loss: of block stages: `token` (relative error of each token, averaged) or `block` (of the whole block).
@@ -91,6 +93,7 @@ class Tuning:
     lr_codes: float = 0.03
     lr_scales: float = 3e-3
     lr_norms: float = 1e-3
+    lr_embeddings: float = 0.0
     patience: int = 6
     final_lr: float = 0.0
     loss: BlockLoss = "token"
@@ -140,6 +143,10 @@ class Stage(ABC):
     def leave(self) -> None:
         """Pack what was tuned into the student and move on."""
 
+    def loose_matrices(self) -> list[nn.Parameter]:
+        """Matrices outside the quantized linears that this stage may tune."""
+        return []
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Trainable parameters with their learning rates, for the optimizer; also sets requires_grad.
 
@@ -162,6 +169,8 @@ class Stage(ABC):
                 add(p, t.lr_scales * float(p.detach().abs().mean()))
         for p in norm_parameters(self.module).values():
             add(p, t.lr_norms * max(float(p.detach().abs().mean()), 1e-2))
+        for p in self.loose_matrices():
+            add(p, t.lr_embeddings * float(p.detach().abs().mean()))
         return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
 
 
@@ -201,7 +210,8 @@ class BlockStage(Stage):
                 latent = layer.latent(bool(self.tuning.lr_codes), self._targets.pop(name, None))
                 replace_module(self.module, name, latent)
         w.streams.compute_targets(reference, self.call)
-        self.scale = w.streams.mean_square()
+        measure = _BlockLoss(self.module, self.call, self.tuning.loss, w.streams.mean_square())
+        self._loss = GraphedLoss(measure, w.cuda_graphs)
 
     def _statistics(self, reference: nn.Module, name: str, objective: Objective) -> Statistics | None:
         w = self.work
@@ -258,10 +268,7 @@ class BlockStage(Stage):
         """Relative squared error of the block's output on windows `rows` (b,)."""
         s, device = self.work.streams, self.work.device
         rows = rows.to(s.x_tilde.device)
-        y_hat = run_block(self.module, s.x_tilde[rows].to(device), self.call)
-        error, norm = block_errors(y_hat, s.y[rows].to(device), self.tuning.loss)
-        # Over the whole block's norm rather than this batch's, so that steps weigh alike.
-        return error / (norm if self.tuning.loss == "token" else self.scale * s.y[rows].numel())
+        return self._loss(s.x_tilde[rows].to(device), s.y[rows].to(device))
 
     def evaluate(self, *, held_out: bool) -> Tensor:
         """The two sums of the block's relative error."""
@@ -277,6 +284,32 @@ class BlockStage(Stage):
         self.module.requires_grad_(False)
         round_parameters(self.module, w.rest_dtype)
         w.place(self.index, self.module)
+
+
+class _BlockLoss(nn.Module):
+    """x~, y (b, T, d) to the relative squared error of the block's output, a scalar."""
+
+    def __init__(self, block: nn.Module, call: BlockCall, kind: BlockLoss, mean_square: Tensor) -> None:
+        super().__init__()
+        self.block, self.call, self.kind, self.mean_square = block, call, kind, mean_square
+
+    def forward(self, x_tilde: Tensor, y: Tensor) -> Tensor:
+        error, norm = block_errors(run_block(self.block, x_tilde, self.call), y, self.kind)
+        # Over the whole block's norm rather than this batch's, so that steps weigh alike.
+        return error / (norm if self.kind == "token" else self.mean_square * y.numel())
+
+
+class _ModelLoss(nn.Module):
+    """Token windows (b, T) to the mean KL(teacher || student) over their tokens, a scalar."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+
+    def forward(self, windows: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher = self.teacher(input_ids=windows, use_cache=False).logits
+        return kl_divergence(self.student(input_ids=windows, use_cache=False).logits, teacher)
 
 
 class ModelStage(Stage):
@@ -301,13 +334,12 @@ class ModelStage(Stage):
                 # once by the thousand. From one common size only codes that are pushed steadily flip.
                 replace_module(block, name, layer.latent(bool(self.tuning.lr_codes)))
         self.module = move(w.student, w.device)
+        self._windows = w.streams.windows.to(w.device)
+        self._loss = GraphedLoss(_ModelLoss(self.module, w.teacher), w.cuda_graphs)
 
     def loss(self, rows: Tensor) -> Tensor:
         """Mean KL(teacher || student) over the tokens of windows `rows` (b,)."""
-        windows = self.work.streams.windows[rows.cpu()].to(self.work.device)
-        with torch.no_grad():
-            teacher = self.work.teacher(input_ids=windows, use_cache=False).logits
-        return kl_divergence(self.module(input_ids=windows, use_cache=False).logits, teacher)
+        return self._loss(self._windows[rows.to(self._windows.device)])
 
     @torch.no_grad()
     def evaluate(self, *, held_out: bool) -> Tensor:
@@ -315,9 +347,15 @@ class ModelStage(Stage):
         s = self.work.streams
         first, last = (s.train, s.train + s.held_out) if held_out else (0, s.train)
         total = torch.zeros(2, dtype=torch.float64, device=self.work.device)
-        for i in range(first, last):
-            total += torch.stack((self.loss(torch.tensor([i])).double(), torch.ones_like(total[0])))
+        step = min(s.options.batch_windows, 8)  # logits of a large vocabulary are what takes the memory
+        for i in range(first, last, step):
+            rows = torch.arange(i, min(i + step, last))
+            total += torch.stack((self.loss(rows).double() * len(rows), torch.full_like(total[0], len(rows))))
         return total
+
+    def loose_matrices(self) -> list[nn.Parameter]:
+        """The student's embeddings, and its head where that is not the same tensor."""
+        return list(self.work.loose_matrices().values())
 
     def leave(self) -> None:
         """Pack the student's linears again."""

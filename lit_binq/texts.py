@@ -8,11 +8,12 @@
 Legend: n windows, T window length in tokens.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_binq.errors import LitBinqError
 from lit_binq.models import first_line
+from lit_binq.styles import Style, restyle
 
 PLAIN = (".txt", ".raw", ".utf8")
 ROWS = {".jsonl": "json", ".parquet": "parquet"}
@@ -38,6 +40,11 @@ class TextSource:
         field: column that holds the text, for data sets, .jsonl and .parquet.
         join: what is put between documents; a single plain text file is one document.
         limit_documents: read this many documents only; a hub data set is then streamed, not stored.
+        begin: where the text begins, as a share of its characters; moved to the next line's start.
+        end: where it ends, likewise: a file's parts can serve calibration and evaluation without overlap.
+        skip_lines: regular expression; lines that begin with a match are left out (before `begin` and `end` count).
+        style: `verbatim`, or another style of the same words: `lower` (lower case), `treebank` (see lit_binq.styles).
+        share: weight of this source among several; windows are dealt in proportion.
     """
 
     path: str
@@ -46,8 +53,25 @@ class TextSource:
     field: str = "text"
     join: str = "\n\n"
     limit_documents: int | None = None
+    begin: float = 0.0
+    end: float = 1.0
+    skip_lines: str = ""
+    style: Style = "verbatim"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.begin < self.end <= 1:
+            raise LitBinqError(f"begin, end: got {self.begin} and {self.end}, expected 0 <= begin < end <= 1")
+        try:
+            re.compile(self.skip_lines)
+        except re.error as error:
+            raise LitBinqError(
+                f"skip_lines: {self.skip_lines!r} is no regular expression ({error}); expected one such as '<doc'"
+            ) from error
+        if self.style not in get_args(Style):
+            raise LitBinqError(f"style: got {self.style!r}, expected one of {', '.join(get_args(Style))}")
+        if not 0 < self.share < float("inf"):
+            raise LitBinqError(f"share: got {self.share}, expected a number above 0")
         if self.limit_documents is not None and self.limit_documents < 1:
             raise LitBinqError(f"limit_documents: got {self.limit_documents}, expected at least 1, or null for all")
 
@@ -60,11 +84,15 @@ class TextSource:
 
     def words(self) -> str:
         """The source in a few words."""
+        part = f" from {self.begin:g} to {self.end:g}" if (self.begin, self.end) != (0.0, 1.0) else ""
+        part += f" without lines {self.skip_lines!r}" if self.skip_lines else ""
+        part += f" in style {self.style}" if self.style != "verbatim" else ""
+        part += f", share {self.share:g}" if self.share != 1 else ""
         if Path(self.path).suffix in PLAIN:
-            return f"{self.path} verbatim"
+            return f"{self.path}{part or ' verbatim'}"
         name = f" {self.name}" if self.name else ""
         limit = f", first {self.limit_documents}" if self.limit_documents else ""
-        return f"{self.path}{name} [{self.split}] field {self.field}{limit}, joined with {self.join!r}"
+        return f"{self.path}{name} [{self.split}] field {self.field}{limit}, joined with {self.join!r}{part}"
 
 
 WIKITEXT2 = TextSource("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -95,7 +123,17 @@ def read_text(source: TextSource) -> str:
         raise LitBinqError(
             f"text {source.path!r} is empty; expected text: check the options `path`, `split` and `field`"
         )
-    return text
+    if source.skip_lines:
+        skip = re.compile(source.skip_lines)
+        text = "".join(line for line in text.splitlines(keepends=True) if not skip.match(line))
+    text = text[_line_start(text, source.begin) : _line_start(text, source.end)]
+    return restyle(text, source.style)
+
+
+def _line_start(text: str, share: float) -> int:
+    """Where the first line behind a share of the characters begins; the ends of the text are their own."""
+    at = round(share * len(text))
+    return at if at in (0, len(text)) else text.find("\n", at) + 1 or len(text)
 
 
 def _local_documents(source: TextSource, path: Path) -> Iterable[str]:

@@ -29,6 +29,7 @@ class Workspace:
         device: where blocks run.
         options: activation cache.
         rest_dtype: dtype in which everything but the packed weights is stored.
+        cuda_graphs: whether tuning steps may be captured as CUDA graphs.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Workspace:
         device: torch.device,
         options: StreamOptions,
         rest_dtype: torch.dtype,
+        cuda_graphs: bool = False,
     ) -> None:
         teacher.requires_grad_(False)
         self.teacher, self.device, self.rest_dtype = teacher, device, rest_dtype
+        self.cuda_graphs = cuda_graphs
         self.bits: dict[str, float] = {}  # "block.linear": true bits it may take, where a budget was planned
         self.teacher_blocks = find_blocks(teacher)
         shared = {id(t): t for t in (*self.teacher_blocks.parameters(), *self.teacher_blocks.buffers())}
@@ -72,11 +75,15 @@ class Workspace:
         self.blocks[i] = block.to(self.home)
         self.teacher_blocks[i].to(self.home)
 
-    def loose_norms(self) -> dict[str, Tensor]:
+    def loose_norms(self) -> dict[str, nn.Parameter]:
         """The student's norm parameters outside the blocks: only the model stage tunes them."""
         inside = {id(p) for p in self.blocks.parameters()}
-        norms = norm_parameters(self.student)
-        return {name: p.detach() for name, p in norms.items() if id(p) not in inside}
+        return {name: p for name, p in norm_parameters(self.student).items() if id(p) not in inside}
+
+    def loose_matrices(self) -> dict[str, nn.Parameter]:
+        """The student's embeddings and head, a shared tensor once; only the model stage tunes them, if asked to."""
+        inside = {id(p) for p in self.blocks.parameters()}
+        return {name: p for name, p in self.student.named_parameters() if p.dim() == 2 and id(p) not in inside}
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lit_binq.data import CalibrationData, TextSource, make_windows
 from lit_binq.errors import LitBinqError
 from lit_binq.models import load_tokenizer
+from lit_binq.styles import restyle
 from lit_binq.texts import encode, read_text
 
 
@@ -412,3 +413,72 @@ def test_lightning_skips_evaluation_while_fitting(make_data, text_file, tmp_path
     assert module.eval_sizes == []
     quiet_trainer(tmp_path).validate(module, data, verbose=False)
     assert module.eval_sizes == [(0, 2), (0, 1), (1, 2), (1, 1)]
+
+
+# Parts, lower case, shares
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=st.text(st.sampled_from("ab\n"), min_size=1, max_size=60).filter(str.strip), cut=st.floats(0.01, 0.99))
+def test_parts_of_a_text_meet_without_overlap(tmp_path_factory, text: str, cut: float) -> None:
+    path = tmp_path_factory.mktemp("parts") / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    first, second = read_text(TextSource(str(path), end=cut)), read_text(TextSource(str(path), begin=cut))
+    assert first + second == text
+    assert not first or not second or first.endswith("\n")  # cut at a line's start only
+
+
+def test_lower_case_is_a_rule_of_its_own(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The End\n", encoding="utf-8")
+    plain, lower = TextSource(str(path)), TextSource(str(path), style="lower")
+    assert read_text(lower) == "the end\n"
+    assert plain.rules() != lower.rules()
+    assert "style lower" in lower.words()
+
+
+@pytest.mark.parametrize(
+    ("shares", "counts"), [((1, 1), (10, 10)), ((3, 1), (15, 5)), ((1, 1, 1), (7, 7, 6)), ((2, 1), (13, 7))]
+)
+def test_windows_follow_the_shares(make_data, text_file, tmp_path, shares, counts):
+    names = [tmp_path / f"{i}.txt" for i in range(len(shares))]
+    for i, name in enumerate(names):
+        # every source is one letter over and over, so that a window tells where it came from
+        name.write_text(f"{'abc'[i]} " * 2000, encoding="utf-8")
+    data = make_data(train=[TextSource(str(n), share=s) for n, s in zip(names, shares, strict=True)], held_out=0.0)
+    data.setup("fit")
+    kinds = [tuple(w.unique().tolist()) for w in data.train_windows]
+    found = [kinds.count(kind) for kind in dict.fromkeys(kinds)]
+    assert sorted(found) == sorted(counts)
+    half = kinds[: len(kinds) // 2]
+    for kind in set(kinds):
+        assert abs(half.count(kind) - kinds.count(kind) / 2) <= 1  # each source is spread over the whole list
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"begin": 0.5, "end": 0.5}, {"begin": -0.1}, {"end": 1.1}, {"share": 0.0}, {"style": "upper"}]
+)
+def test_impossible_parts_are_refused(wrong):
+    with pytest.raises(LitBinqError, match="expected"):
+        TextSource("x.txt", **wrong)
+
+
+def test_lines_can_be_left_out(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text('<doc id="1">\nThe End\n</doc>\nNot a <doc> line\n', encoding="utf-8")
+    source = TextSource(str(path), skip_lines="</?doc")
+    assert read_text(source) == "The End\nNot a <doc> line\n"
+    assert "</?doc" in source.words()
+
+
+def test_treebank_style():
+    text = "Mr. Smith doesn't own 1,234.5 shares (yet). \"We'll see,\" he said; U.S. stocks fell 3%!\nThe End"
+    assert restyle(text, "treebank") == (
+        " mr. smith does n't own N shares yet \n we 'll see he said u.s. stocks fell N % \n the end \n"
+    )
+    assert restyle(text, "verbatim") == text
+
+
+def test_treebank_style_keeps_frequent_words_only(monkeypatch):
+    monkeypatch.setattr("lit_binq.styles.VOCABULARY", 2)
+    assert restyle("a b a c b a 7", "treebank") == " a b a <unk> b a N \n"

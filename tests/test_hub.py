@@ -229,12 +229,12 @@ def test_contradictory_folders_are_refused(packed_folder, tmp_path):
 
     folder = broken("version")
     edit(folder, version=99)
-    with pytest.raises(LitBinqError, match="version 99, expected 1"):
+    with pytest.raises(LitBinqError, match="version 99, expected 2"):
         load_packed(folder)
 
     folder = broken("format")
     edit(folder, linears={"model.layers.0.mlp.up_proj": {"format": "ternary"}})
-    with pytest.raises(LitBinqError, match=r"'ternary', expected one of \['row_column'\]"):
+    with pytest.raises(LitBinqError, match=r"'ternary', expected one of \["):
         load_packed(folder)
 
     folder = broken("names")
