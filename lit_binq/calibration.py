@@ -28,14 +28,20 @@ import transformers
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
+from lit_binq.block_stage import BlockStage
 from lit_binq.blocks import find_layers, replace_module
+from lit_binq.budget import plan
 from lit_binq.checkpoint import StageCheckpoint, identity, require_same
+from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
 from lit_binq.evaluation import PackedEvaluation, highest_precision
 from lit_binq.formats import PackedLinear
 from lit_binq.hub import describe_layer, empty_layer, file_bits, require_target, save_packed, true_bits
+from lit_binq.memory import peak_memory, reset_peak_memory
+from lit_binq.model_stage import ModelStage
 from lit_binq.models import load_model, load_tokenizer
-from lit_binq.stages import BlockStage, ClosedForm, ModelStage, Stage, Tuning, end_stage_tuning
+from lit_binq.records import BlockMeasures, parse_as, write_diagnostics
+from lit_binq.stages import ClosedForm, Stage, Tuning, end_stage_tuning
 from lit_binq.streams import StreamOptions
 from lit_binq.workspace import Workspace
 
@@ -43,6 +49,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "lit_binq"
 CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), Tuning(epochs=24), end_stage_tuning(), StreamOptions()
+DIAGNOSTICS = DiagnosticsOptions()
 
 
 @dataclasses.dataclass
@@ -79,6 +86,7 @@ class BinQCalibration(PackedEvaluation):
         tuning: how each block is tuned afterwards.
         finish: how the whole model is tuned at the end; `finish.epochs: 0` leaves the stage out.
         streams: where activations are cached.
+        diagnostics: what is measured of each block, into diagnostics.json beside the packed folder.
         rest_dtype: dtype in which embeddings, norms and biases are stored.
         matmul_precision: float32 matrix products of block passes; statistics and solves always use the highest.
         cuda_graphs: capture tuning steps as CUDA graphs, on one GPU; several times faster for small models.
@@ -95,6 +103,7 @@ class BinQCalibration(PackedEvaluation):
         tuning: Tuning = TUNING,
         finish: Tuning = FINISH,
         streams: StreamOptions = STREAMS,
+        diagnostics: DiagnosticsOptions = DIAGNOSTICS,
         rest_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
         matmul_precision: Literal["highest", "high", "medium"] = "highest",
         cuda_graphs: bool = True,
@@ -104,7 +113,7 @@ class BinQCalibration(PackedEvaluation):
     ) -> None:
         super().__init__(model, packed, compare_fp, revision)
         self.closed_form, self.tuning, self.finish = closed_form, tuning, finish
-        self.stream_options, self.seed = streams, seed
+        self.stream_options, self.diagnostics, self.seed = streams, diagnostics, seed
         self.rest_dtype: torch.dtype = getattr(torch, rest_dtype)
         self.matmul_precision, self.cuda_graphs = matmul_precision, cuda_graphs
         # DDP refuses to wrap a module without trainable parameters; no stage is on when Lightning first wraps it.
@@ -113,6 +122,7 @@ class BinQCalibration(PackedEvaluation):
         self.stage_index = 0
         self.finished = False
         self.records: list[StageRecord] = []
+        self.measures: list[BlockMeasures] = []
         self._stage: Stage | None = None
         self._resume: dict[str, Any] | None = None
 
@@ -161,6 +171,7 @@ class BinQCalibration(PackedEvaluation):
             self._start_fit()
 
     def _start_fit(self) -> None:
+        reset_peak_memory(self.trainer.strategy.root_device)
         self._began = time.monotonic()
         data = self.datamodule
         if data is None or not hasattr(data, "train_windows"):
@@ -177,6 +188,9 @@ class BinQCalibration(PackedEvaluation):
             # Not under DDP: NCCL's own thread may touch the device while a capture is on, which ends it.
             self.cuda_graphs and self.trainer.world_size == 1,
         )
+        if self.closed_form.bits:
+            with highest_precision():
+                self.work.bits = plan(self.work, self.closed_form.solver, self.closed_form.bits)
         self._tokens = len(data.train_windows) * windows.shape[1] * self.trainer.world_size
         self._data = {"rules": data.describe(), "fingerprint": data.fingerprint()}
 
@@ -216,6 +230,7 @@ class BinQCalibration(PackedEvaluation):
             },
             "loose": {name: p.detach() for name, p in self._loose().items()},
             "records": [dataclasses.asdict(r) for r in self.records],
+            "measures": [dataclasses.asdict(m) for m in self.measures],
             "seconds": time.monotonic() - self._began,
         }
 
@@ -247,6 +262,7 @@ class BinQCalibration(PackedEvaluation):
         work = self.work
         self.stage_index = int(state["stage"])
         self.records = [StageRecord(**r) for r in state["records"]]
+        self.measures = [parse_as(BlockMeasures, m, "block") for m in state["measures"]]
         self._began -= state["seconds"]
         for i, saved in state["blocks"].items():
             block = work.new_block(i)
@@ -290,7 +306,7 @@ class BinQCalibration(PackedEvaluation):
         self._stage_began = time.monotonic()
         stage: Stage
         if i < len(work.blocks):
-            stage = BlockStage(work, i, self.closed_form, self.tuning)
+            stage = BlockStage(work, i, self.closed_form, self.tuning, self.diagnostics)
         else:
             stage = ModelStage(work, self.finish)
         with highest_precision():
@@ -379,6 +395,9 @@ class BinQCalibration(PackedEvaluation):
             self._best_state, self._groups = [], []
         with highest_precision():
             stage.leave()
+        if isinstance(stage, BlockStage) and stage.measures is not None:
+            self.measures.append(stage.measures)
+            self.log_dict(stage.measures.scalars(), rank_zero_only=True)
         self.active, self._stage = None, None
         self.placeholder.requires_grad_(True)
         seconds = time.monotonic() - self._stage_began
@@ -428,6 +447,7 @@ class BinQCalibration(PackedEvaluation):
             "data": self._data,
             "calibration_tokens": self._tokens,
             "calibration_seconds": round(seconds, 1),
+            "calibration_peak_memory": peak_memory(work.device),
             "device": _device_name(work.device),
             "identity": self._identity(),
             "stages": [dataclasses.asdict(r) for r in self.records],
@@ -440,6 +460,8 @@ class BinQCalibration(PackedEvaluation):
         work.streams.close()
         if self.trainer.is_global_zero:
             tokenizer = load_tokenizer(self.source, revision=self.revision)
+            if self.measures:
+                write_diagnostics(self.packed.parent / "diagnostics.json", self.measures)
             save_packed(work.student.cpu(), tokenizer, self.packed, facts=facts, rest_dtype=self.rest_dtype)
             log.info(
                 "wrote %s: %.3f true bits, %.2f file bits, calibrated on %d tokens in %.0f s",

@@ -1,6 +1,8 @@
 """The command `litbinq`.
 
     fit, validate, test      Lightning's command line over BinQCalibration and CalibrationData
+    compare                  a table of fits, each a process of its own
+    report                   pictures and one page of a run's diagnostics
     export, check, generate  plain functions over an exported folder (package lit_binq_onnx)
 
 May touch everything; nothing imports it. Its own job: help texts, one-line errors, exit codes.
@@ -28,6 +30,8 @@ commands:
   fit       calibrate a model:       litbinq fit --config configs/smollm2-135m-demo.yaml
   validate  perplexity of a packed model beside its full-precision source (same options as fit)
   test      the same on the test loaders
+  compare   a table of methods, one fit a row:   litbinq compare --config configs/compare-ladder-s.yaml
+  report    pictures and a page of runs:         litbinq report RUN [--beside OTHER]
   export    packed folder to ONNX:   litbinq export PACKED OUT
   check     compare an exported model with torch:          litbinq check OUT
   generate  write text with it:      litbinq generate OUT --prompt "Once upon a time"
@@ -51,9 +55,15 @@ def main(args: Sequence[str] | None = None) -> int:
         print(OVERVIEW, end="")
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
-    commands: dict[str, Callable[..., None]] = {"export": export, "check": check, "generate": generate}
-    if command not in commands and command not in ("fit", "validate", "test"):
-        print(f"litbinq: unknown command {command!r}, expected one of fit, validate, test, {', '.join(commands)}",
+    commands: dict[str, Callable[..., None]] = {
+        "report": report,
+        "export": export,
+        "check": check,
+        "generate": generate,
+    }
+    others = ("fit", "validate", "test", "compare")
+    if command not in commands and command not in others:
+        print(f"litbinq: unknown command {command!r}, expected one of {', '.join((*others, *commands))}",
               file=sys.stderr)  # fmt: skip
         return 2
     try:
@@ -61,6 +71,8 @@ def main(args: Sequence[str] | None = None) -> int:
             from jsonargparse import auto_cli
 
             auto_cli(commands[command], args=rest, as_positional=True, prog=f"litbinq {command}")
+        elif command == "compare":
+            _compare(rest)
         else:
             _lightning(arguments)
     except LitBinqError as error:
@@ -232,6 +244,34 @@ def _lightning(arguments: list[str]) -> None:
     )
 
 
+def _compare(arguments: list[str]) -> None:
+    """compare: run the rows of a YAML file and print the table."""
+    import argparse
+
+    from lit_binq import compare_plan
+    from lit_binq.compare import compare
+
+    parser = argparse.ArgumentParser(
+        prog="litbinq compare",
+        description="A table of methods: true bits, perplexity on several corpora with its ratio to full precision, "
+        "calibration seconds and peak memory. Every row is one `litbinq fit`; rows that are done are not run again.",
+        epilog=compare_plan.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="YAML", help="what to compare, see below")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", metavar="NAME", help="rows to run; the table shows all there are"
+    )
+    options = parser.parse_args(arguments)
+    table, failed = compare(options.config, options.only)
+    print(table, end="")
+    if failed:
+        raise LitBinqError(
+            f"no result for {', '.join(map(repr, failed))}: the reasons stand under the table; the same command tries "
+            "again what is not done"
+        )
+
+
 def require_checkpoint(path: Path) -> None:
     """Refuse a `--ckpt_path` that is no checkpoint file.
 
@@ -250,6 +290,21 @@ def require_checkpoint(path: Path) -> None:
         raise LitBinqError(
             f"ckpt_path: {str(path)!r} is no checkpoint, expected DIRPATH/last.ckpt of `--checkpoint.dirpath`"
         ) from error
+
+
+def report(run: str, out: str | None = None, beside: list[str] | str | None = None) -> None:
+    """Draw the diagnostics of a run: PNG pictures and one page that needs nothing else.
+
+    The fit must have measured something: option `model.diagnostics.windows`.
+
+    Args:
+        run: folder of a run, or its packed folder.
+        out: folder to write; RUN/report if not given.
+        beside: other runs to draw on the same axes: FOLDER, or several with commas between.
+    """
+    from lit_binq.report import report as draw
+
+    draw(run, out, beside)
 
 
 def export(packed: str, out: str, check: bool = True) -> None:

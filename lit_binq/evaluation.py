@@ -69,8 +69,9 @@ class PackedEvaluation(pl.LightningModule):
         self._outside.clear()
 
     def summary(self) -> dict[str, Any]:
-        """Perplexities by evaluation set, with the bits of the packed model they belong to."""
+        """Perplexities by evaluation set, with the bits of the packed model they belong to and facts of its fit."""
         student = self._outside["student"]
+        facts = read_marker(self.packed)["facts"]
         return {
             "model": self.source,
             "packed": str(self.packed),
@@ -78,7 +79,7 @@ class PackedEvaluation(pl.LightningModule):
             "file_bits": file_bits(self.packed),
             "perplexity": self.results,
             "data": self.datamodule.describe(),
-            **{k: v for k, v in read_marker(self.packed)["facts"].items() if k.startswith("calibration_")},
+            **{k: v for k, v in facts.items() if k.startswith("calibration_") or k in ("device", "versions")},
         }
 
     def on_validation_start(self) -> None:
@@ -117,8 +118,9 @@ class PackedEvaluation(pl.LightningModule):
                 file_bits(self.packed),
             )
             for name, values in self.results.items():
-                fp = f", full precision {values['fp']:.2f}, ratio {values['packed'] / values['fp']:.2f}"
-                log.info("perplexity on %s: %.2f%s", name, values["packed"], fp if "fp" in values else "")
+                fp = values.get("fp")
+                beside = f", full precision {fp:.2f}, ratio {values['packed'] / fp:.2f}" if fp is not None else ""
+                log.info("perplexity on %s: %.2f%s", name, values["packed"], beside)
 
     on_test_start, test_step = on_validation_start, validation_step
     on_test_epoch_end = on_validation_epoch_end

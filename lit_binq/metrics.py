@@ -1,6 +1,6 @@
 """What is measured: perplexity of a model, and how close two tensors are.
 
-Legend: b windows, T positions, V vocabulary, D and N widths. Tensor functions take one pair, callers add up over windows.
+Legend: b windows, T positions, V vocabulary, D and N widths. Functions take one pair of tensors.
 """
 
 from typing import Any

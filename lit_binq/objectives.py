@@ -90,7 +90,13 @@ class GramAccumulator:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             for t in (self.S, self.C, self.F, count):
                 torch.distributed.all_reduce(t)
-        n = int(count)
+        return self._averages(int(count))
+
+    def own_statistics(self) -> Statistics:
+        """The same over this rank's tokens alone; no other rank need take part."""
+        return self._averages(self.tokens)
+
+    def _averages(self, n: int) -> Statistics:
         if n == 0:
             raise LitBinqError("statistics: got no calibration tokens, expected at least one window a rank")
         if not all(torch.isfinite(t).all() for t in (self.S, self.C, self.F)):

@@ -45,6 +45,7 @@ class Workspace:
         teacher.requires_grad_(False)
         self.teacher, self.device, self.rest_dtype = teacher, device, rest_dtype
         self.cuda_graphs = cuda_graphs
+        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.bits: dict[str, float] = {}  # "block.linear": true bits it may take, where a budget was planned
         self.teacher_blocks = find_blocks(teacher)
         shared = {id(t): t for t in (*self.teacher_blocks.parameters(), *self.teacher_blocks.buffers())}

@@ -57,6 +57,14 @@ def test_validate_gives_the_figures_of_the_fit(way, tmp_path):
     assert again["perplexity"] == first["perplexity"]
 
 
+def test_validate_without_full_precision(way, tmp_path):
+    out = tmp_path / "packed_only.json"
+    arguments = ["--model.compare_fp", "false", "--results", str(out)]
+    assert cli.main(["validate", "--config", str(way / "config.yaml"), *arguments]) == 0
+    alone = json.loads(out.read_text())["perplexity"]["text"]
+    assert alone == {"packed": json.loads((way / "results.json").read_text())["perplexity"]["text"]["packed"]}
+
+
 def test_export_check_and_generate(way, tmp_path, capsys, caplog):
     out = tmp_path / "onnx"
     assert cli.main(["export", str(way / "packed"), str(out)]) == 0
@@ -71,11 +79,11 @@ def test_export_check_and_generate(way, tmp_path, capsys, caplog):
 def test_help_and_wrong_usage(capsys):
     assert cli.main(["--help"]) == 0
     overview = capsys.readouterr().out
-    assert all(f"\n  {c} " in overview for c in ("fit", "validate", "test", "export", "check", "generate"))
+    assert all(f"\n  {c} " in overview for c in ("fit", "validate", "test", "compare", "export", "check", "generate"))
     assert cli.main([]) == 2
     assert cli.main(["fitt"]) == 2
     assert "unknown command 'fitt'" in capsys.readouterr().err
-    for command in ("fit", "export", "generate"):
+    for command in ("fit", "compare", "export", "generate"):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0

@@ -14,19 +14,14 @@ from conftest import VOCAB, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_binq.block_stage import BlockStage
 from lit_binq.blocks import find_blocks, norm_parameters
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear, LatentBinaryLinear, RowColumn
 from lit_binq.hub import round_rest
+from lit_binq.model_stage import ModelStage
 from lit_binq.solvers.row_column import RowColumnSolver
-from lit_binq.stages import (
-    BlockStage,
-    ClosedForm,
-    ModelStage,
-    Stage,
-    Tuning,
-    end_stage_tuning,
-)
+from lit_binq.stages import ClosedForm, Stage, Tuning, end_stage_tuning
 from lit_binq.streams import StreamOptions
 from lit_binq.workspace import Workspace, round_parameters
 

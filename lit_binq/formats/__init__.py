@@ -1,26 +1,60 @@
 """What is stored: codes and scales, true bits, dequantization. One format a file; knows nothing above itself."""
 
 from lit_binq.formats.base import LatentLinear, PackedLinear, Solution
+from lit_binq.formats.grouped import Grouped, GroupedLinear, LatentGroupedLinear, grouped_binary_matmul
+from lit_binq.formats.levels import LatentLevelsLinear, Levels, LevelsLinear, levels_matmul
+from lit_binq.formats.low_rank import LatentLowRankLinear, LowRank, LowRankLinear
+from lit_binq.formats.mean import LatentRowMeanLinear, RowMean, RowMeanLinear
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
 from lit_binq.formats.row_column import BinaryLinear, LatentBinaryLinear, RowColumn, binary_matmul
 from lit_binq.formats.salient import LatentSalientLinear, Salient, SalientLinear
+from lit_binq.formats.sparse8 import LatentSparse8Linear, Sparse8, Sparse8Linear, sparse8_matmul
 
-FORMATS: dict[str, type[PackedLinear]] = {layer.kind: layer for layer in (BinaryLinear, SalientLinear)}
+FORMATS: dict[str, type[PackedLinear]] = {
+    layer.kind: layer
+    for layer in (
+        BinaryLinear,
+        SalientLinear,
+        GroupedLinear,
+        LowRankLinear,
+        LevelsLinear,
+        RowMeanLinear,
+        Sparse8Linear,
+    )
+}
 """Every format that a packed folder may hold, by the name it has there."""
 
 __all__ = [
     "FORMATS",
     "BinaryLinear",
+    "Grouped",
+    "GroupedLinear",
     "LatentBinaryLinear",
+    "LatentGroupedLinear",
+    "LatentLevelsLinear",
     "LatentLinear",
+    "LatentLowRankLinear",
+    "LatentRowMeanLinear",
     "LatentSalientLinear",
+    "LatentSparse8Linear",
+    "Levels",
+    "LevelsLinear",
+    "LowRank",
+    "LowRankLinear",
     "PackedLinear",
     "RowColumn",
+    "RowMean",
+    "RowMeanLinear",
     "Salient",
     "SalientLinear",
     "Solution",
+    "Sparse8",
+    "Sparse8Linear",
     "binary_matmul",
+    "grouped_binary_matmul",
+    "levels_matmul",
     "pack_signs",
     "packed_width",
+    "sparse8_matmul",
     "unpack_signs",
 ]

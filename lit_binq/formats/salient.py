@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_binq.formats.base import LatentLinear, PackedLinear, Solution
+from lit_binq.formats.latent import latent_codes, signs, straight_through
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
-from lit_binq.formats.row_column import BinaryLinear, LatentBinaryLinear, RowColumn, binary_matmul
+from lit_binq.formats.row_column import BinaryLinear, RowColumn, binary_matmul
 
 
 @dataclass
@@ -173,11 +174,18 @@ class SalientLinear(PackedLinear):
 class LatentSalientLinear(LatentLinear):
     """The trainable twin; the choice of columns stays.
 
+    One latent v stands for both codes of a weight: B = sign(v) and, on chosen columns, B2 = sign(v - B). In units of
+    r_i c_j the levels are -1-e, -1+e, 1-e, 1+e with thresholds at -1, 0 and 1, so a latent that is pushed passes the
+    levels in their order. Two latents with a sign each cannot do that: between the middle levels both codes change, and
+    a push that flips the first holds the second where it is, which overshoots to the outer level. The gradient of the
+    weight reaches v as it is, times r_i c_j (straight-through).
+
     Args:
         solution: both planes.
         bias: (N,) or None; kept as it is.
         train_codes: whether codes may change.
-        target: (N, K), sets the size of the latents: |T| for the first plane, |T - first plane| for the second.
+        target: (N, K) dense weight the codes were made from: it sets where between its thresholds a latent begins, as
+            far as the codes allow; None begins half-way.
     """
 
     columns: Tensor
@@ -186,28 +194,48 @@ class LatentSalientLinear(LatentLinear):
         super().__init__()
         self.out_features, self.in_features = solution.base.B.shape
         self.train_codes = train_codes
-        rest = None if target is None else (target - solution.base.dense())[:, solution.columns]
-        self.base = LatentBinaryLinear(solution.base, None, train_codes, target)
-        self.extra = LatentBinaryLinear(solution.extra, None, train_codes, rest)
+        base, extra = solution.base.balanced(), solution.extra.balanced()
+        self.r, self.c, self.r2, self.c2 = (
+            nn.Parameter(t.detach().float().clone()) for t in (base.r, base.c, extra.r, extra.c)
+        )
+        v = latent_codes(base.B, train_codes, target).detach()
+        size = torch.full_like(extra.B, 0.5)
+        if target is not None:
+            unit = (base.r[:, None] * base.c[None, :])[:, solution.columns].clamp_min(1e-30)
+            rest = target.detach().float()[:, solution.columns] / unit - base.B[:, solution.columns]
+            # Beyond its threshold a target says nothing about how sure the code is: next to the threshold, then.
+            size = (rest * extra.B).clamp(0.05, 0.95)
+        v[:, solution.columns] = base.B[:, solution.columns] + extra.B * size
+        self.v = nn.Parameter(v, requires_grad=train_codes)
         self.register_buffer("columns", solution.columns)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def code_parameters(self) -> list[nn.Parameter]:
-        """The latents of both planes, or nothing."""
-        return self.base.code_parameters() + self.extra.code_parameters()
+        """The latents, or nothing."""
+        return [self.v] if self.train_codes else []
 
     def scale_parameters(self) -> list[nn.Parameter]:
         """Row and column scales of both planes."""
-        return self.base.scale_parameters() + self.extra.scale_parameters()
+        return [self.r, self.c, self.r2, self.c2]
+
+    def solution(self) -> Salient:
+        """The current weight."""
+        v = self.v.detach()
+        B = signs(v)
+        second = RowColumn(self.r2.detach(), self.c2.detach(), self._second(v))
+        return Salient(RowColumn(self.r.detach(), self.c.detach(), B), second, self.columns)
+
+    def _second(self, v: Tensor) -> Tensor:
+        """B2 (N, k) from the latents (N, K)."""
+        chosen = v.index_select(1, self.columns)
+        return signs(chosen - signs(chosen))
 
     def pack(self) -> SalientLinear:
         """The current weight, packed."""
-        return SalientLinear.from_solution(
-            Salient(self.base.solution(), self.extra.solution(), self.columns), self.bias
-        )
+        return SalientLinear.from_solution(self.solution(), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        part = x if len(self.columns) == self.in_features else x.index_select(-1, self.columns)
-        y = self.base(x) + self.extra(part)
-        return y if self.bias is None else y + self.bias
+        weight = straight_through(self.v) * self.r[:, None] * self.c[None, :]
+        second = self._second(self.v.detach()) * self.r2[:, None] * self.c2[None, :]
+        return nn.functional.linear(x, weight.index_add(1, self.columns, second), self.bias)

@@ -3,8 +3,31 @@
 Every solver is known to the command line by its class name: `closed_form.solver: SalientSolver`.
 """
 
+from lit_binq.solvers.amp import amp_metric
+from lit_binq.solvers.arb import ARB
+from lit_binq.solvers.arb_rc import ARBRC
+from lit_binq.solvers.arb_x import ARBX
 from lit_binq.solvers.base import Solver, objective_value
+from lit_binq.solvers.billm import BiLLM
+from lit_binq.solvers.cgb import CGB
+from lit_binq.solvers.grouped import GroupedSolver
+from lit_binq.solvers.low_rank import LowRankSolver
+from lit_binq.solvers.pb_llm import PBLLM
 from lit_binq.solvers.row_column import RowColumnSolver
 from lit_binq.solvers.salient import SalientSolver
 
-__all__ = ["RowColumnSolver", "SalientSolver", "Solver", "objective_value"]
+__all__ = [
+    "ARB",
+    "ARBRC",
+    "ARBX",
+    "CGB",
+    "PBLLM",
+    "BiLLM",
+    "GroupedSolver",
+    "LowRankSolver",
+    "RowColumnSolver",
+    "SalientSolver",
+    "Solver",
+    "amp_metric",
+    "objective_value",
+]

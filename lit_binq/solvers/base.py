@@ -36,6 +36,21 @@ class Solver(ABC):
             LitBinqError: T or H holds NaN or inf, or the format does not fit into `bits`.
         """
 
+    def spend(self, weights: dict[str, Tensor], moments: dict[str, Tensor], bits: float) -> dict[str, float]:
+        """How many bits each layer may take, so that all together take at most `bits` a weight.
+
+        Here: as many for each. Solvers that know where a bit gains most do better.
+
+        Args:
+            weights: W (N, K) of every layer, by name.
+            moments: E[x_j^2] (K,) of every layer's input in full precision.
+            bits: true bits a weight, over all layers.
+
+        Raises:
+            LitBinqError: the format does not fit.
+        """
+        return dict.fromkeys(weights, bits)
+
 
 def require_finite(T: Tensor, H: Tensor) -> None:
     """Refuse a system that no solver can use.

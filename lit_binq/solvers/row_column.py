@@ -16,18 +16,23 @@ Everything is kept transposed, (K, N), so that the column a step works on is con
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.row_column import RowColumn
+from lit_binq.solvers.amp import gate_columns, gate_rows, gated_codes
 from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.feedback import feedback_codes
 
 # Columns a block, on two levels. A step updates the residual of its inner panel only, an inner panel's end that of
 # its outer panel, an outer panel's end everything. 16 x N floats stay in the first-level cache and below the size
 # at which torch starts threads (a thread start costs more than the step); 128 makes the big product efficient.
 INNER, OUTER = 16, 128
+
+Start = Literal["signs", "error_feedback"]
 
 
 @dataclass
@@ -38,30 +43,60 @@ class RowColumnSolver(Solver):
         rounds: how often codes and scales take turns; two suffice before tuning.
         sweeps: passes over all columns in one code update.
         start_iterations: alternating least-squares steps of the rank-one start on |T|.
+        start_from: the first codes: `signs` of the target, or `error_feedback`, columns from left to right with each
+            one's error compensated on those to come (GPTQ).
     """
 
     rounds: int = 2
     sweeps: int = 1
     start_iterations: int = 10
+    start_from: Start = "signs"
 
     def __post_init__(self) -> None:
         for name in ("rounds", "sweeps", "start_iterations"):
             if getattr(self, name) < 0:
                 raise LitBinqError(f"solver.{name}: got {getattr(self, name)}, expected a number >= 0")
+        if self.start_from not in get_args(Start):
+            raise LitBinqError(
+                f"solver.start_from: got {self.start_from!r}, expected one of {', '.join(get_args(Start))}"
+            )
 
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> RowColumn:
-        """Fit a row x column weight, float32; see the base class. Its size is fixed: `bits` says nothing here."""
+    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None, amp: Tensor | None = None) -> RowColumn:
+        """Fit a row x column weight, float32; see the base class. Its size is fixed: `bits` says nothing here.
+
+        Args:
+            T: (N, K) target.
+            H: (K, K) metric.
+            bits: not used.
+            amp: (K, K), `lit_binq.solvers.amp.amp_metric`: updates that would lower tr(W^ amp W^^T) are not made.
+
+        Raises:
+            LitBinqError: T or H holds NaN or inf.
+        """
         require_finite(T, H)
-        return self.fit(T, H, None)
+        return self.fit(T, H, None, amp)
 
-    def fit(self, T: Tensor, H: Tensor, begin: RowColumn | None) -> RowColumn:
-        """Rounds of code and scale updates from `begin`, or from the rank-one start; T and H as in `solve`."""
-        solution, TH = begin or start(T, self.start_iterations), T @ H
+    def fit(self, T: Tensor, H: Tensor, begin: RowColumn | None, amp: Tensor | None = None) -> RowColumn:
+        """Rounds of code and scale updates from `begin`, or from the start of the options; the rest as in `solve`."""
+        TH = T @ H
+        solution = begin or start(T, self.start_iterations)
+        if begin is None and self.start_from == "error_feedback":
+            solution = feedback_codes(solution, T, H)
+        if amp is not None:
+            return self._fit_gated(solution, TH, H, amp)
         for _ in range(self.rounds):
             solution = update_codes(solution, TH, H, sweeps=self.sweeps)
             solution = update_row_scales(solution, TH, H)
             solution = update_column_scales(solution, TH, H)
         return update_row_scales(solution, TH, H) if self.rounds else solution
+
+    def _fit_gated(self, solution: RowColumn, TH: Tensor, H: Tensor, M: Tensor) -> RowColumn:
+        """The same rounds, each update through the gate of `lit_binq.solvers.amp`."""
+        for _ in range(self.rounds):
+            solution = gated_codes(solution, TH, H, M, sweeps=self.sweeps)
+            solution = gate_rows(solution, update_row_scales(solution, TH, H), M)
+            solution = gate_columns(solution, update_column_scales(solution, TH, H), TH, H, M)
+        return gate_rows(solution, update_row_scales(solution, TH, H), M) if self.rounds else solution
 
 
 def start(T: Tensor, iterations: int) -> RowColumn:
@@ -118,21 +153,33 @@ def update_column_scales(s: RowColumn, TH: Tensor, H: Tensor) -> RowColumn:
 def update_codes(
     s: RowColumn, TH: Tensor, H: Tensor, *, sweeps: int = 1, inner: int = INNER, outer: int = OUTER
 ) -> RowColumn:
-    """Coordinate descent on the codes for given r and c: `sweeps` cyclic passes over all columns.
+    """Coordinate descent on the codes for given r and c; arguments as in `descend_codes`."""
+    scale = s.c[:, None] * s.r[None, :]
+    return RowColumn(s.r, s.c, descend_codes(s.B, scale, TH, H, sweeps=sweeps, inner=inner, outer=outer))
+
+
+def descend_codes(
+    B: Tensor, scale: Tensor, TH: Tensor, H: Tensor, *, sweeps: int = 1, inner: int = INNER, outer: int = OUTER
+) -> Tensor:
+    """Coordinate descent on codes with any scales: `sweeps` cyclic passes over all columns.
 
     Each single step sets b_ij to the value that minimises f with all other codes fixed; a tie keeps the code.
 
     Args:
-        s: current solution.
+        B: (N, K) current codes.
+        scale: (K, N): the weight that code b_ij stands for is scale_ji b_ij.
         TH: (N, K), the product T H.
         H: (K, K).
         sweeps: passes.
         inner: columns of a panel that every step updates.
         outer: columns of a panel that every inner panel updates. The result depends on neither but for rounding.
+
+    Returns:
+        (N, K), the new codes.
     """
     K = TH.shape[1]
-    Bt = s.B.T.clone(memory_format=torch.contiguous_format)  # (K, N); at N = 1, contiguous() would not copy
-    scale = s.c[:, None] * s.r[None, :]  # (K, N): the weight a code stands for
+    Bt = B.T.clone(memory_format=torch.contiguous_format)  # (K, N); at N = 1, contiguous() would not copy
+    scale = scale.contiguous()
     Gt = TH.T - H @ (Bt * scale)  # (K, N)
     square = scale * scale
     over = scale / H.diagonal().clamp_min(1e-30)[:, None]
@@ -157,4 +204,4 @@ def update_codes(
             moved = (Bt[o0:o1] - before).mul_(scale[o0:o1])
             Gt[:o0].addmm_(H[:o0, o0:o1], moved, alpha=-1)
             Gt[o1:].addmm_(H[o1:, o0:o1], moved, alpha=-1)
-    return RowColumn(s.r, s.c, Bt.T.contiguous())
+    return Bt.T.contiguous()

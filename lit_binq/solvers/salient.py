@@ -24,7 +24,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats.row_column import RowColumn
 from lit_binq.formats.salient import Salient, stored_bits
 from lit_binq.solvers.base import Solver, require_finite
-from lit_binq.solvers.row_column import RowColumnSolver
+from lit_binq.solvers.row_column import RowColumnSolver, start
 
 
 @dataclass
@@ -65,14 +65,82 @@ class SalientSolver(Solver):
             W2 = _second(T - base.dense(), H, columns, self.plane, W2)
         return Salient(base, W2, columns)
 
+    def spend(self, weights: dict[str, Tensor], moments: dict[str, Tensor], bits: float) -> dict[str, float]:
+        """Second planes where they lower the layers' relative output errors most for each bit.
 
-def _second(R: Tensor, H: Tensor, columns: Tensor, plane: RowColumnSolver, start: RowColumn | None) -> RowColumn:
+        The gain of a column is that of `choose_columns` with the weight's own rank-one fit for W1 and a diagonal
+        metric, over the layer's output energy: every layer's relative error counts the same. One threshold on gain /
+        bits for all layers, found by bisection.
+
+        Args:
+            weights: W (N, K) of every layer, by name.
+            moments: E[x_j^2] (K,) of every layer's input.
+            bits: true bits a weight, over all layers.
+
+        Raises:
+            LitBinqError: not even the first planes fit.
+        """
+        gains = {name: _gains(W.float(), moments[name].to(W.device).float()) for name, W in weights.items()}
+        total = sum(W.numel() for W in weights.values())
+
+        def chosen(threshold: float) -> dict[str, int]:
+            counts = {}
+            for name, W in weights.items():
+                N, K = W.shape
+                k = int((gains[name] > threshold * (N + 16)).sum())
+                k = min(-(-k // 8) * 8, K)  # codes are packed to whole bytes
+                fixed = 16 * N + K  # row scales and bitmap, whatever k
+                counts[name] = k if float(gains[name].topk(k).values.sum()) > threshold * (k * (N + 16) + fixed) else 0
+            return counts
+
+        def size(counts: dict[str, int]) -> float:
+            return sum(_stored(W, counts[name]) for name, W in weights.items()) / total
+
+        if (least := size(dict.fromkeys(weights, 0))) > bits:
+            raise LitBinqError(
+                f"closed_form.bits: got {bits}, expected at least {least:.4f}: signs and scales of the first plane "
+                "alone take that much"
+            )
+        low, high = (
+            0.0,
+            max(float(g.max()) / (len(W) + 16) for g, W in zip(gains.values(), weights.values(), strict=True)),
+        )
+        if size(chosen(low)) > bits:
+            for _ in range(60):  # the size falls with the threshold; `high` always fits
+                middle = (low + high) / 2
+                low, high = (middle, high) if size(chosen(middle)) > bits else (low, middle)
+        else:
+            high = low
+        counts = chosen(high)
+        # A layer's row scales come all at once, so the threshold may leave a gap: layer by layer, the best first.
+        left = int(bits * total) - sum(_stored(W, counts[name]) for name, W in weights.items())
+        following = {
+            n: float(gains[n].sort(descending=True).values[min(k, len(gains[n]) - 1)]) for n, k in counts.items()
+        }
+        for name in sorted(counts, key=lambda n: following[n] / (len(weights[n]) + 16), reverse=True):
+            W, before = weights[name], _stored(weights[name], counts[name])
+            counts[name] = max(counts[name], most_columns(W.shape[0], W.shape[1], (before + left) / W.numel()))
+            left -= _stored(W, counts[name]) - before
+        return {name: _stored(W, counts[name]) / W.numel() for name, W in weights.items()}
+
+
+def _stored(W: Tensor, k: int) -> int:
+    return stored_bits(W.shape[0], W.shape[1], k)
+
+
+def _gains(W: Tensor, moment: Tensor) -> Tensor:
+    """(K,) relative output error that a second plane takes away, by column: m_j |R_j|_1^2 / N over sum m_j |W_j|^2."""
+    R = W - start(W, 10).dense()
+    return moment * R.abs().sum(0).square() / len(W) / (moment * W.square().sum(0)).sum().clamp_min(1e-30)
+
+
+def _second(R: Tensor, H: Tensor, columns: Tensor, plane: RowColumnSolver, begin: RowColumn | None) -> RowColumn:
     """The second plane (N, k) for the residual R (N, K)."""
     H_ss = H[columns][:, columns]
     # H is damped, so H_ss is positive definite; float64 as in the objectives.
     L = torch.linalg.cholesky(H_ss.double())
     T2 = torch.cholesky_solve((R @ H[:, columns]).double().T, L).T.float()
-    return plane.fit(T2, H_ss, start)
+    return plane.fit(T2, H_ss, begin)
 
 
 def choose_columns(G: Tensor, H: Tensor, k: int) -> Tensor:

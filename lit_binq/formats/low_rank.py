@@ -1,0 +1,226 @@
+"""The low-rank format, double binary factorization: W^ = diag(u) A diag(v) B diag(w), any budget from 0.1 to 2 bits.
+
+Legend: N rows, K columns, k rank; A (N, k), B (k, K) signs in {-1, +1}; u (N,), v (k,), w (K,) scales.
+True bits: k (N + K) / (N K) for the codes and 16 (N + k + K) / (N K) for the scales; ranks are multiples of 8, so
+that a row of A is whole bytes.
+
+The layer is two row x column products: B with column scales w and row scales v, then A with row scales u. Its column
+scales are one by definition: they follow from the rank and are not stored.
+
+Source: Boza and Macko, Addition is almost all you need: compressing neural networks with double binary factorization
+(arXiv 2505.11076).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, half_scales
+from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
+from lit_binq.formats.row_column import LatentBinaryLinear, RowColumn, binary_matmul
+
+
+def stored_bits(N: int, K: int, k: int) -> int:
+    """Bits of all stored tensors of an N x K weight of rank k."""
+    return 8 * (N * packed_width(k) + k * packed_width(K)) + 16 * (N + k + K)
+
+
+@dataclass
+class LowRank(Solution):
+    """An unpacked low-rank weight.
+
+    Attributes:
+        u: (N,) row scales, float.
+        A: (N, k) signs, -1 or +1, float.
+        v: (k,) scales in between, float.
+        B: (k, K) signs, float.
+        w: (K,) column scales, float.
+    """
+
+    u: Tensor
+    A: Tensor
+    v: Tensor
+    B: Tensor
+    w: Tensor
+
+    def dense(self) -> Tensor:
+        """(N, K)."""
+        return ((self.u[:, None] * self.A) * self.v) @ (self.B * self.w)
+
+    def pack(self, bias: Tensor | None = None) -> "LowRankLinear":
+        """The layer that stores it; bias (N,) or None."""
+        return LowRankLinear.from_solution(self, bias)
+
+    def balanced(self) -> "LowRank":
+        """The same weight with scales >= 0 and the geometric means of u, v and w alike, so that all fit float16.
+
+        A negative scale moves its sign into the codes. Zero scales stay zero and count in no mean.
+        """
+        A = self.A * torch.where(self.u < 0, -1.0, 1.0)[:, None] * torch.where(self.v < 0, -1.0, 1.0)
+        B = self.B * torch.where(self.w < 0, -1.0, 1.0)
+        scales = [t.abs() for t in (self.u, self.v, self.w)]
+        sizes = [t[t > 0].log2() for t in scales]
+        if all(map(len, sizes)):
+            means = torch.stack([t.mean() for t in sizes])
+            shift = torch.round(means.mean() - means)
+            # Powers of two that cancel: whatever rounding leaves over goes to the scales in between.
+            shift[1] = -shift[0] - shift[2]
+            scales = [t * torch.exp2(e) for t, e in zip(scales, shift, strict=True)]
+        return LowRank(scales[0], A, scales[1], B, scales[2])
+
+
+class LowRankLinear(PackedLinear):
+    """A linear layer stored as two factors of sign bits and three float16 scale vectors.
+
+    Buffers:
+        left_codes: (N, k / 8) uint8, A.
+        right_codes: (k, ceil(K / 8)) uint8, B.
+        left_scale: (N,) float16, u.
+        inner_scale: (k,) float16, v.
+        right_scale: (K,) float16, w.
+        bias: (N,) float, or None.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        rank: k, a multiple of 8.
+        bias: whether a bias is stored.
+        dtype: dtype of the bias.
+
+    Raises:
+        ValueError: k is no positive multiple of 8.
+    """
+
+    kind: ClassVar[str] = "low_rank"
+    left_codes: Tensor
+    right_codes: Tensor
+    left_scale: Tensor
+    inner_scale: Tensor
+    right_scale: Tensor
+    ones: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        if rank < 8 or rank % 8:
+            raise ValueError(f"rank {rank}, expected a multiple of 8")
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.register_buffer("left_codes", torch.zeros(out_features, rank // 8, dtype=torch.uint8))
+        self.register_buffer("right_codes", torch.zeros(rank, packed_width(in_features), dtype=torch.uint8))
+        for name, length in (("left_scale", out_features), ("inner_scale", rank), ("right_scale", in_features)):
+            self.register_buffer(name, torch.zeros(length, dtype=torch.float16))
+        # Column scales of the second product: known without a file, so not stored.
+        self.register_buffer("ones", torch.ones(rank, dtype=torch.float16), persistent=False)
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+
+    @classmethod
+    def empty(
+        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
+    ) -> Self:
+        """Zeroed buffers; the layout is {"rank": k}."""
+        return cls(in_features, out_features, bias=bias, dtype=dtype, **layout)
+
+    def layout(self) -> dict[str, int]:
+        """{"rank": k}."""
+        return {"rank": self.rank}
+
+    @classmethod
+    def from_solution(cls, solution: LowRank, bias: Tensor | None = None) -> "LowRankLinear":
+        """Pack a solver's result; bias (N,) or None. Raises LitBinqError where a scale does not fit float16."""
+        s = solution.balanced()
+        layer = cls(len(s.w), len(s.u), len(s.v), bias is not None, torch.float32 if bias is None else bias.dtype)
+        layer.left_codes, layer.right_codes = pack_signs(s.A), pack_signs(s.B)
+        layer.left_scale = half_scales(s.u, "left_scale")
+        layer.inner_scale = half_scales(s.v, "inner_scale")
+        layer.right_scale = half_scales(s.w, "right_scale")
+        layer.ones = layer.ones.to(s.A.device)
+        if bias is not None:
+            layer.bias = bias.detach().clone()
+        return layer
+
+    def solution(self) -> LowRank:
+        """The stored weight, unpacked to float32."""
+        A, B = unpack_signs(self.left_codes, self.rank), unpack_signs(self.right_codes, self.in_features)
+        return LowRank(self.left_scale.float(), A, self.inner_scale.float(), B, self.right_scale.float())
+
+    def dequantize(self) -> Tensor:
+        """(N, K) float32."""
+        return self.solution().dense()
+
+    def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentLowRankLinear":
+        """The trainable twin; see the base class."""
+        return LatentLowRankLinear(self.solution(), self.bias, train_codes, target)
+
+    def weight_buffers(self) -> dict[str, Tensor]:
+        """Both factors and the three scale vectors."""
+        return {name: t for name, t in self.named_buffers() if name not in ("bias", "ones")}
+
+    def operands(self) -> list[tuple[str, list[Tensor]]]:
+        """Two products."""
+        left = [self.left_codes, self.left_scale, self.ones]
+        return [
+            ("BinaryMatMul", [self.right_codes, self.inner_scale, self.right_scale]),
+            ("BinaryMatMul", left if self.bias is None else [*left, self.bias.float()]),
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        h = binary_matmul(x, self.right_codes, self.inner_scale, self.right_scale, None, self.in_features)
+        return binary_matmul(h, self.left_codes, self.left_scale, self.ones, self.bias, self.rank)
+
+
+class LatentLowRankLinear(LatentLinear):
+    """The trainable twin: both factors learn.
+
+    Args:
+        solution: both factors and their scales.
+        bias: (N,) or None; kept as it is.
+        train_codes: whether codes may change.
+        target: (N, K), sets the size of the latents: a factor's own target is what the other factor, kept as it is,
+            would need to reach T in the least-squares sense.
+    """
+
+    def __init__(self, solution: LowRank, bias: Tensor | None, train_codes: bool, target: Tensor | None = None) -> None:
+        super().__init__()
+        s = solution
+        self.out_features, self.in_features, self.train_codes = len(s.u), len(s.w), train_codes
+        left = right = None
+        if train_codes and target is not None:
+            left = _least_squares(((s.v[:, None] * s.B) * s.w).T, target.T).T
+            right = _least_squares((s.u[:, None] * s.A) * s.v, target)
+        self.right = LatentBinaryLinear(RowColumn(s.v, s.w, s.B), None, train_codes, right)
+        self.left = LatentBinaryLinear(RowColumn(s.u, torch.ones_like(s.v), s.A), None, train_codes, left)
+        self.left.c.requires_grad_(False)  # one by definition, and in `scale_parameters` no more
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def code_parameters(self) -> list[nn.Parameter]:
+        """The latents of both factors, or nothing."""
+        return self.left.code_parameters() + self.right.code_parameters()
+
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """u, v and w."""
+        return [self.left.r, self.right.r, self.right.c]
+
+    def solution(self) -> LowRank:
+        """The current weight."""
+        left, right = self.left.solution(), self.right.solution()
+        return LowRank(left.r, left.B, left.c * right.r, right.B, right.c)
+
+    def pack(self) -> LowRankLinear:
+        """The current weight, packed."""
+        return LowRankLinear.from_solution(self.solution(), self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        y = self.left(self.right(x))
+        return y if self.bias is None else y + self.bias
+
+
+def _least_squares(M: Tensor, Y: Tensor) -> Tensor:
+    """X (k, m) that minimises |M X - Y| with a slight pull to zero; M (n, k), Y (n, m)."""
+    gram = (M.T @ M).double()
+    gram.diagonal().add_(1e-3 * gram.diagonal().mean().clamp_min(1e-30))
+    return torch.linalg.solve(gram, (M.T @ Y).double()).to(Y.dtype)
