@@ -129,7 +129,7 @@ def test_every_linear_is_one_node_with_its_own_bits(exported: Exported) -> None:
     tensors = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     nodes = [n for n in proto.graph.node if n.op_type == "BinaryMatMul"]
     layers = exported.layers()
-    assert len(nodes) == len(layers) == read_facts(exported.folder)["binary_matmul_nodes"]
+    assert len(nodes) == len(layers) == read_facts(exported.folder)["packed_nodes"]
     for node in nodes:
         codes, *rest = (tensors[name] for name in node.input[1:])
         layer = next(m for m in layers.values() if np.array_equal(m.codes.numpy(), codes))

@@ -1,16 +1,16 @@
-// C functions beside the operator, for tests and for session code (lit_binq_onnx/library.py binds them).
+// C functions beside the operators, for tests and for session code (lit_binq_onnx/library.py binds them).
 #include <cstdint>
 #include <exception>
 
-#include "binary_matmul.h"
 #include "cpu.h"
 #include "export.h"
 #include "multiply.h"
+#include "operator.h"
 #include "packed_matrix.h"
 
 using namespace lit_binq;
 
-// Multiplications that the native operator has done since the library was loaded.
+// Multiplications that native operators have done since the library was loaded.
 LIT_BINQ_EXPORT int64_t lit_binq_calls(void) { return call_count().load(); }
 
 // Mode of operators created from now on: 0 LUT, 1 exact, anything else follows the node's attribute.
@@ -22,13 +22,13 @@ LIT_BINQ_EXPORT const char* lit_binq_isa(void) { return current_kernels().name; 
 // Chooses it: 0, or -1 where the name is unknown or the machine lacks it.
 LIT_BINQ_EXPORT int lit_binq_force_isa(const char* name) { return force_kernels(name) ? 0 : -1; }
 
-// One multiplication without ONNX Runtime, on the calling thread: x (M, K), y (M, N) row-major, bias (N,) or null,
-// scales as float16 bits. 0, or -1 where memory ran out.
+// One row x column multiplication without ONNX Runtime, on the calling thread: x (M, K), y (M, N) row-major,
+// bias (N,) or null, scales as float16 bits. 0, or -1 where memory ran out.
 LIT_BINQ_EXPORT int lit_binq_matmul(const float* x, int64_t M, int64_t K, int64_t N, const uint8_t* codes,
                                     const uint16_t* row_scale, const uint16_t* col_scale, const float* bias, int exact,
                                     float* y) {
   try {
-    const PackedMatrix weights(codes, row_scale, col_scale, N, K);
+    const PackedMatrix weights = PackedMatrix::row_column(codes, row_scale, col_scale, N, K);
     SerialExecutor serial;
     multiply(current_kernels(), weights, exact ? Mode::kExact : Mode::kLut, x, M, bias, y, serial);
     return 0;

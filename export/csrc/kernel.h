@@ -1,7 +1,8 @@
 // The interface that every instruction set implements, and the layouts it shares with the driver (multiply.cpp).
 // Knows nothing of ONNX Runtime, allocates nothing, starts no threads.
 //
-// Legend: y = ((x * c) B^T) * r + bias; x (M, K) activations, B (N, K) signs, c (K,) and r (N,) scales.
+// Legend: y = ((x * c) B^T) * r + bias; x (M, K) activations, B (N, K) signs, c (K,) and r (N,) scales. Formats whose
+// scales differ between groups of columns are sums of such products, one for each block of columns (packed_matrix.h).
 // z = x * 2^-e * c: one row of activations, scaled so that nothing overflows (multiply.cpp chooses e per row).
 //
 // Weights (packed_matrix.h). Rows come in tiles of up to 128. Within a tile the bytes of the row-major file are
@@ -68,12 +69,15 @@ struct Kernels {
   void (*build_exact)(const float* x, const float* c, int64_t count, float pre, float* table);
 
   // Adds the products of one block for `rows` rows of activations: row m has its tables at `tables` + m * stride and
-  // its sums at `sums` + m * kTileRows; in LUT mode its scale is scales[m * scale_stride].
+  // its sums at `sums` + m * kTileRows; in LUT mode its scale is scales[m * scale_stride]. Where `factors` is not
+  // null, the block's products are multiplied by it on the way, row n of the weights by factors[n] (block.width of
+  // them): that is what a scale for each group of columns costs.
   void (*add_lut)(const TileBlock& block, const uint8_t* tables, int64_t stride, const float* scales,
-                  int64_t scale_stride, int64_t rows, float* sums);
+                  int64_t scale_stride, const float* factors, int64_t rows, float* sums);
   // float32 inside a block (at most 36 roundings on the way of a product: 2 + 2 in and between tables, 32 bytes),
   // float64 across blocks: the error is at most 36 * 2^-24 = 2.2e-6 of sum |z|, whatever K.
-  void (*add_exact)(const TileBlock& block, const float* tables, int64_t stride, int64_t rows, double* sums);
+  void (*add_exact)(const TileBlock& block, const float* tables, int64_t stride, const float* factors, int64_t rows,
+                    double* sums);
 };
 
 extern const Kernels kScalarKernels;

@@ -95,15 +95,18 @@ void build_exact(const float* x, const float* c, int64_t count, float pre, float
   }
 }
 
-// sum[0..7] += scale * units[0..7]
-inline void add_scaled(__m128i units, __m256 scale, float* sum) {
-  const __m256 value = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(units));
-  _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), _mm256_mul_ps(scale, value)));
+// sum[0..7] += scale * units[0..7], times factors[0..7] where there are any
+template <bool Factors>
+inline void add_scaled(__m128i units, __m256 scale, const float* factors, float* sum) {
+  __m256 value = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(units)));
+  if (Factors) value = _mm256_mul_ps(value, _mm256_loadu_ps(factors));
+  _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), value));
 }
 
 // One block, one row of activations, `Vectors` * 32 rows of weights.
-template <int Vectors>
-inline void add_lut_row(const TileBlock& block, const uint8_t* table, float scale_value, float* sum) {
+template <int Vectors, bool Factors>
+inline void add_lut_row(const TileBlock& block, const uint8_t* table, float scale_value, const float* factors,
+                        float* sum) {
   const __m256i nibble = _mm256_set1_epi8(15);
   // A 16-bit lane holds the bytes of an even and an odd row. `both` adds whole lanes, so it is even + 256 * odd
   // modulo 2^16; `odd` adds the upper bytes alone.
@@ -133,33 +136,42 @@ inline void add_lut_row(const TileBlock& block, const uint8_t* table, float scal
     const __m256i first = _mm256_unpacklo_epi16(e, o);   // rows 0-7 and 16-23
     const __m256i second = _mm256_unpackhi_epi16(e, o);  // rows 8-15 and 24-31
     float* s = sum + i * kVectorRows;
-    add_scaled(_mm256_castsi256_si128(first), scale, s);
-    add_scaled(_mm256_castsi256_si128(second), scale, s + 8);
-    add_scaled(_mm256_extracti128_si256(first, 1), scale, s + 16);
-    add_scaled(_mm256_extracti128_si256(second, 1), scale, s + 24);
+    const float* f = Factors ? factors + i * kVectorRows : s;  // s: never read, only so that f + 8 points somewhere
+    add_scaled<Factors>(_mm256_castsi256_si128(first), scale, f, s);
+    add_scaled<Factors>(_mm256_castsi256_si128(second), scale, f + 8, s + 8);
+    add_scaled<Factors>(_mm256_extracti128_si256(first, 1), scale, f + 16, s + 16);
+    add_scaled<Factors>(_mm256_extracti128_si256(second, 1), scale, f + 24, s + 24);
   }
 }
 
 template <int Vectors>
 void add_lut_rows(const TileBlock& block, const uint8_t* tables, int64_t stride, const float* scales,
-                  int64_t scale_stride, int64_t rows, float* sums) {
+                  int64_t scale_stride, const float* factors, int64_t rows, float* sums) {
   for (int64_t m = 0; m < rows; ++m) {
-    add_lut_row<Vectors>(block, tables + m * stride, scales[m * scale_stride], sums + m * kTileRows);
+    const uint8_t* table = tables + m * stride;
+    const float scale = scales[m * scale_stride];
+    float* sum = sums + m * kTileRows;
+    if (factors != nullptr) {
+      add_lut_row<Vectors, true>(block, table, scale, factors, sum);
+    } else {
+      add_lut_row<Vectors, false>(block, table, scale, nullptr, sum);
+    }
   }
 }
 
 void add_lut(const TileBlock& block, const uint8_t* tables, int64_t stride, const float* scales, int64_t scale_stride,
-             int64_t rows, float* sums) {
+             const float* factors, int64_t rows, float* sums) {
   switch (block.width / kVectorRows) {
-    case 4: return add_lut_rows<4>(block, tables, stride, scales, scale_stride, rows, sums);
-    case 3: return add_lut_rows<3>(block, tables, stride, scales, scale_stride, rows, sums);
-    case 2: return add_lut_rows<2>(block, tables, stride, scales, scale_stride, rows, sums);
-    default: return add_lut_rows<1>(block, tables, stride, scales, scale_stride, rows, sums);
+    case 4: return add_lut_rows<4>(block, tables, stride, scales, scale_stride, factors, rows, sums);
+    case 3: return add_lut_rows<3>(block, tables, stride, scales, scale_stride, factors, rows, sums);
+    case 2: return add_lut_rows<2>(block, tables, stride, scales, scale_stride, factors, rows, sums);
+    default: return add_lut_rows<1>(block, tables, stride, scales, scale_stride, factors, rows, sums);
   }
 }
 
 // 32 rows of weights as 4 registers of 8 floats: 4 sums, 3 tables and temporaries fit the 16 registers.
-inline void add_exact_vector(const uint8_t* codes, int64_t width, int64_t bytes, const float* table, double* sum) {
+inline void add_exact_vector(const uint8_t* codes, int64_t width, int64_t bytes, const float* table,
+                             const float* factors, double* sum) {
   __m256 part[4];
   for (int i = 0; i < 4; ++i) part[i] = _mm256_setzero_ps();
   for (int64_t k = 0; k < bytes; ++k) {
@@ -178,17 +190,23 @@ inline void add_exact_vector(const uint8_t* codes, int64_t width, int64_t bytes,
   }
   for (int i = 0; i < 4; ++i) {
     double* s = sum + 8 * i;
-    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(part[i]));
-    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(part[i], 1));
+    __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(part[i]));
+    __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(part[i], 1));
+    if (factors != nullptr) {
+      low = _mm256_mul_pd(low, _mm256_cvtps_pd(_mm_loadu_ps(factors + 8 * i)));
+      high = _mm256_mul_pd(high, _mm256_cvtps_pd(_mm_loadu_ps(factors + 8 * i + 4)));
+    }
     _mm256_storeu_pd(s, _mm256_add_pd(_mm256_loadu_pd(s), low));
     _mm256_storeu_pd(s + 4, _mm256_add_pd(_mm256_loadu_pd(s + 4), high));
   }
 }
 
-void add_exact(const TileBlock& block, const float* tables, int64_t stride, int64_t rows, double* sums) {
+void add_exact(const TileBlock& block, const float* tables, int64_t stride, const float* factors, int64_t rows,
+               double* sums) {
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t n = 0; n < block.width; n += kVectorRows) {
-      add_exact_vector(block.codes + n, block.width, block.bytes, tables + m * stride, sums + m * kTileRows + n);
+      add_exact_vector(block.codes + n, block.width, block.bytes, tables + m * stride,
+                       factors != nullptr ? factors + n : nullptr, sums + m * kTileRows + n);
     }
   }
 }

@@ -54,7 +54,7 @@ void build_exact(const float* x, const float* c, int64_t count, float pre, float
 }
 
 void add_lut(const TileBlock& block, const uint8_t* tables, int64_t stride, const float* scales, int64_t scale_stride,
-             int64_t rows, float* sums) {
+             const float* factors, int64_t rows, float* sums) {
   for (int64_t m = 0; m < rows; ++m) {
     const uint8_t* table = tables + m * stride;
     int32_t units[kTileRows] = {0};
@@ -67,11 +67,15 @@ void add_lut(const TileBlock& block, const uint8_t* tables, int64_t stride, cons
     const int32_t bias = static_cast<int32_t>(2 * block.bytes) * kTableBias;
     const float scale = scales[m * scale_stride];
     float* sum = sums + m * kTileRows;
-    for (int64_t n = 0; n < block.width; ++n) sum[n] += scale * static_cast<float>(units[n] - bias);
+    for (int64_t n = 0; n < block.width; ++n) {
+      const float value = scale * static_cast<float>(units[n] - bias);
+      sum[n] += factors != nullptr ? value * factors[n] : value;
+    }
   }
 }
 
-void add_exact(const TileBlock& block, const float* tables, int64_t stride, int64_t rows, double* sums) {
+void add_exact(const TileBlock& block, const float* tables, int64_t stride, const float* factors, int64_t rows,
+               double* sums) {
   for (int64_t m = 0; m < rows; ++m) {
     const float* table = tables + m * stride;
     float part[kTileRows] = {0.0f};
@@ -84,7 +88,10 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, int6
       }
     }
     double* sum = sums + m * kTileRows;
-    for (int64_t n = 0; n < block.width; ++n) sum[n] += static_cast<double>(part[n]);
+    for (int64_t n = 0; n < block.width; ++n) {
+      const double value = static_cast<double>(part[n]);
+      sum[n] += factors != nullptr ? value * static_cast<double>(factors[n]) : value;
+    }
   }
 }
 

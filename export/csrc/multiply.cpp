@@ -16,7 +16,7 @@ namespace {
 // Rows of a panel. In LUT mode a tile's sums for 32 rows (32 * 128 floats = 16 KB) and the weight block (4 KB) stay
 // in a 32 KB L1 while tables stream through, and weights are read from memory once for 32 rows, when they no longer
 // matter. Exact mode has sums and tables of 2 and 3 times the size: half the rows. This also bounds the workspace:
-// 128 K bytes in LUT mode, 192 K bytes in exact mode.
+// 128 K bytes in LUT mode, 192 K bytes in exact mode; twice that with two zones.
 constexpr int64_t kLutPanel = 32;
 constexpr int64_t kExactPanel = 16;
 
@@ -24,7 +24,7 @@ constexpr int64_t kExactPanel = 16;
 // mode and a quarter of it in exact mode, and makes a table of 4096 activations in 3 microseconds.
 constexpr int64_t kLutGrain = int64_t{1} << 19;
 constexpr int64_t kExactGrain = int64_t{1} << 17;
-constexpr int64_t kSegmentBlocks = 16;  // a task of table making: 16 blocks of 256 activations
+constexpr int64_t kSegmentColumns = 16 * kBlock;  // a task of table making
 constexpr int64_t kMinSegments = 4;
 
 // Tasks that a panel should at least give, so that few tiles and many rows still feed several threads.
@@ -46,8 +46,8 @@ float power_of_two(int exponent) {
 }
 
 // Chooses the power so that neither huge nor tiny activations leave the range of float32 on the way: the largest
-// magnitude of a column with c != 0 lands in [1, 4), or in [2^-23, 1) where it is subnormal. Magnitudes are compared
-// as integers, which orders them rightly and puts infinities and NaN on top.
+// magnitude of a column with c != 0 (of all columns, where c is nullptr) lands in [1, 4), or in [2^-23, 1) where it is
+// subnormal. Magnitudes are compared as integers, which orders them rightly and puts infinities and NaN on top.
 RowScale row_scale(const float* x, const float* c, int64_t K) {
   int32_t all = 0, live = 0;
   for (int64_t k = 0; k < K; ++k) {
@@ -55,7 +55,7 @@ RowScale row_scale(const float* x, const float* c, int64_t K) {
     std::memcpy(&word, x + k, sizeof word);
     word &= 0x7fffffff;
     all = std::max(all, word);
-    live = std::max(live, c[k] != 0.0f ? word : 0);
+    live = std::max(live, c == nullptr || c[k] != 0.0f ? word : 0);
   }
   constexpr int32_t kInfinity = 0x7f800000;
   if (all >= kInfinity) return {0.0f, 0.0f, false};
@@ -74,10 +74,11 @@ struct Panel {
   float* y;           // (rows, N)
   int64_t rows;
   RowScale scale[kLutPanel];
-  uint8_t* lut;       // LUT: rows x bytes x kLutEntries
+  uint8_t* lut;       // LUT: rows x table bytes x kLutEntries
   float* lut_scale;   // LUT: rows x blocks
-  float* exact;       // exact: rows x bytes x kExactEntries
+  float* exact;       // exact: rows x table bytes x kExactEntries
   int64_t segments;   // table tasks for each row
+  int64_t segment_blocks;
   int64_t row_parts;  // multiplication tasks for each tile
 };
 static_assert(kExactPanel <= kLutPanel, "Panel::scale holds either");
@@ -87,18 +88,19 @@ void make_tables(void* argument, size_t task) {
   Panel& p = *static_cast<Panel*>(argument);
   const int64_t m = static_cast<int64_t>(task) / p.segments, segment = static_cast<int64_t>(task) % p.segments;
   const PackedMatrix& w = p.weights;
-  const int64_t first = segment * kSegmentBlocks, last = std::min(w.blocks(), first + kSegmentBlocks);
+  const int64_t first = segment * p.segment_blocks, last = std::min(w.blocks(), first + p.segment_blocks);
   // A row that is not finite gets the tables of a zero row; its result is written as NaN in the end.
   static constexpr float kZeros[kBlock] = {0.0f};
-  for (int64_t b = first; b < last; ++b) {
-    const int64_t k = b * kBlock, count = std::min(kBlock, w.cols() - k), byte = b * kBlockBytes;
-    const float* x = p.scale[m].finite ? p.x + m * w.cols() + k : kZeros;
+  for (int64_t i = first; i < last; ++i) {
+    const ColumnBlock& b = w.block(i);
+    const float* x = p.scale[m].finite ? p.x + m * w.cols() + b.column : kZeros;
+    const float* c = w.col_scale() + b.scale;
+    const int64_t table = m * w.table_bytes() + b.table;
     if (p.mode == Mode::kLut) {
-      p.kernels.build_lut(x, w.col_scale() + k, count, p.scale[m].down, p.lut + (m * w.bytes() + byte) * kLutEntries,
-                          p.lut_scale + m * w.blocks() + b);
+      p.kernels.build_lut(x, c, b.count, p.scale[m].down, p.lut + table * kLutEntries,
+                          p.lut_scale + m * w.blocks() + i);
     } else {
-      p.kernels.build_exact(x, w.col_scale() + k, count, p.scale[m].down,
-                            p.exact + (m * w.bytes() + byte) * kExactEntries);
+      p.kernels.build_exact(x, c, b.count, p.scale[m].down, p.exact + table * kExactEntries);
     }
   }
 }
@@ -133,20 +135,28 @@ void multiply_tile(void* argument, size_t task) {
   const int64_t tile = static_cast<int64_t>(task) / p.row_parts, part = static_cast<int64_t>(task) % p.row_parts;
   const int64_t m0 = p.rows * part / p.row_parts, rows = p.rows * (part + 1) / p.row_parts - m0;
   const int64_t first = tile * kTileRows, last = std::min(w.rows(), first + kTileRows);
+  alignas(kAlignment) uint8_t scratch[kTileRows * kBlockBytes];
   if (p.mode == Mode::kLut) {
     alignas(kAlignment) float sums[kLutPanel * kTileRows];
     std::fill_n(sums, rows * kTileRows, 0.0f);
     for (int64_t b = 0; b < w.blocks(); ++b) {
-      p.kernels.add_lut(w.tile_block(tile, b), p.lut + (m0 * w.bytes() + b * kBlockBytes) * kLutEntries,
-                        w.bytes() * kLutEntries, p.lut_scale + m0 * w.blocks() + b, w.blocks(), rows, sums);
+      for (int64_t plane = 0; plane < w.planes(); ++plane) {
+        p.kernels.add_lut(w.tile_block(plane, tile, b, scratch),
+                          p.lut + (m0 * w.table_bytes() + w.block(b).table) * kLutEntries,
+                          w.table_bytes() * kLutEntries, p.lut_scale + m0 * w.blocks() + b, w.blocks(),
+                          w.factors(plane, tile, b), rows, sums);
+      }
     }
     for (int64_t m = 0; m < rows; ++m) write_row(p, m0 + m, first, last, sums + m * kTileRows);
   } else {
     alignas(kAlignment) double sums[kExactPanel * kTileRows];
     std::fill_n(sums, rows * kTileRows, 0.0);
     for (int64_t b = 0; b < w.blocks(); ++b) {
-      p.kernels.add_exact(w.tile_block(tile, b), p.exact + (m0 * w.bytes() + b * kBlockBytes) * kExactEntries,
-                          w.bytes() * kExactEntries, rows, sums);
+      for (int64_t plane = 0; plane < w.planes(); ++plane) {
+        p.kernels.add_exact(w.tile_block(plane, tile, b, scratch),
+                            p.exact + (m0 * w.table_bytes() + w.block(b).table) * kExactEntries,
+                            w.table_bytes() * kExactEntries, w.factors(plane, tile, b), rows, sums);
+      }
     }
     for (int64_t m = 0; m < rows; ++m) write_row(p, m0 + m, first, last, sums + m * kTileRows);
   }
@@ -155,14 +165,16 @@ void multiply_tile(void* argument, size_t task) {
 void run_panel(Panel& p, Executor& executor) {
   const PackedMatrix& w = p.weights;
   SerialExecutor serial;
-  for (int64_t m = 0; m < p.rows; ++m) p.scale[m] = row_scale(p.x + m * w.cols(), w.col_scale(), w.cols());
+  for (int64_t m = 0; m < p.rows; ++m) p.scale[m] = row_scale(p.x + m * w.cols(), w.live_scale(), w.cols());
 
-  p.segments = (w.blocks() + kSegmentBlocks - 1) / kSegmentBlocks;
+  // Blocks are of one size but for the ends of groups: as many of them as make kSegmentColumns columns.
+  p.segment_blocks = std::max(kSegmentColumns / w.block(0).count, int64_t{1});
+  p.segments = (w.blocks() + p.segment_blocks - 1) / p.segment_blocks;
   const int64_t table_tasks = p.rows * p.segments;
-  const bool share_tables = p.rows * w.cols() >= kMinSegments * kSegmentBlocks * kBlock;
+  const bool share_tables = p.rows * 8 * w.table_bytes() >= kMinSegments * kSegmentColumns;
   (share_tables ? executor : serial).run(table_tasks, table_tasks, make_tables, &p);
 
-  const int64_t pieces = p.rows * w.rows() * w.cols() / (p.mode == Mode::kLut ? kLutGrain : kExactGrain);
+  const int64_t pieces = p.rows * w.rows() * w.cols() * w.planes() / (p.mode == Mode::kLut ? kLutGrain : kExactGrain);
   const bool share = pieces >= 2;
   const int64_t wanted = share ? std::min(pieces, kWantedTasks) : 1;
   const int64_t most_parts = std::max(p.rows / kMinTaskRows, int64_t{1});
@@ -178,14 +190,14 @@ void multiply(const Kernels& kernels, const PackedMatrix& weights, Mode mode, co
   if (M == 0 || weights.rows() == 0) return;
   const int64_t panel = std::min(M, mode == Mode::kLut ? kLutPanel : kExactPanel);
   const size_t table_bytes =
-      mode == Mode::kLut ? static_cast<size_t>(panel * weights.bytes() * kLutEntries)
-                         : static_cast<size_t>(panel * weights.bytes() * kExactEntries) * sizeof(float);
+      mode == Mode::kLut ? static_cast<size_t>(panel * weights.table_bytes() * kLutEntries)
+                         : static_cast<size_t>(panel * weights.table_bytes() * kExactEntries) * sizeof(float);
   const size_t scale_bytes = mode == Mode::kLut ? static_cast<size_t>(panel * weights.blocks()) * sizeof(float) : 0;
   Workspace workspace(table_bytes + scale_bytes);  // table_bytes is a multiple of 32: the scales behind are aligned
   float* const behind = reinterpret_cast<float*>(workspace.data() + table_bytes);
   for (int64_t m = 0; m < M; m += panel) {
     Panel p{kernels, weights, mode, x + m * weights.cols(), bias, y + m * weights.rows(), std::min(panel, M - m),
-            {},      workspace.data(), behind, reinterpret_cast<float*>(workspace.data()), 1, 1};
+            {},      workspace.data(), behind, reinterpret_cast<float*>(workspace.data()), 1, 1, 1};
     run_panel(p, executor);
   }
 }

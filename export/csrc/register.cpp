@@ -4,8 +4,9 @@
 #include <string>
 
 #include "abi_guard.h"
-#include "binary_matmul.h"
 #include "export.h"
+#include "operator.h"
+#include "operators.h"
 
 namespace lit_binq {
 namespace {
@@ -18,9 +19,11 @@ OrtStatus* add_domain(OrtSessionOptions* options) {
   if (domain == nullptr) {
     OrtCustomOpDomain* fresh = nullptr;
     if (OrtStatus* status = ort().CreateCustomOpDomain("lit_binq", &fresh)) return status;
-    if (OrtStatus* status = ort().CustomOpDomain_Add(fresh, binary_matmul_op())) {
-      ort().ReleaseCustomOpDomain(fresh);
-      return status;
+    for (const auto op : kOperators) {
+      if (OrtStatus* status = ort().CustomOpDomain_Add(fresh, op())) {
+        ort().ReleaseCustomOpDomain(fresh);
+        return status;
+      }
     }
     domain = fresh;
   }

@@ -8,7 +8,8 @@ The folder holds
 
 Inputs and outputs of the graph are described in `lit_binq_onnx.trace`.
 
-Every packed linear is one node lit_binq.BinaryMatMul, whose meaning in standard operators is in the file too.
+Every product of a packed linear is one node of domain lit_binq, whose meaning in standard operators is in the file
+too: a linear of most formats is one, of a format with two planes or two factors two.
 Tied embeddings are stored once: the head reads the transposed table, and the runtime transposes it while
 loading. Measured at 49152 x 576 against Gemm(transB) and against a second, transposed copy in the file: the
 same speed, half the memory of the former and half the file of the latter.
@@ -51,9 +52,11 @@ def _refuse(model: PreTrainedModel, target: Path) -> dict[str, PackedLinear]:
         raise LitBinqError(
             "export: the model has no packed linear, expected one calibrated by `litbinq fit`: give its packed folder"
         )
+    # A packed layer holds its scales as they are stored; its bias computes like everything else.
+    packed = {f"{name}.{b}" for name, layer in layers.items() for b, _ in layer.named_buffers() if b != "bias"}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         wrong_dtype = tensor.is_floating_point() and tensor.dtype != torch.float32
-        if tensor.device.type != "cpu" or (wrong_dtype and not name.endswith(("row_scale", "col_scale"))):
+        if tensor.device.type != "cpu" or (wrong_dtype and name not in packed):
             raise LitBinqError(
                 f"export: {name} is {tensor.dtype} on {tensor.device}, expected float32 on the CPU: "
                 "load the model with lit_binq.hub.load_packed, or call .float().cpu() on it"
@@ -142,7 +145,7 @@ def export_onnx(
             "version": FACTS_VERSION,
             "architecture": type(model).__name__,
             "true_bits": sum(m.stored_bits() for m in layers.values()) / weights,
-            "binary_matmul_nodes": len(layers),
+            "packed_nodes": sum(len(m.operands()) for m in layers.values()),
             "nodes": nodes,
             "opset": OPSET,
             "data_bytes": external_bytes(onnx.load(work / MODEL, load_external_data=False)),

@@ -1,4 +1,4 @@
-"""From the traced graph to the stored one: our operator's node, cheap clean-ups, proof that bits survived.
+"""From the traced graph to the stored one: cheap clean-ups, proof that bits survived.
 
 Knows ONNX and the packed layer's buffers; nothing of models, folders or sessions.
 
@@ -16,56 +16,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
-import onnxscript
 import onnxscript.optimizer
-from onnx.defs import OpSchema
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PackedLinear
-from lit_binq_onnx.functions import DOMAIN, VERSION
-
-OP_TYPE = "BinaryMatMul"
+from lit_binq_onnx.functions import DOMAIN
 
 HALF_STORAGE_ELEMENTS = 1 << 14
 """Smaller float32 tensors are stored as they are: a node for each would cost more than it saves."""
 
 _END = np.iinfo(np.int64).max
 """How torch writes "to the end" of an axis."""
-
-
-def _schema() -> OpSchema:
-    """What onnxscript must know to build the node: names, types, and that the bias may be absent."""
-    parameter = OpSchema.FormalParameter
-    return OpSchema(
-        OP_TYPE,
-        DOMAIN,
-        VERSION,
-        inputs=[
-            parameter("X", "tensor(float)"),
-            parameter("codes", "tensor(uint8)"),
-            parameter("row_scale", "tensor(float16)"),
-            parameter("col_scale", "tensor(float16)"),
-            parameter("bias", "tensor(float)", param_option=OpSchema.FormalParameterOption.Optional),
-        ],
-        outputs=[parameter("Y", "tensor(float)")],
-        attributes=[OpSchema.Attribute("K", OpSchema.AttrType.INT, "columns of the weight")],
-    )
-
-
-_OPERATOR = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), OP_TYPE, _schema())
-
-
-def translate_binary_matmul(
-    x: onnxscript.FLOAT,
-    codes: onnxscript.UINT8,
-    row_scale: onnxscript.FLOAT16,
-    col_scale: onnxscript.FLOAT16,
-    bias: onnxscript.FLOAT | None,
-    in_features: int,
-) -> onnxscript.FLOAT:
-    """The torch operator lit_binq::binary_matmul as one node; arguments as in `row_column.binary_matmul`."""
-    scales = (row_scale, col_scale) if bias is None else (row_scale, col_scale, bias)
-    return _OPERATOR(x, codes, *scales, K=in_features)
 
 
 def simplify(model: ir.Model) -> None:

@@ -41,7 +41,7 @@ def cache_names(blocks: int) -> tuple[list[str], list[str]]:
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """What an export wrote about itself, after checking that its files are all there.
 
-    Keys: version, architecture, true_bits, binary_matmul_nodes, nodes, opset, data_bytes, max_positions
+    Keys: version, architecture, true_bits, packed_nodes, nodes, opset, data_bytes, max_positions
     (int or None), packed (path of the packed folder relative to this one, or None), versions.
 
     Raises:

@@ -21,7 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lit_binq.errors import LitBinqError
 from lit_binq_onnx.functions import OPSET
-from lit_binq_onnx.graph import name_lengths, translate_binary_matmul
+from lit_binq_onnx.graph import name_lengths
+from lit_binq_onnx.operators import translation_table
 from lit_binq_onnx.session import cache_names
 
 
@@ -152,7 +153,7 @@ def trace(model: PreTrainedModel) -> ir.Model:
                 opset_version=OPSET,
                 input_names=["input_ids", "attention_mask", "position_ids", *inputs],
                 output_names=["logits", *outputs],
-                custom_translation_table={torch.ops.lit_binq.binary_matmul.default: translate_binary_matmul},
+                custom_translation_table=translation_table(),
                 verbose=False,
             )
     except Exception as error:  # the exporter raises whatever the model's own code raises under tracing

@@ -56,7 +56,7 @@ class LowRankSolver(Solver):
     rank: int = 0
     rounds: int = 4
     sweeps: int = 1
-    rotations: int = 30
+    rotations: int = 10
     panels: int = 8
     seed: int = 0
 
@@ -112,15 +112,28 @@ def svd_start(T: Tensor, H: Tensor, k: int, *, rotations: int, seed: int = 0) ->
         seed: of the first rotation.
     """
     X, Y = _factors(T, H, k)
-    unit_X, unit_Y = (t / t.norm(dim=1, keepdim=True).clamp_min(1e-30) for t in (X, Y.T))
-    Z = torch.cat((unit_X, unit_Y))  # (N + K, k)
-    generator = torch.Generator().manual_seed(seed)
-    rotation = torch.linalg.qr(torch.randn(k, k, generator=generator)).Q.to(T)
-    for _ in range(rotations):
-        U, _, Vt = torch.linalg.svd(Z.T @ signs(Z @ rotation))
-        rotation = U @ Vt
+    # (N + K, k), rows of unit length: they have scales of their own
+    Z = torch.nn.functional.normalize(torch.cat((X, Y.T)), dim=1, eps=1e-30)
+    rotation = rotate_to_signs(Z, rotations, seed)
     left, right = start(X @ rotation, 10), start(rotation.T @ Y, 10)
     return LowRank(left.r, left.B.to(T.dtype), left.c * right.r, right.B.to(T.dtype), right.c)
+
+
+def rotate_to_signs(Z: Tensor, steps: int, seed: int) -> Tensor:
+    """The rotation O (k, k) that brings the rows of Z O (n, k) close to a multiple of signs: sum |Z O| never falls.
+
+    Args:
+        Z: (n, k).
+        steps: alternations of signs S = sign(Z O) and the best rotation for them, which maximises tr(O^T Z^T S).
+        seed: of the random rotation it starts from.
+    """
+    k = Z.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=Z.dtype)).Q.to(Z.device)
+    for _ in range(steps):
+        U, _, Vt = torch.linalg.svd(Z.T @ signs(Z @ rotation))
+        rotation = U @ Vt
+    return rotation
 
 
 def _factors(T: Tensor, H: Tensor, k: int) -> tuple[Tensor, Tensor]:

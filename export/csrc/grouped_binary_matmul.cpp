@@ -1,0 +1,42 @@
+// The operator lit_binq.GroupedBinaryMatMul, version 1:  Y_n = sum_j s[n, j / group] B_nj X_j + bias_n
+//
+//   codes   uint8   (N, ceil(K / 8))      signs of B
+//   scales  float16 (N, ceil(K / group))  s
+//   group   int, columns that share a scale
+//
+// and what all operators have (operator.h).
+#include "operator.h"
+#include "operators.h"
+
+namespace lit_binq {
+namespace {
+
+class GroupedBinaryMatMul final : public MatrixOperator {
+ public:
+  static constexpr Input kInputs[] = {
+      {"X", kOrtFloat}, {"codes", kOrtUint8}, {"scales", kOrtFloat16}, {"bias", kOrtFloat}};
+  static constexpr Signature kSignature = {"GroupedBinaryMatMul", kInputs, 4};
+
+  explicit GroupedBinaryMatMul(const OrtKernelInfo* info) : MatrixOperator(kSignature, info) {
+    const int64_t group = required_attribute(info, "group", "the columns that share a scale");
+    const int64_t groups = K_ / group + (K_ % group != 0);
+    const Tensor scales = constant(info, 2);
+    if (scales.rank != 2 || scales.dims[0] != N_ || scales.dims[1] != groups) {
+      fail("scales has shape %s, expected (%lld, %lld) for %lld columns in groups of %lld", shape_text(scales).c_str(),
+           static_cast<long long>(N_), static_cast<long long>(groups), static_cast<long long>(K_),
+           static_cast<long long>(group));
+    }
+    expect_finite(scales, "scales", N_ * groups);
+    weights_ = std::make_unique<PackedMatrix>(
+        PackedMatrix::grouped(codes_.as<uint8_t>(), scales.as<uint16_t>(), N_, K_, group));
+  }
+};
+
+}  // namespace
+
+const OrtCustomOp* grouped_binary_matmul_op() {
+  static const OrtCustomOp op = describe<GroupedBinaryMatMul>();
+  return &op;
+}
+
+}  // namespace lit_binq

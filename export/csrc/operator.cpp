@@ -1,0 +1,237 @@
+// The shared half of all operators (operator.h).
+#include "operator.h"
+
+#include <cstdarg>
+#include <cstdio>
+#include <memory>
+#include <vector>
+
+#include "cpu.h"
+
+namespace lit_binq {
+namespace {
+
+// The thread pool of the session. The first failure ends it: later runs do nothing.
+class PoolExecutor final : public Executor {
+ public:
+  explicit PoolExecutor(const OrtKernelContext* context) : context_(context) {}
+  void run(size_t tasks, size_t batches, void (*task)(void*, size_t), void* argument) override {
+    if (status == nullptr) status = ort().KernelContext_ParallelFor(context_, task, tasks, batches, argument);
+  }
+  OrtStatus* status = nullptr;
+
+ private:
+  const OrtKernelContext* context_;
+};
+
+}  // namespace
+
+OrtApi& ort() {
+  static OrtApi api;
+  return api;
+}
+
+std::atomic<int64_t>& call_count() {
+  static std::atomic<int64_t> calls{0};
+  return calls;
+}
+
+std::atomic<int>& forced_mode() {
+  static std::atomic<int> mode{-1};
+  return mode;
+}
+
+void check(OrtStatus* status) {
+  if (status != nullptr) throw Failure(status);
+}
+
+std::string shape_text(const Tensor& t) {
+  std::string text = "(";
+  for (size_t i = 0; i < t.rank; ++i) {
+    char number[32];
+    std::snprintf(number, sizeof number, i ? ", %lld" : "%lld", static_cast<long long>(t.dims[i]));
+    text += number;
+  }
+  return text + (t.rank == 1 ? ",)" : ")");
+}
+
+PackedOperator::PackedOperator(const Signature& signature, const OrtKernelInfo* info) : signature_(signature) {
+  K_ = required_attribute(info, "K", "the number of columns (in_features)");
+  codes_ = constant(info, kCodes);
+  const int64_t width = (K_ + 7) / 8;
+  if (codes_.rank != 2 || codes_.dims[1] != width) {
+    fail("codes has shape %s, expected (N, %lld) for attribute K = %lld", shape_text(codes_).c_str(),
+         static_cast<long long>(width), static_cast<long long>(K_));
+  }
+  N_ = codes_.dims[0];
+  mode_ = read_mode(info);
+}
+
+void PackedOperator::fail(const char* format, ...) const {
+  char text[400];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  const std::string message = std::string("lit_binq.") + signature_.name + ": " + text;
+  throw Failure(ort().CreateStatus(kOrtInvalidArgument, message.c_str()));
+}
+
+int64_t PackedOperator::required_attribute(const OrtKernelInfo* info, const char* name, const char* meaning) const {
+  int64_t value = 0;
+  if (OrtStatus* status = ort().KernelInfoGetAttribute_int64(info, name, &value)) {
+    ort().ReleaseStatus(status);
+    fail("attribute %s is missing, expected %s", name, meaning);
+  }
+  if (value < 1) fail("attribute %s is %lld, expected at least 1", name, static_cast<long long>(value));
+  return value;
+}
+
+Mode PackedOperator::read_mode(const OrtKernelInfo* info) const {
+  int64_t exact = 0;
+  if (OrtStatus* status = ort().KernelInfoGetAttribute_int64(info, "exact", &exact)) {
+    ort().ReleaseStatus(status);
+    exact = 0;  // not given: the default
+  }
+  if (exact != 0 && exact != 1) fail("attribute exact is %lld, expected 0 or 1", static_cast<long long>(exact));
+  const int forced = forced_mode().load();
+  return static_cast<Mode>(forced < 0 ? static_cast<int>(exact) : forced);
+}
+
+Tensor PackedOperator::read(const OrtValue* value, const Input& input) const {
+  Tensor t;
+  OrtTensorTypeAndShapeInfo* raw = nullptr;
+  check(ort().GetTensorTypeAndShape(value, &raw));
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> info(
+      raw, ort().ReleaseTensorTypeAndShapeInfo);
+  int type = 0;
+  check(ort().GetTensorElementType(raw, &type));
+  if (type != input.type) fail("%s has element type %d, expected %d", input.name, type, input.type);
+  check(ort().GetDimensionsCount(raw, &t.rank));
+  if (t.rank > kMaxRank) fail("%s has %zu dimensions, expected at most %zu", input.name, t.rank, kMaxRank);
+  check(ort().GetDimensions(raw, t.dims, t.rank));
+  void* data = nullptr;
+  check(ort().GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  t.data = data;
+  return t;
+}
+
+Tensor PackedOperator::constant(const OrtKernelInfo* info, size_t index) const {
+  const Input& input = signature_.inputs[index];
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  check(ort().KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
+  if (!is_constant || value == nullptr) {
+    fail("%s is computed at run time or can be overridden by the caller, expected a constant initializer",
+         input.name);
+  }
+  return read(value, input);
+}
+
+void PackedOperator::expect_vector(const Tensor& t, const char* name, int64_t length) const {
+  if (t.rank != 1 || t.dims[0] != length) {
+    fail("%s has shape %s, expected (%lld,)", name, shape_text(t).c_str(), static_cast<long long>(length));
+  }
+}
+
+void PackedOperator::expect_codes(const Tensor& t, const char* name) const {
+  if (t.rank != 2 || t.dims[0] != N_ || t.dims[1] != codes_.dims[1]) {
+    fail("%s has shape %s, expected %s as codes", name, shape_text(t).c_str(), shape_text(codes_).c_str());
+  }
+}
+
+void PackedOperator::expect_finite(const Tensor& t, const char* name, int64_t length) const {
+  const int64_t bad = first_non_finite(t.as<uint16_t>(), length);
+  if (bad >= 0) fail("%s[%lld] is not finite, expected finite scales", name, static_cast<long long>(bad));
+}
+
+Tensor PackedOperator::constant_scales(const OrtKernelInfo* info, size_t index, int64_t length) const {
+  const Tensor t = constant(info, index);
+  expect_vector(t, signature_.inputs[index].name, length);
+  expect_finite(t, signature_.inputs[index].name, length);
+  return t;
+}
+
+Tensor PackedOperator::input(const OrtKernelContext* context, size_t index) const {
+  const OrtValue* value = nullptr;
+  check(ort().KernelContext_GetInput(context, index, &value));
+  if (value == nullptr) fail("%s is missing", signature_.inputs[index].name);
+  return read(value, signature_.inputs[index]);
+}
+
+const float* PackedOperator::read_bias(const OrtKernelContext* context) const {
+  const size_t index = signature_.count - 1;
+  size_t inputs = 0;
+  check(ort().KernelContext_GetInputCount(context, &inputs));
+  if (inputs <= index) return nullptr;
+  const OrtValue* value = nullptr;
+  check(ort().KernelContext_GetInput(context, index, &value));
+  if (value == nullptr) return nullptr;
+  const Tensor bias = read(value, signature_.inputs[index]);
+  expect_vector(bias, "bias", N_);
+  return bias.as<float>();
+}
+
+void PackedOperator::compute(OrtKernelContext* context) const {
+  const Tensor x = input(context, kX);
+  if (x.rank == 0 || x.dims[x.rank - 1] != K_) {
+    fail("X has shape %s, expected (..., %lld) as attribute K says", shape_text(x).c_str(),
+         static_cast<long long>(K_));
+  }
+  int64_t M = 1;
+  for (size_t i = 0; i + 1 < x.rank; ++i) M *= x.dims[i];
+  const float* bias = read_bias(context);
+
+  int64_t dims[kMaxRank];
+  for (size_t i = 0; i < x.rank; ++i) dims[i] = x.dims[i];
+  dims[x.rank - 1] = N_;
+  OrtValue* output = nullptr;
+  check(ort().KernelContext_GetOutput(context, 0, dims, x.rank, &output));
+  void* y = nullptr;
+  check(ort().GetTensorMutableData(output, &y));
+
+  PoolExecutor executor(context);
+  run(x.as<float>(), M, bias, static_cast<float*>(y), executor);
+  check(executor.status);
+  call_count().fetch_add(1, std::memory_order_relaxed);
+}
+
+MatrixOperator::MatrixOperator(const Signature& signature, const OrtKernelInfo* info)
+    : PackedOperator(signature, info), kernels_(current_kernels()) {}
+
+void MatrixOperator::run(const float* x, int64_t M, const float* bias, float* y, Executor& executor) const {
+  multiply(kernels_, *weights_, mode_, x, M, bias, y, executor);
+}
+
+// Dimensions keep their symbols. Where an input's shape is unknown, or a dimension has neither size nor symbol (which
+// cannot be handed on), nothing is said.
+void infer_shape(const OrtShapeInferContext* context) {
+  OrtTensorTypeAndShapeInfo *x = nullptr, *codes = nullptr;  // the context's, not ours to release
+  check(ort().ShapeInferContext_GetInputTypeShape(context, kX, &x));
+  check(ort().ShapeInferContext_GetInputTypeShape(context, kCodes, &codes));
+  size_t rank = 0, codes_rank = 0;
+  check(ort().GetDimensionsCount(x, &rank));
+  check(ort().GetDimensionsCount(codes, &codes_rank));
+  if (rank == 0 || codes_rank != 2) return;
+  std::vector<int64_t> dims(rank);
+  std::vector<const char*> symbols(rank, "");
+  int64_t codes_dims[2] = {0, 0};
+  check(ort().GetDimensions(x, dims.data(), rank));
+  check(ort().GetSymbolicDimensions(x, symbols.data(), rank));
+  check(ort().GetDimensions(codes, codes_dims, 2));
+  dims[rank - 1] = codes_dims[0];
+  symbols[rank - 1] = "";
+  for (size_t i = 0; i < rank; ++i) {
+    if (dims[i] < 0 && symbols[i][0] == '\0') return;
+  }
+  OrtTensorTypeAndShapeInfo* raw = nullptr;
+  check(ort().CreateTensorTypeAndShapeInfo(&raw));
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> y(
+      raw, ort().ReleaseTensorTypeAndShapeInfo);
+  check(ort().SetTensorElementType(raw, kOrtFloat));
+  check(ort().SetDimensions(raw, dims.data(), rank));
+  check(ort().SetSymbolicDimensions(raw, symbols.data(), rank));
+  check(ort().ShapeInferContext_SetOutputTypeShape(context, 0, raw));
+}
+
+}  // namespace lit_binq

@@ -1,0 +1,178 @@
+// What all operators of domain lit_binq share: reading arguments, errors, threads, shape inference. Touches the runtime
+// through ort_abi.h. An operator is a class derived from PackedOperator with a Signature, described by `describe<Op>`.
+//
+// All of them are a linear layer with packed weights:
+//
+//   X       float32 (..., K)    first input
+//   codes   uint8   (N, ceil(K / 8))    second input: bits, least significant first; constant
+//   ...     whatever else the weight is made of; constant
+//   bias    float32 (N,)        last input, optional
+//   Y       float32 (..., N)
+//   K       int, in_features
+//   exact   int, default 0: int8-table LUT mode; 1: float32 activations. Operators without a LUT mode are always exact.
+//
+// Every error leaves as an OrtStatus; no exception crosses the ABI.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "multiply.h"
+#include "ort_abi.h"
+
+namespace lit_binq {
+
+// The API that operators call; filled by RegisterCustomOps after the guard has passed.
+OrtApi& ort();
+
+// Multiplications done by all operators since the library was loaded.
+std::atomic<int64_t>& call_count();
+
+// -1: operators created from now on follow their attribute `exact`; 0: LUT mode; 1: exact mode.
+std::atomic<int>& forced_mode();
+
+constexpr size_t kMaxRank = 16;  // shapes are kept on the stack: no allocation while computing
+constexpr size_t kX = 0, kCodes = 1;
+
+struct Input {
+  const char* name;
+  OrtElementType type;
+};
+
+// The last input is the bias.
+struct Signature {
+  const char* name;
+  const Input* inputs;
+  size_t count;
+};
+
+// Carries the status of a failed call, or our own message, to the ABI boundary.
+class Failure : public std::exception {
+ public:
+  explicit Failure(OrtStatus* status) : status(status) {}
+  OrtStatus* status;
+};
+
+void check(OrtStatus* status);
+
+struct Tensor {
+  const void* data = nullptr;
+  int64_t dims[kMaxRank] = {0};
+  size_t rank = 0;
+
+  template <typename T>
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
+};
+
+// "(2, 3)"
+std::string shape_text(const Tensor& t);
+
+class PackedOperator {
+ public:
+  virtual ~PackedOperator() = default;
+  void compute(OrtKernelContext* context) const;
+
+ protected:
+  // Reads K, exact and the shape of codes. Throws Failure.
+  PackedOperator(const Signature& signature, const OrtKernelInfo* info);
+
+  // One multiplication: x (M, K), bias (N,) or nullptr, y (M, N).
+  virtual void run(const float* x, int64_t M, const float* bias, float* y, Executor& executor) const = 0;
+
+  [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(const char* format, ...) const;
+  int64_t required_attribute(const OrtKernelInfo* info, const char* name, const char* meaning) const;  // at least 1
+  // Input `index`, which must be a constant of the model.
+  Tensor constant(const OrtKernelInfo* info, size_t index) const;
+  void expect_vector(const Tensor& t, const char* name, int64_t length) const;
+  void expect_codes(const Tensor& t, const char* name) const;                        // (N, ceil(K / 8))
+  void expect_finite(const Tensor& t, const char* name, int64_t length) const;       // float16
+  Tensor constant_scales(const OrtKernelInfo* info, size_t index, int64_t length) const;  // finite float16 (length,)
+
+  const Signature& signature_;
+  int64_t K_ = 0, N_ = 0;
+  Mode mode_ = Mode::kLut;
+  Tensor codes_;  // the constant; its data is the file's, valid while the operator is created
+
+ private:
+  Tensor read(const OrtValue* value, const Input& input) const;
+  Tensor input(const OrtKernelContext* context, size_t index) const;
+  const float* read_bias(const OrtKernelContext* context) const;
+  Mode read_mode(const OrtKernelInfo* info) const;
+};
+
+// A weight that packed_matrix.h holds; runs multiply.h on the kernels that are best when it is created.
+class MatrixOperator : public PackedOperator {
+ protected:
+  MatrixOperator(const Signature& signature, const OrtKernelInfo* info);
+  void run(const float* x, int64_t M, const float* bias, float* y, Executor& executor) const override;
+
+  std::unique_ptr<PackedMatrix> weights_;  // set by the derived class's constructor
+
+ private:
+  const Kernels& kernels_;
+};
+
+// Y has the shape of X with its last dimension replaced by N. Throws Failure.
+void infer_shape(const OrtShapeInferContext* context);
+
+// Runs `body` and turns whatever it throws into a status.
+template <typename Body>
+OrtStatus* guarded(const Signature& signature, Body&& body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Failure& failure) {
+    return failure.status;
+  } catch (const std::bad_alloc&) {
+    char text[100];
+    std::snprintf(text, sizeof text, "lit_binq.%s: out of memory", signature.name);
+    return ort().CreateStatus(kOrtRuntimeException, text);
+  } catch (const std::exception& error) {
+    return ort().CreateStatus(kOrtRuntimeException, error.what());
+  } catch (...) {
+    return ort().CreateStatus(kOrtRuntimeException, "lit_binq: unknown error");
+  }
+}
+
+// What the runtime sees of the operator Op, which has a static Signature `kSignature`.
+template <typename Op>
+OrtCustomOp describe() {
+  OrtCustomOp op = {};
+  op.version = kApiVersion;
+  op.GetName = [](const OrtCustomOp*) { return Op::kSignature.name; };
+  op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) { return Op::kSignature.count; };
+  op.GetInputType = [](const OrtCustomOp*, size_t index) -> int { return Op::kSignature.inputs[index].type; };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) -> int {
+    return index + 1 == Op::kSignature.count ? kOrtOptional : kOrtRequired;
+  };
+  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
+  op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return kOrtFloat; };
+  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return kOrtRequired; };
+  op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
+  op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+  op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
+  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
+  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApiSlot*, const OrtKernelInfo* info, void** kernel) {
+    return guarded(Op::kSignature, [&] { *kernel = new Op(info); });
+  };
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    return guarded(Op::kSignature, [&] { static_cast<const Op*>(kernel)->compute(context); });
+  };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
+  op.InferOutputShape = [](const OrtCustomOp*, OrtShapeInferContext* context) {
+    return guarded(Op::kSignature, [&] { infer_shape(context); });
+  };
+  return op;
+}
+
+}  // namespace lit_binq

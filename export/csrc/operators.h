@@ -1,0 +1,17 @@
+// The operators of the domain. A new one is a class in a file of its own, a function here and a line in `kOperators`.
+#pragma once
+
+#include "ort_abi.h"
+
+namespace lit_binq {
+
+// Descriptions; they live as long as the library.
+const OrtCustomOp* binary_matmul_op();
+const OrtCustomOp* grouped_binary_matmul_op();
+const OrtCustomOp* levels_matmul_op();
+const OrtCustomOp* sparse8_matmul_op();
+
+constexpr const OrtCustomOp* (*kOperators[])() = {binary_matmul_op, grouped_binary_matmul_op, levels_matmul_op,
+                                                   sparse8_matmul_op};
+
+}  // namespace lit_binq

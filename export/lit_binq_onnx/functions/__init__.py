@@ -1,0 +1,54 @@
+"""Function bodies: the operators of domain lit_binq written in standard ONNX operators.
+
+A model that carries them runs on any ONNX Runtime: without the native library the runtime inlines the body,
+with the library registered it runs the native operator. Knows ONNX only.
+"""
+
+from collections.abc import Callable
+
+import onnx
+from onnx import FunctionProto, helper
+
+from lit_binq_onnx.functions.bodies import (
+    DOMAIN,
+    OPSET,
+    VERSION,
+    binary_matmul_function,
+    grouped_binary_matmul_function,
+    levels_matmul_function,
+    sparse8_matmul_function,
+)
+
+BODIES: dict[str, Callable[[], FunctionProto]] = {
+    "BinaryMatMul": binary_matmul_function,
+    "GroupedBinaryMatMul": grouped_binary_matmul_function,
+    "LevelsMatMul": levels_matmul_function,
+    "Sparse8MatMul": sparse8_matmul_function,
+}
+"""Every operator of the domain, by its name."""
+
+
+def add_functions(model: onnx.ModelProto) -> None:
+    """Add the bodies of the operators a model uses, in place, and declare the domain where it is missing.
+
+    Bodies of the same name are replaced.
+    """
+    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN} & BODIES.keys()
+    kept = [f for f in model.functions if f.domain != DOMAIN or f.name not in used]
+    del model.functions[:]
+    model.functions.extend([*kept, *(BODIES[name]() for name in sorted(used))])
+    if all(opset.domain != DOMAIN for opset in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+
+
+__all__ = [
+    "BODIES",
+    "DOMAIN",
+    "OPSET",
+    "VERSION",
+    "add_functions",
+    "binary_matmul_function",
+    "grouped_binary_matmul_function",
+    "levels_matmul_function",
+    "sparse8_matmul_function",
+]

@@ -1,0 +1,153 @@
+"""The operators of domain lit_binq written in standard ONNX operators, one function each.
+
+Every operator is a linear layer with packed weights. Its inputs are X float32 (..., K), the tensors of the weight,
+and a bias float32 (N,) that a node may leave out; its output is Y float32 (..., N). Its attributes are K (int,
+in_features), what the format adds, and `exact` (int, default 0): the native operator's mode, while a body computes in
+float32 either way.
+
+Legend: B (N, K) signs packed as in `lit_binq.formats.packing`, W (N, K) the dense weight.
+"""
+
+import numpy as np
+from onnx import FunctionProto, NodeProto, TensorProto, helper
+
+from lit_binq_onnx.functions.pieces import (
+    attribute,
+    bits,
+    column_blocks,
+    column_of,
+    constant,
+    node,
+    product,
+    shared,
+    signs,
+)
+
+DOMAIN = "lit_binq"
+VERSION = 1
+OPSET = 18
+"""BitwiseAnd on integers is standard from opset 18 on."""
+
+
+def _function(
+    name: str, tensors: list[str], body: list[NodeProto], attributes: tuple[str, ...] = ("K",)
+) -> FunctionProto:
+    return helper.make_function(
+        DOMAIN,
+        name,
+        ["X", *tensors, "bias"],
+        ["Y"],
+        [*shared(), *body, *product()],
+        [helper.make_opsetid("", OPSET)],
+        attributes=list(attributes),
+        attribute_protos=[helper.make_attribute("exact", 0)],
+    )
+
+
+def binary_matmul_function() -> FunctionProto:
+    """lit_binq.BinaryMatMul: W = diag(r) B diag(c).
+
+    Tensors: codes uint8 (N, ceil(K / 8)), row_scale float16 (N,), col_scale float16 (K,).
+
+    A product of two float16 scales has 22 bits of mantissa: W is exact in float32.
+    """
+    body = [
+        *signs("codes", "B"),
+        *column_of("row_scale", "r"),
+        node("Cast", ["col_scale"], ["c"], to=TensorProto.FLOAT),
+        node("Mul", ["B", "r"], ["scaled_rows"]),
+        node("Mul", ["scaled_rows", "c"], ["W"]),
+    ]
+    return _function("BinaryMatMul", ["codes", "row_scale", "col_scale"], body)
+
+
+def grouped_binary_matmul_function() -> FunctionProto:
+    """lit_binq.GroupedBinaryMatMul: W_nj = s[n, j // group] B_nj.
+
+    Tensors: codes uint8 (N, ceil(K / 8)), scales float16 (N, ceil(K / group)). Attribute: group.
+    """
+    body = [
+        *signs("codes", "B"),
+        *column_blocks(),
+        node("Cast", ["scales"], ["s"], to=TensorProto.FLOAT),
+        node("Gather", ["s", "blocks"], ["s_columns"], axis=1),
+        node("Mul", ["B", "s_columns"], ["W"]),
+    ]
+    return _function("GroupedBinaryMatMul", ["codes", "scales"], body, ("K", "group"))
+
+
+def levels_matmul_function() -> FunctionProto:
+    """lit_binq.LevelsMatMul: W_nj = L[n, zones * (j // group) + z_j, A_nj + 2 S_nj].
+
+    Tensors: codes uint8 (N, ceil(K / 8)), the bits A; selector likewise, the bits S; levels float16
+    (N, zones * ceil(K / group), 4), L; column_bits uint8 (ceil(K / 8),), the bits z, or (0,) with one zone, where z is
+    0. Attributes: group, zones.
+    """
+    body = [
+        *bits("codes", "A"),
+        *bits("selector", "S"),
+        *column_blocks(),
+        # z: an empty bitmap is filled up with clear bits to K, a full one is cut there
+        constant("one_row", np.array([1, -1], np.int64)),
+        constant("no_byte", np.array([0], np.uint8)),
+        constant("seven", np.array([7], np.int64)),
+        constant("eight", np.array([8], np.int64)),
+        constant("four", np.array(4, np.int64)),
+        node("Add", ["columns", "seven"], ["columns_up"]),
+        node("Div", ["columns_up", "eight"], ["width"]),
+        node("Expand", ["no_byte", "width"], ["clear"]),
+        node("Concat", ["column_bits", "clear"], ["bitmap"], axis=0),
+        node("Slice", ["bitmap", "axis_0", "width", "axis_0"], ["zone_bytes"]),
+        node("Reshape", ["zone_bytes", "one_row"], ["zone_row"]),
+        *bits("zone_row", "z_row"),
+        node("Squeeze", ["z_row", "axis_0"], ["z_bits"]),
+        node("Cast", ["z_bits"], ["z"], to=TensorProto.INT64),
+        # the place of every weight's level among the 4 G of its row
+        attribute("zones_scalar", "zones"),
+        node("Mul", ["blocks", "zones_scalar"], ["zone_blocks"]),
+        node("Add", ["zone_blocks", "z"], ["groups"]),
+        node("Mul", ["groups", "four"], ["places_long"]),
+        node("Cast", ["places_long"], ["places"], to=TensorProto.INT32),
+        node("Add", ["S", "S"], ["S_twice"]),
+        node("Add", ["A", "S_twice"], ["code"]),
+        node("Cast", ["code"], ["code_int"], to=TensorProto.INT32),
+        node("Add", ["code_int", "places"], ["index"]),
+        node("Cast", ["levels"], ["L"], to=TensorProto.FLOAT),
+        node("Flatten", ["L"], ["L_rows"], axis=1),
+        node("GatherElements", ["L_rows", "index"], ["W"], axis=1),
+    ]
+    return _function("LevelsMatMul", ["codes", "selector", "levels", "column_bits"], body, ("K", "group", "zones"))
+
+
+def sparse8_matmul_function() -> FunctionProto:
+    """lit_binq.Sparse8MatMul: W_nj = s_n Q_nj where bit (n, j) of the mask is set, else r_n B_nj.
+
+    Tensors: codes uint8 (N, ceil(K / 8)); mask likewise; values int8 (count,), Q at the set bits of the mask row by
+    row; row_scale float16 (N,), r; value_scale float16 (N,), s.
+
+    An int8 times a float16 has 18 bits of mantissa: W is exact in float32.
+    """
+    body = [
+        *signs("codes", "B"),
+        *bits("mask", "M"),
+        *column_of("row_scale", "r"),
+        *column_of("value_scale", "s"),
+        # Q: the i-th set bit takes value i; where a bit is clear a value is read that is not used, the made-up one if
+        # there are no others. int32 because these tensors have N K elements while the runtime folds them.
+        constant("all", np.array([-1], np.int64)),
+        constant("zero_int", np.array(0, np.int64)),
+        constant("no_value", np.array([0], np.int8)),
+        node("Cast", ["M"], ["M_int"], to=TensorProto.INT32),
+        node("Reshape", ["M_int", "all"], ["M_flat"]),
+        node("CumSum", ["M_flat", "zero_int"], ["counted"]),
+        node("Concat", ["no_value", "values"], ["values_from_1"], axis=0),
+        node("Gather", ["values_from_1", "counted"], ["Q_flat"], axis=0),
+        node("Shape", ["M_int"], ["M_shape"]),
+        node("Reshape", ["Q_flat", "M_shape"], ["Q_int"]),
+        node("Cast", ["Q_int"], ["Q"], to=TensorProto.FLOAT),
+        node("Mul", ["Q", "s"], ["W_values"]),
+        node("Mul", ["B", "r"], ["W_signs"]),
+        node("Cast", ["M"], ["chosen"], to=TensorProto.BOOL),
+        node("Where", ["chosen", "W_values", "W_signs"], ["W"]),
+    ]
+    return _function("Sparse8MatMul", ["codes", "mask", "values", "row_scale", "value_scale"], body)

@@ -1,0 +1,124 @@
+"""From torch operators to nodes of domain lit_binq: one table, from which schemas and translations follow.
+
+A new format with an operator of its own is one entry in `OPERATORS`, one body in `lit_binq_onnx.functions` and one
+class in csrc. Formats made of operators that are here need nothing.
+
+Knows torch's exporter and the operators' names and types; nothing of models or files.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import onnxscript
+import torch
+from onnx.defs import OpSchema
+
+import lit_binq.formats  # noqa: F401  # registers the torch operators that the table names
+from lit_binq_onnx.functions import DOMAIN, VERSION
+
+_TYPES = {
+    "float32": ("tensor(float)", onnxscript.FLOAT),
+    "float16": ("tensor(float16)", onnxscript.FLOAT16),
+    "uint8": ("tensor(uint8)", onnxscript.UINT8),
+    "int8": ("tensor(int8)", onnxscript.INT8),
+}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator of the domain. In torch and in ONNX it reads x, then `tensors`, then an optional float32 bias.
+
+    Attributes:
+        name: in ONNX.
+        torch_name: in torch's namespace lit_binq.
+        tensors: (name, type) of the weight's tensors, in order.
+        attributes: {name of the torch argument: name of the node's attribute}, whole numbers, in torch's order.
+    """
+
+    name: str
+    torch_name: str
+    tensors: tuple[tuple[str, str], ...]
+    attributes: dict[str, str]
+
+    def schema(self) -> OpSchema:
+        """What onnxscript must know to build the node: names, types, and that the bias may be absent."""
+        parameter = OpSchema.FormalParameter
+        optional = OpSchema.FormalParameterOption.Optional
+        return OpSchema(
+            self.name,
+            DOMAIN,
+            VERSION,
+            inputs=[
+                parameter("X", "tensor(float)"),
+                *(parameter(name, _TYPES[kind][0]) for name, kind in self.tensors),
+                parameter("bias", "tensor(float)", param_option=optional),
+            ],
+            outputs=[parameter("Y", "tensor(float)")],
+            attributes=[OpSchema.Attribute(name, OpSchema.AttrType.INT) for name in self.attributes.values()],
+        )
+
+    def translation(self) -> Callable[..., Any]:
+        """A call of the torch operator as one node, for torch.onnx: arguments as the torch operator's."""
+        operator = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), self.name, self.schema())
+        tensors = 1 + len(self.tensors)
+
+        def translate(*arguments: Any) -> Any:
+            inputs, bias, numbers = arguments[:tensors], arguments[tensors], arguments[tensors + 1 :]
+            given = inputs if bias is None else (*inputs, bias)
+            return operator(*given, **dict(zip(self.attributes.values(), numbers, strict=True)))
+
+        # The exporter tells tensors from numbers by the annotations of the function that it is given.
+        annotations = {
+            "x": onnxscript.FLOAT,
+            **{name: _TYPES[kind][1] for name, kind in self.tensors},
+            "bias": onnxscript.FLOAT | None,
+            **dict.fromkeys(self.attributes, int),
+        }
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind, annotation=a) for name, a in annotations.items()]
+        translate.__name__ = self.torch_name
+        translate.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # not declared, but read
+        translate.__annotations__ = {**annotations, "return": onnxscript.FLOAT}
+        return translate
+
+
+OPERATORS = (
+    Operator(
+        "BinaryMatMul",
+        "binary_matmul",
+        (("codes", "uint8"), ("row_scale", "float16"), ("col_scale", "float16")),
+        {"in_features": "K"},
+    ),
+    Operator(
+        "GroupedBinaryMatMul",
+        "grouped_binary_matmul",
+        (("codes", "uint8"), ("scales", "float16")),
+        {"in_features": "K", "group": "group"},
+    ),
+    Operator(
+        "LevelsMatMul",
+        "levels_matmul",
+        (("codes", "uint8"), ("selector", "uint8"), ("levels", "float16"), ("column_bits", "uint8")),
+        {"in_features": "K", "group": "group", "zones": "zones"},
+    ),
+    Operator(
+        "Sparse8MatMul",
+        "sparse8_matmul",
+        (
+            ("codes", "uint8"),
+            ("mask", "uint8"),
+            ("values", "int8"),
+            ("row_scale", "float16"),
+            ("value_scale", "float16"),
+        ),
+        {"in_features": "K"},
+    ),
+)
+"""Every operator that a packed linear may call."""
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """{torch operator: its translation}, as torch.onnx.export takes it."""
+    return {getattr(torch.ops.lit_binq, o.torch_name).default: o.translation() for o in OPERATORS}
