@@ -5,25 +5,32 @@ Legend: x, x~, y the streams (lit_binq.streams); T, H target and metric (lit_bin
 Each group of linear layers that share an input is captured after the groups before it are quantized, and solved in
 closed form; then, if asked for, the whole block is tuned.
 
-May touch: blocks, streams, objectives, solvers, formats, losses, diagnostics. Knows nothing of Lightning.
+May touch: blocks, streams, objectives, shrinkage, solvers, formats, block_criterion, diagnostics. Knows nothing of
+Lightning.
 """
+
+import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from lit_binq.block_criterion import BlockCriterion, output_metric
 from lit_binq.block_diagnostics import BlockDiagnostics
 from lit_binq.blocks import BlockCall, find_layers, linear_groups, linear_input, replace_module, run_block
 from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import LatentLinear, PackedLinear, Solution
 from lit_binq.graphs import GraphedLoss
-from lit_binq.losses import BlockLoss, block_errors
 from lit_binq.objectives import GramAccumulator, Objective, Statistics, target_and_metric
 from lit_binq.records import BlockMeasures
+from lit_binq.shrinkage import choose_shrinkage, pooled, split
 from lit_binq.solvers import RowColumnSolver
 from lit_binq.solvers.amp import amp_metric
 from lit_binq.stages import ClosedForm, Stage, Tuning
 from lit_binq.workspace import Workspace, round_parameters
+
+log = logging.getLogger(__name__)
 
 NO_DIAGNOSTICS = DiagnosticsOptions()
 
@@ -68,9 +75,9 @@ class BlockStage(Stage):
             objective = self.closed_form.objective
             if self.closed_form.scope == "last" and names is not groups[-1]:
                 objective = "weight"
-            stats = self._statistics(reference, names[0], objective)
+            stats, shrinkage = self._statistics(reference, names, objective)
             for name in names:
-                self._solve(name, stats, objective)
+                self._solve(name, stats, objective, shrinkage)
         self._diagnostics = None
         if self.diagnostics.windows and w.rank == 0:
             self._diagnostics = BlockDiagnostics(
@@ -82,17 +89,55 @@ class BlockStage(Stage):
                 latent = layer.latent(bool(self.tuning.lr_codes), self._targets.pop(name, None))
                 replace_module(self.module, name, latent)
         w.streams.compute_targets(reference, self.call)
-        measure = _BlockLoss(self.module, self.call, self.tuning.loss, w.streams.mean_square())
-        self._loss = GraphedLoss(measure, w.cuda_graphs)
+        t = self.tuning
+        metric = output_metric(t.loss, w.streams.unit_gram()) if t.loss in ("channel", "whitened") else None
+        self._criterion = BlockCriterion(t.loss, w.streams.mean_square(), metric, t.interaction)
+        self._loss = GraphedLoss(_BlockLoss(self.module, self.call, self._criterion), w.cuda_graphs)
 
-    def _statistics(self, reference: nn.Module, name: str, objective: Objective) -> Statistics | None:
-        w = self.work
+    def _statistics(
+        self, reference: nn.Module, names: list[str], objective: Objective
+    ) -> tuple[Statistics | None, float]:
+        """Statistics of a group of layers with one input, and the shrinkage that goes with them."""
+        form, s = self.closed_form, self.work.streams
         if objective == "weight":
-            return None
-        linear = reference.get_submodule(name)
+            return None, 0.0
+        try:
+            if form.shrinkage != "auto":
+                return self._grams(reference, names[0], objective, slice(0, s.train)), form.shrinkage
+            fit_on, judge_on = split(s.train, s.held_out)
+            fitting = self._grams(reference, names[0], objective, fit_on)
+            validating = self._grams(reference, names[0], objective, judge_on, validating=True)
+            weights = {name: self._linear(name).weight.detach() for name in names}
+
+            def candidate(name: str, shrinkage: float) -> Tensor:
+                T, solve = self._fit(name, fitting, objective, shrinkage)
+                return T if form.shrinkage_by == "target" else solve().dense()
+
+            choice = choose_shrinkage(weights, validating, candidate)
+        except LitBinqError as error:
+            raise LitBinqError(f"block {self.index}, {names[0]}: {error}") from None
+        log.debug(
+            "block %d, %s: shrinkage %g of {%s}",
+            self.index,
+            ", ".join(names),
+            choice.shrinkage,
+            ", ".join(f"{value:g}: {error:.4f}" for value, error in choice.errors.items()),
+        )
+        self.shrinkage |= dict.fromkeys(names, choice.shrinkage)
+        return fitting if s.held_out else pooled(fitting, validating), choice.shrinkage
+
+    def _linear(self, name: str) -> nn.Linear:
+        linear = self.module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        grams = GramAccumulator(linear.in_features, w.device, objective)
-        for rows in w.streams.batches(w.streams.train):
+        return linear
+
+    def _grams(
+        self, reference: nn.Module, name: str, objective: Objective, windows: slice, *, validating: bool = False
+    ) -> Statistics:
+        """Grams of a layer's input over consecutive windows, of all ranks."""
+        w = self.work
+        grams = GramAccumulator(self._linear(name).in_features, w.device, objective, validating=validating)
+        for rows in w.streams.batches(windows.stop, windows.start):
             # Only the true target needs both streams: S of the quantized one, C between the two.
             x = linear_input(reference, name, w.streams.x[rows].to(w.device), self.call)
             x_tilde = (
@@ -102,10 +147,7 @@ class BlockStage(Stage):
             )
             weights = self._token_weights(x, rows.stop - rows.start) if self.closed_form.clip_tokens else None
             grams.add(x, x_tilde, weights)
-        try:
-            return grams.statistics()
-        except LitBinqError as error:
-            raise LitBinqError(f"block {self.index}, {name}: {error}") from None
+        return grams.statistics()
 
     @staticmethod
     def _token_weights(x: Tensor, windows: int) -> Tensor:
@@ -117,18 +159,24 @@ class BlockStage(Stage):
         median = norms.median(1, keepdim=True).values.clamp_min(torch.finfo(torch.float32).tiny)
         return (median / norms.maximum(median)).flatten()
 
-    def _solve(self, name: str, stats: Statistics | None, objective: Objective) -> None:
-        form = self.closed_form
-        linear = self.module.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        try:
-            T, H = target_and_metric(linear.weight, stats, objective=objective, shrinkage=form.shrinkage)
-            bits = self.work.bits.get(f"{self.index}.{name}")
+    def _fit(
+        self, name: str, stats: Statistics | None, objective: Objective, shrinkage: float
+    ) -> tuple[Tensor, Callable[[], Solution]]:
+        """A layer's target (N, K), and what solves for it."""
+        form, weight = self.closed_form, self._linear(name).weight
+        T, H = target_and_metric(weight, stats, objective=objective, shrinkage=shrinkage)
+
+        def solve() -> Solution:
             if form.amp and stats is not None and isinstance(form.solver, RowColumnSolver):
-                solution: Solution = form.solver.solve(T, H, amp=amp_metric(linear.weight, stats.C))
-            else:
-                solution = form.solver.solve(T, H, bits=bits)
-            packed = solution.pack(linear.bias)
+                return form.solver.solve(T, H, amp=amp_metric(weight, stats.C))
+            return form.solver.solve(T, H, bits=self.work.bits.get(f"{self.index}.{name}"))
+
+        return T, solve
+
+    def _solve(self, name: str, stats: Statistics | None, objective: Objective, shrinkage: float) -> None:
+        try:
+            T, solve = self._fit(name, stats, objective, shrinkage)
+            packed = solve().pack(self._linear(name).bias)
         except LitBinqError as error:
             raise LitBinqError(f"block {self.index}, {name}: {error}") from None
         if self.tuning.epochs and self.tuning.lr_codes:
@@ -141,7 +189,7 @@ class BlockStage(Stage):
         replace_module(self.module, name, packed)
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Relative squared error of the block's output on windows `rows` (b,)."""
+        """The block's loss on windows `rows` (b,), relative to full precision's output."""
         s, device = self.work.streams, self.work.device
         rows = rows.to(s.x_tilde.device)
         return self._loss(s.x_tilde[rows].to(device), s.y[rows].to(device))
@@ -150,7 +198,7 @@ class BlockStage(Stage):
         """The two sums of the block's relative error."""
         s = self.work.streams
         rows = slice(s.train, s.train + s.held_out) if held_out else slice(0, s.train)
-        return s.block_error(self.module, self.call, rows, self.tuning.loss)
+        return s.block_error(self.module, self.call, rows, self._criterion.sums)
 
     def leave(self) -> None:
         """Pack the block, put it into the student, advance both streams with exactly what is stored."""
@@ -160,18 +208,17 @@ class BlockStage(Stage):
         self.module.requires_grad_(False)
         round_parameters(self.module, w.rest_dtype)
         if self._diagnostics is not None:
-            self.measures = self._diagnostics.end(self.module, self.closed_form.shrinkage)
+            fixed = self.closed_form.shrinkage
+            self.measures = self._diagnostics.end(self.module, self.shrinkage if fixed == "auto" else fixed)
         w.place(self.index, self.module)
 
 
 class _BlockLoss(nn.Module):
-    """x~, y (b, T, d) to the relative squared error of the block's output, a scalar."""
+    """x~, y (b, T, d) to the loss of the block's output, a scalar."""
 
-    def __init__(self, block: nn.Module, call: BlockCall, kind: BlockLoss, mean_square: Tensor) -> None:
+    def __init__(self, block: nn.Module, call: BlockCall, criterion: BlockCriterion) -> None:
         super().__init__()
-        self.block, self.call, self.kind, self.mean_square = block, call, kind, mean_square
+        self.block, self.call, self.criterion = block, call, criterion
 
     def forward(self, x_tilde: Tensor, y: Tensor) -> Tensor:
-        error, norm = block_errors(run_block(self.block, x_tilde, self.call), y, self.kind)
-        # Over the whole block's norm rather than this batch's, so that steps weigh alike.
-        return error / (norm if self.kind == "token" else self.mean_square * y.numel())
+        return self.criterion.loss(run_block(self.block, x_tilde, self.call), y)

@@ -272,10 +272,12 @@ def find_layers(root: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
 def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of `module` outside its linear layers and embeddings: norm weights and norm biases."""
     skip = (LatentLinear, PackedLinear, nn.Linear, nn.Embedding)
+    # Lists of parameters inside a layer are modules of their own.
+    inside = {id(m) for layer in module.modules() if isinstance(layer, skip) for m in layer.modules()}
     return {
         f"{prefix}.{name}" if prefix else name: p
         for prefix, m in module.named_modules()
-        if not isinstance(m, skip)
+        if id(m) not in inside
         for name, p in m.named_parameters(recurse=False)
         if p.dim() == 1
     }

@@ -4,6 +4,7 @@
     compare                  a table of fits, each a process of its own
     report                   pictures and one page of a run's diagnostics
     export, check, generate  plain functions over an exported folder (package lit_binq_onnx)
+    bench                    measurements; its functions are in lit_binq_onnx.bench
 
 May touch everything; nothing imports it. Its own job: help texts, one-line errors, exit codes.
 """
@@ -35,6 +36,7 @@ commands:
   export    packed folder to ONNX:   litbinq export PACKED OUT
   check     compare an exported model with torch:          litbinq check OUT
   generate  write text with it:      litbinq generate OUT --prompt "Once upon a time"
+  bench     how fast, beside others: litbinq bench ops, litbinq bench decode OUT, litbinq bench prefill OUT
 
 litbinq COMMAND --help explains every option. Exit codes: 0 done, 1 an error that the last line names, 2 wrong usage.
 """
@@ -61,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "check": check,
         "generate": generate,
     }
-    others = ("fit", "validate", "test", "compare")
+    others = ("fit", "validate", "test", "compare", "bench")
     if command not in commands and command not in others:
         print(f"litbinq: unknown command {command!r}, expected one of {', '.join((*others, *commands))}",
               file=sys.stderr)  # fmt: skip
@@ -73,6 +75,10 @@ def main(args: Sequence[str] | None = None) -> int:
             auto_cli(commands[command], args=rest, as_positional=True, prog=f"litbinq {command}")
         elif command == "compare":
             _compare(rest)
+        elif command == "bench":
+            from lit_binq_onnx.bench import main as bench
+
+            return bench(rest)
         else:
             _lightning(arguments)
     except LitBinqError as error:
@@ -139,9 +145,10 @@ def _lightning(arguments: list[str]) -> None:
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
 
-    from lit_binq.calibration import BinQCalibration, refuse_sharding
+    from lit_binq.calibration import BinQCalibration
     from lit_binq.checkpoint import StageCheckpoint
     from lit_binq.data import CalibrationData
+    from lit_binq.trainer_checks import refuse_sharding
 
     class OneLineParser(LightningArgumentParser):
         """A wrong option is one line, not a page of usage."""
@@ -307,7 +314,14 @@ def report(run: str, out: str | None = None, beside: list[str] | str | None = No
     draw(run, out, beside)
 
 
-def export(packed: str, out: str, check: bool = True) -> None:
+def export(
+    packed: str,
+    out: str,
+    check: bool = True,
+    head_bits: Literal[0, 4, 8] = 0,
+    fused: Literal["auto", "off"] = "auto",
+    target: Literal["ort", "genai"] = "ort",
+) -> None:
     """Export a packed folder to ONNX with packed-bit operators.
 
     The folder OUT gets model.onnx with its data file, the tokenizer, and a record of what was exported. It runs on
@@ -317,12 +331,18 @@ def export(packed: str, out: str, check: bool = True) -> None:
         packed: folder written by `litbinq fit`.
         out: folder to write.
         check: compare prefill, decode and left-padded batches with torch; a failed check leaves nothing behind.
+        head_bits: round embedding and head to 4 or 8 bits, which most of a small model's time goes into; 0 leaves them.
+        fused: `auto` adds model_fused.onnx, faster, for LLaMA-like models (LLaMA, Mistral, Qwen 2 and 3) once its logits
+            equal torch's; `off` writes the traced graph only.
+        target: `genai` also writes what onnxruntime-genai needs to run the folder: genai_config.json and our library.
     """
     from lit_binq.hub import load_packed
     from lit_binq_onnx import export as onnx_export
 
     model, tokenizer = load_packed(packed)
-    onnx_export.export_onnx(model, tokenizer, out, packed=packed, check=check)
+    onnx_export.export_onnx(
+        model, tokenizer, out, packed=packed, check=check, head_bits=head_bits, fused=fused, target=target
+    )
 
 
 def check(out: str, packed: str | None = None) -> None:

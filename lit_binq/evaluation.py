@@ -109,7 +109,8 @@ class PackedEvaluation(pl.LightningModule):
             kind, name = key.split("/", 1)
             value = float(metric.compute())
             self.results.setdefault(name, {})[kind] = value
-            self.log(f"ppl_{kind}/{name}", value, rank_zero_only=True)
+            # The metric is summed over ranks already; `sync_dist` beside `rank_zero_only` only keeps Lightning quiet.
+            self.log(f"ppl_{kind}/{name}", value, rank_zero_only=True, sync_dist=True)
         student = self._outside["student"]
         if self.trainer.is_global_zero:
             log.info(

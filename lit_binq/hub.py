@@ -10,7 +10,7 @@ lit_binq.json has these keys:
 
     version        2
     linears        {module name: {"format": name, layout...}}, e.g. {"model.layers.0.mlp.up_proj": {"format":
-                   "salient", "extra": 58}}
+                   "planes", "columns1": 58}}
     tied           {tensor name: name of the tensor it shares its memory with}; the former is not stored
     rest_dtype     dtype of every floating-point tensor outside the packed weights
     true_bits      stored bits for each weight of the packed linears

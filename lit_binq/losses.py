@@ -8,31 +8,44 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-BlockLoss = Literal["token", "block"]
+BlockLoss = Literal["token", "block", "channel", "whitened"]
 
 
-def block_errors(y_hat: Tensor, y: Tensor, kind: BlockLoss) -> tuple[Tensor, Tensor]:
+def block_errors(y_hat: Tensor, y: Tensor, kind: BlockLoss, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of the relative squared error of a block's output.
 
     `block`: sum |y^ - y|^2 over sum |y|^2, as papers define it. A few tokens with massive activations rule it: their
     norm is hundreds of times the others', so neither the gradient nor early stopping sees an ordinary token.
     `token`: the relative error of each token, summed, over the number of tokens. A norm layer comes next in every
     pre-norm model and keeps directions only, so this is what the next block feels. Ours.
+    `channel`, `whitened`: `token` after `metric` was applied to y^ - y and to y (lit_binq.block_criterion).
 
     Args:
         y_hat: (b, T, d).
         y: (b, T, d).
-        kind: which of the two.
+        kind: which of them.
+        metric: (d,) or (d, d) symmetric, for the last two.
 
     Returns:
         Two float32 scalars; sums over batches may be added up before they are divided.
     """
-    error, norm = (y_hat.float() - y).square(), y.float().square()
+    error, norm = y_hat.float() - y, y.float()
+    if kind in ("channel", "whitened"):
+        if metric is None:
+            raise ValueError(f"block_errors: kind {kind!r} needs a metric")
+        error, norm = _apply(metric, error), _apply(metric, norm)
+    error, norm = error.square(), norm.square()
     if kind == "block":
         return error.sum(), norm.sum()
     norms = norm.sum(-1)
     ratio = error.sum(-1) / norms.clamp_min(torch.finfo(torch.float32).tiny)
     return ratio.sum(), torch.full((), float(norms.numel()), device=y.device)
+
+
+def _apply(metric: Tensor, t: Tensor) -> Tensor:
+    """`metric` (d,) or (d, d) symmetric times the tokens of t (b, T, d), in float32 also under autocast."""
+    with torch.autocast(t.device.type, enabled=False):
+        return t * metric if metric.dim() == 1 else t @ metric
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, positions: int = 1024) -> Tensor:
@@ -65,12 +78,14 @@ class _KL(torch.autograd.Function):
             p = log_p.exp()
             total += (p * (log_p - log_q)).sum()
             if gradient is not None:
-                gradient[rows] = (log_q.exp_() - p).div_(tokens)
+                gradient[rows] = log_q.exp_() - p
         if gradient is not None:
             ctx.save_for_backward(gradient)
+            ctx.tokens = tokens
         return total / tokens
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], None, None
+        # Divided only now, after a loss scale has been multiplied in: float16 ends at 6e-8.
+        return gradient * (grads[0] / ctx.tokens), None, None

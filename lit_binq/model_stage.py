@@ -1,6 +1,6 @@
 """The model stage: tune the whole student on the teacher's next-token distribution.
 
-May touch: blocks, streams, formats, losses. Knows nothing of Lightning.
+May touch: blocks, streams, formats, losses, teacher_cache. Knows nothing of Lightning.
 """
 
 import torch
@@ -11,6 +11,7 @@ from lit_binq.formats import LatentLinear, PackedLinear
 from lit_binq.graphs import GraphedLoss
 from lit_binq.losses import kl_divergence
 from lit_binq.stages import Stage
+from lit_binq.teacher_cache import TeacherCache, autocast_dtype, cache_teacher
 from lit_binq.workspace import round_parameters
 
 
@@ -25,10 +26,9 @@ class ModelStage(Stage):
     title = "model"
 
     def enter(self) -> None:
-        """Make the packed linears trainable again and move teacher and student to the device."""
+        """Make the packed linears trainable again and move the student to the device."""
         w = self.work
         w.streams.close()
-        move(w.teacher, w.device)
         for block in w.blocks:
             block.to(w.device)
             for name, layer in find_layers(block, PackedLinear).items():
@@ -37,11 +37,31 @@ class ModelStage(Stage):
                 replace_module(block, name, layer.latent(bool(self.tuning.lr_codes)))
         self.module = move(w.student, w.device)
         self._windows = w.streams.windows.to(w.device)
-        self._loss = GraphedLoss(_ModelLoss(self.module, w.teacher), w.cuda_graphs)
+        self._cache: TeacherCache | None = None
+        self._loss: GraphedLoss | None = None  # what the teacher says depends on the autocast that steps run under
 
     def loss(self, rows: Tensor) -> Tensor:
         """Mean KL(teacher || student) over the tokens of windows `rows` (b,)."""
-        return self._loss(self._windows[rows.to(self._windows.device)])
+        if self._loss is None or self._autocast != autocast_dtype(self.work.device):
+            self._loss = self._prepare()
+        windows = self._windows[rows.to(self._windows.device)]
+        return self._loss(windows) if self._cache is None else self._loss(windows, self._cache.hidden(rows))
+
+    def _prepare(self) -> GraphedLoss:
+        w = self.work
+        self._autocast = autocast_dtype(w.device)
+        self._cache = None  # of another autocast: its room first
+        move(w.teacher, w.device)
+        self._cache = cache_teacher(w.teacher, self._windows, self._batch)
+        teacher: nn.Module = w.teacher
+        if self._cache is not None:
+            move(w.teacher, w.home)  # its room on the device is free again, but for the head's
+            teacher = self._cache.head.to(w.device)
+        return GraphedLoss(_ModelLoss(self.module, teacher), w.cuda_graphs)
+
+    @property
+    def _batch(self) -> int:
+        return min(self.work.streams.options.batch_windows, 8)  # logits of a large vocabulary take the memory
 
     @torch.no_grad()
     def evaluate(self, *, held_out: bool) -> Tensor:
@@ -49,7 +69,7 @@ class ModelStage(Stage):
         s = self.work.streams
         first, last = (s.train, s.train + s.held_out) if held_out else (0, s.train)
         total = torch.zeros(2, dtype=torch.float64, device=self.work.device)
-        step = min(s.options.batch_windows, 8)  # logits of a large vocabulary are what takes the memory
+        step = self._batch
         for i in range(first, last, step):
             rows = torch.arange(i, min(i + step, last))
             total += torch.stack((self.loss(rows).double() * len(rows), torch.full_like(total[0], len(rows))))
@@ -69,13 +89,16 @@ class ModelStage(Stage):
 
 
 class _ModelLoss(nn.Module):
-    """Token windows (b, T) to the mean KL(teacher || student) over their tokens, a scalar."""
+    """Token windows (b, T) to the mean KL(teacher || student) over their tokens, a scalar.
+
+    The teacher is the whole model, or its head if `hidden` (b, T, d), what its head gets, is given.
+    """
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher
 
-    def forward(self, windows: Tensor) -> Tensor:
+    def forward(self, windows: Tensor, hidden: Tensor | None = None) -> Tensor:
         with torch.no_grad():
-            teacher = self.teacher(input_ids=windows, use_cache=False).logits
-        return kl_divergence(self.student(input_ids=windows, use_cache=False).logits, teacher)
+            logits = self.teacher(input_ids=windows, use_cache=False).logits if hidden is None else self.teacher(hidden)
+        return kl_divergence(self.student(input_ids=windows, use_cache=False).logits, logits)

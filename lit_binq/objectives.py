@@ -52,14 +52,17 @@ class GramAccumulator:
         features: K.
         device: where the sums live.
         objective: which Grams are needed; the others stay zero and cost nothing.
+        validating: all three are needed, because errors are to be measured by them.
     """
 
-    def __init__(self, features: int, device: torch.device, objective: Objective) -> None:
+    def __init__(self, features: int, device: torch.device, objective: Objective, *, validating: bool = False) -> None:
         self.S = torch.zeros(features, features, device=device)
         self.C = torch.zeros_like(self.S)
         self.F = torch.zeros_like(self.S)
         self.tokens = 0
-        self._objective = objective
+        self._S = validating or objective in ("pseudo_target", "true_target")
+        self._C = validating or objective == "true_target"
+        self._F = validating or objective == "naive_output"
 
     def add(self, x: Tensor, x_tilde: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch.
@@ -73,11 +76,11 @@ class GramAccumulator:
         self.tokens += len(x)
         if weights is not None:
             x, x_tilde = (t * weights.sqrt()[:, None] for t in (x, x_tilde))
-        if self._objective in ("pseudo_target", "true_target"):
+        if self._S:
             self.S.addmm_(x_tilde.T, x_tilde)
-        if self._objective == "true_target":
+        if self._C:
             self.C.addmm_(x.T, x_tilde)
-        if self._objective == "naive_output":
+        if self._F:
             self.F.addmm_(x.T, x)
 
     def statistics(self) -> Statistics:

@@ -19,7 +19,7 @@ from lit_binq.records import DIAGNOSTICS, BlockMeasures, parse_as, read_diagnost
 
 @dataclass
 class StageLine:
-    """What one stage reported; lit_binq.calibration says what each figure is."""
+    """What one stage reported; lit_binq.result says what each figure is."""
 
     title: str
     before: float | None

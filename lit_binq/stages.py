@@ -21,6 +21,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import LatentLinear
 from lit_binq.losses import BlockLoss
 from lit_binq.objectives import Objective, check_options
+from lit_binq.shrinkage import ShrinkageBy
 from lit_binq.solvers import RowColumnSolver, Solver
 from lit_binq.workspace import Workspace
 
@@ -32,11 +33,15 @@ class ClosedForm:
     Attributes:
         objective: what is matched: `true_target` (output alignment), `pseudo_target` (ARB-X), `naive_output` or
             `weight`.
-        shrinkage: lambda, pull of the objective towards the full-precision weight; raise it for little data.
+        shrinkage: lambda, pull of the objective towards the full-precision weight; raise it for little data. `auto`
+            chooses it for each group of layers with one input by its error on held-out windows, or on the second half
+            of the training windows where none are held out (lit_binq.shrinkage); `true_target` only.
+        shrinkage_by: what `auto` judges: `quantized`, the weight as it would be stored, which takes a solve for each
+            lambda; or `target`, the target before it is quantized.
         clip_tokens: weigh tokens in the statistics so that none counts more than its window's median token (ours).
         scope: which linear layers the objective is for: `all`, or `last`, only the last of each block as in the
             paper, all others then taking `weight`.
-        solver: the method and with it the format, for example `RowColumnSolver` or `SalientSolver`.
+        solver: the method and with it the format, for example `RowColumnSolver` or `PlanesSolver`.
         amp: gate updates of the row x column solver so that none lowers the similarity of token interactions
             (attention matrix preservation); `true_target` only.
         bits: most true bits a weight over all layers, spent where they lower the objective most; 0 leaves the size of
@@ -44,7 +49,8 @@ class ClosedForm:
     """
 
     objective: Objective = "true_target"
-    shrinkage: float = 0.1
+    shrinkage: float | Literal["auto"] = 0.1
+    shrinkage_by: ShrinkageBy = "quantized"
     clip_tokens: bool = True
     scope: Literal["all", "last"] = "all"
     solver: Solver = field(default_factory=RowColumnSolver)
@@ -52,7 +58,17 @@ class ClosedForm:
     bits: float = 0.0
 
     def __post_init__(self) -> None:
-        check_options(self.objective, self.shrinkage)
+        check_options(self.objective, 0.0 if self.shrinkage == "auto" else self.shrinkage)
+        if self.shrinkage == "auto" and self.objective != "true_target":
+            raise LitBinqError(
+                f"closed_form.shrinkage: got auto with {self.objective}, expected a number: it is chosen by the error "
+                "of `objective: true_target`"
+            )
+        if self.shrinkage_by not in get_args(ShrinkageBy):
+            raise LitBinqError(
+                f"closed_form.shrinkage_by: got {self.shrinkage_by!r}, expected one of "
+                f"{', '.join(get_args(ShrinkageBy))}"
+            )
         if self.scope not in ("all", "last"):
             raise LitBinqError(f"closed_form.scope: got {self.scope!r}, expected `all` or `last`")
         if self.amp and not (self.objective == "true_target" and isinstance(self.solver, RowColumnSolver)):
@@ -65,7 +81,7 @@ class ClosedForm:
         if self.bits and not self.solver.takes_bits:
             raise LitBinqError(
                 f"closed_form.bits: got {self.bits} for {type(self.solver).__name__}, whose format has a fixed size; "
-                "expected 0, or a solver such as SalientSolver"
+                "expected 0, or a solver such as PlanesSolver"
             )
 
 
@@ -83,7 +99,12 @@ class Tuning:
         lr_embeddings: for embeddings and an untied head, which are stored in full anyway; model stage only.
         patience: epochs without a better held-out loss after which the stage ends; 0 means never early.
         final_lr: share of the learning rate that the cosine schedule ends at.
-        loss: of block stages: `token` (relative error of each token, averaged) or `block` (of the whole block).
+        loss: of block stages: `token` (relative error of each token, averaged), `block` (of the whole block),
+            `channel` (as `token`, every channel of the output counting alike) or `whitened` (as `token`, every
+            direction counting alike); see lit_binq.block_criterion.
+        interaction: of block stages: weight of the error of token similarities beside `loss`; 0 leaves it out.
+        codes_after: share of the stage's steps during which codes stay as they are, while scales settle.
+        codes_until: share of the stage's steps after which codes stay as they are, and scales settle again.
     """
 
     epochs: int = 0
@@ -94,13 +115,23 @@ class Tuning:
     patience: int = 6
     final_lr: float = 0.0
     loss: BlockLoss = "token"
+    interaction: float = 0.0
+    codes_after: float = 0.0
+    codes_until: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name != "loss" and not value >= 0:
                 raise LitBinqError(f"tuning.{name}: got {value}, expected a number >= 0")
-        if self.epochs and not (self.lr_codes or self.lr_scales or self.lr_norms):
+        if self.epochs and not (self.lr_codes or self.lr_scales or self.lr_norms or self.lr_embeddings):
             raise LitBinqError("tuning: got epochs with every learning rate 0, expected one above 0, or `epochs: 0`")
+        if self.interaction == math.inf:
+            raise LitBinqError("tuning.interaction: got inf, expected a finite number >= 0")
+        if not self.codes_after < self.codes_until <= 1:
+            raise LitBinqError(
+                f"tuning.codes_until: got {self.codes_until} with codes_after {self.codes_after}, expected shares of "
+                "the steps, codes_after < codes_until <= 1; `lr_codes: 0` keeps codes as they are throughout"
+            )
         if self.loss not in get_args(BlockLoss):
             raise LitBinqError(f"tuning.loss: got {self.loss!r}, expected one of {', '.join(get_args(BlockLoss))}")
 
@@ -110,12 +141,19 @@ def end_stage_tuning() -> Tuning:
     return Tuning(epochs=0, lr_codes=1e-2, lr_scales=2e-3, lr_norms=2e-3, patience=3)
 
 
+CODES = "codes"
+"""The mark, under the key `kind`, of parameter groups that hold latent codes."""
+
+
 class Stage(ABC):
     """One step of the calibration: `enter`, then any number of `loss` steps, then `leave`.
 
     Args:
         work: the shared workspace.
         tuning: how this stage is tuned.
+
+    Attributes:
+        shrinkage: by linear layer, where it was chosen from data.
     """
 
     title: str
@@ -123,6 +161,7 @@ class Stage(ABC):
 
     def __init__(self, work: Workspace, tuning: Tuning) -> None:
         self.work, self.tuning = work, tuning
+        self.shrinkage: dict[str, float] = {}
 
     @abstractmethod
     def enter(self) -> None:
@@ -148,24 +187,25 @@ class Stage(ABC):
         """Trainable parameters with their learning rates, for the optimizer; also sets requires_grad.
 
         Rates are rounded to a quarter of a power of two, so that parameters of similar size share a group: an
-        optimizer step costs launches by the group, and a whole model would have hundreds.
+        optimizer step costs launches by the group, and a whole model would have hundreds. Codes have groups of their
+        own, marked `kind: codes`, because they may have a schedule of their own.
         """
         t = self.tuning
         self.module.requires_grad_(False)
-        groups: dict[float, list[nn.Parameter]] = {}
+        groups: dict[tuple[str, float], list[nn.Parameter]] = {}
 
-        def add(p: nn.Parameter, lr: float) -> None:
+        def add(p: nn.Parameter, lr: float, kind: str = "") -> None:
             if lr > 0:
                 p.requires_grad_(True)
-                groups.setdefault(2 ** (round(4 * math.log2(lr)) / 4), []).append(p)
+                groups.setdefault((kind, 2 ** (round(4 * math.log2(lr)) / 4)), []).append(p)
 
         for m in find_layers(self.module, LatentLinear).values():
             for p in m.code_parameters():
-                add(p, t.lr_codes)
+                add(p, t.lr_codes, CODES)
             for p in m.scale_parameters():
                 add(p, t.lr_scales * float(p.detach().abs().mean()))
         for p in norm_parameters(self.module).values():
             add(p, t.lr_norms * max(float(p.detach().abs().mean()), 1e-2))
         for p in self.loose_matrices():
             add(p, t.lr_embeddings * float(p.detach().abs().mean()))
-        return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
+        return [{"params": parameters, "lr": lr, "kind": kind} for (kind, lr), parameters in groups.items()]

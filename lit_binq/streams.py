@@ -6,12 +6,12 @@ either stream, y (n, T, d) its full-precision output. The last `held_out` window
 Streams advance block by block: after a block is packed, x becomes y and x~ the packed block's output.
 Where they are kept is the option `cache`: on the device, in host memory, or in a memory-mapped file.
 
-May touch: blocks, losses. Knows no solver, no format.
+May touch: blocks. Knows no solver, no format, no loss.
 """
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from lit_binq.blocks import BlockCall, embed, run_block
 from lit_binq.errors import LitBinqError
-from lit_binq.losses import BlockLoss, block_errors
 
 Cache = Literal["auto", "device", "host", "disk"]
 
@@ -109,10 +108,10 @@ class Streams:
         path = Path(self._folder.name) / name
         return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32).reshape(shape)
 
-    def batches(self, stop: int | None = None) -> Iterator[slice]:
-        """Slices of consecutive windows, `batch_windows` long, up to `stop` (default: all)."""
+    def batches(self, stop: int | None = None, start: int = 0) -> Iterator[slice]:
+        """Slices of consecutive windows, `batch_windows` long, from `start` up to `stop` (default: all)."""
         stop = len(self.windows) if stop is None else stop
-        for i in range(0, stop, self.options.batch_windows):
+        for i in range(start, stop, self.options.batch_windows):
             yield slice(i, min(i + self.options.batch_windows, stop))
 
     @torch.no_grad()
@@ -133,6 +132,25 @@ class Streams:
         return (sums[0] / sums[1]).float()
 
     @torch.no_grad()
+    def unit_gram(self) -> Tensor:
+        """E[u u^T] of u = y / |y| over the training tokens of all ranks, (d, d) float32 on the device.
+
+        Of directions, because a few tokens with massive activations would rule the Gram of y itself. Tokens of zeros
+        count as zeros.
+        """
+        d = self.y.shape[-1]
+        gram = torch.zeros(d, d, device=self.device)
+        tokens = torch.zeros((), dtype=torch.float64, device=self.device)
+        for rows in self.batches(self.train):
+            u = nn.functional.normalize(self.y[rows].to(self.device).reshape(-1, d), dim=-1)
+            gram.addmm_(u.T, u)
+            tokens += len(u)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(gram)
+            torch.distributed.all_reduce(tokens)
+        return (gram / tokens).float()
+
+    @torch.no_grad()
     def advance(self, block: nn.Module, call: BlockCall) -> None:
         """Move on behind the current block: x becomes y, x~ the output of `block` (packed) on x~.
 
@@ -150,14 +168,29 @@ class Streams:
         self.x, self.y = self.y, self.x
 
     @torch.no_grad()
-    def block_error(self, block: nn.Module, call: BlockCall, rows: slice, kind: BlockLoss) -> Tensor:
-        """(2,) float64: the sums of `losses.block_errors` of `block` over windows `rows`."""
+    def block_error(
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        rows: slice,
+        errors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Error of `block` on x~ over windows `rows`.
+
+        Args:
+            block: the block.
+            call: its other arguments.
+            rows: consecutive windows.
+            errors: (y^, y) to two scalars that may be summed over batches, like `losses.block_errors`.
+
+        Returns:
+            (2,) float64, the two sums.
+        """
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for start in range(rows.start, rows.stop, self.options.batch_windows):
-            part = slice(start, min(start + self.options.batch_windows, rows.stop))
+        for part in self.batches(rows.stop, rows.start):
             y = self.y[part].to(self.device)
             y_hat = run_block(block, self.x_tilde[part].to(self.device), call)
-            sums += torch.stack(block_errors(y_hat, y, kind)).double()
+            sums += torch.stack(errors(y_hat, y)).double()
         return sums
 
     def close(self) -> None:

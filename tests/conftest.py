@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,3 +160,16 @@ def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Te
     tiny_model("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def make_source(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """make_source(kind, **options of tiny_model): write a tiny checkpoint with its tokenizer; returns its folder."""
+
+    def make(kind: str = "llama", **options: Any) -> Path:
+        folder = tmp_path / f"{kind}-model"
+        tiny_model(kind, **options).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make

@@ -10,9 +10,9 @@ from lit_binq.formats import (
     Levels,
     LowRank,
     PackedLinear,
+    Planes,
     RowColumn,
     RowMean,
-    Salient,
     Solution,
     Sparse8,
 )
@@ -21,8 +21,9 @@ from lit_binq.formats.grouped import group_count
 VARIANTS = (
     "row_column",
     "row_mean",
-    "salient",
-    "salient-all",
+    "planes",
+    "planes-all",
+    "planes-nested",
     "grouped-8",
     "grouped-40",
     "low_rank",
@@ -50,10 +51,12 @@ def random_solution(variant: str, W: Tensor, g: torch.Generator) -> Solution:
         return base
     if kind == "row_mean":
         return RowMean(0.3 * r * torch.randn(N, generator=g), r, B)
-    if kind == "salient":
-        k = K if option == "all" else max(1, K // 5)
-        columns = torch.randperm(K, generator=g)[:k].sort().values
-        return Salient(base, RowColumn(0.5 * r, c[columns], _signs((N, k), g)), columns)
+    if kind == "planes":
+        sets = [torch.arange(K) if option else torch.randperm(K, generator=g)[: max(1, K // 5)].sort().values]
+        if option == "nested":
+            sets.append(torch.randperm(K, generator=g)[: max(1, K // 3)].sort().values)
+        further = [RowColumn(0.5**p * r, c[s], _signs((N, len(s)), g)) for p, s in enumerate(sets, 1)]
+        return Planes([base, *further], sets)
     if kind == "grouped":
         scales = r[:, None] * (0.5 + torch.rand(N, group_count(K, int(option)), generator=g))
         return Grouped(scales, B, int(option))

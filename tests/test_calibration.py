@@ -1,102 +1,27 @@
 """The whole calibration on tiny models: one fit, resumed, on two processes, and with input that cannot work."""
 
-import hashlib
 import json
-import shutil
-import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import tiny_model
-from safetensors.torch import load_file
+from fitting import KeepEach, Remember, T, assert_same, fit, make_data, make_trainer, stored, two_processes
+from torch import Tensor
 
+from lit_binq.block_stage import BlockStage
 from lit_binq.calibration import BinQCalibration
-from lit_binq.checkpoint import StageCheckpoint
-from lit_binq.data import CalibrationData, TextSource
+from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import PackedLinear
+from lit_binq.formats import PackedLinear, Solution
 from lit_binq.hub import load_packed, packed_linears, read_marker, true_bits
+from lit_binq.records import read_diagnostics
+from lit_binq.solvers import ARBX, CGB, PBLLM, GroupedSolver, LowRankSolver, PlanesSolver, RowColumnSolver, Solver
 from lit_binq.stages import ClosedForm, Tuning
-
-T = 48  # tokens a window
-
-
-@pytest.fixture
-def make_source(tmp_path, tokenizer):
-    """Write a tiny checkpoint of an architecture and return its folder."""
-
-    def make(kind: str = "llama", **options) -> Path:
-        folder = tmp_path / f"{kind}-model"
-        tiny_model(kind, **options).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-def make_data(source: Path, text: Path, **options) -> CalibrationData:
-    settings = {"window_length": T, "windows": 20, "held_out": 0.2, "batch_size": 4} | options
-    evaluation = {"text": TextSource(str(text))}
-    return CalibrationData(
-        str(source), train=TextSource(str(text)), evaluation=evaluation, eval_windows=4, eval_length=T, **settings
-    )
-
-
-def make_trainer(**options) -> pl.Trainer:
-    settings = {"accelerator": "cpu", "devices": 1, "logger": False, "max_epochs": -1, "num_sanity_val_steps": 0}
-    return pl.Trainer(**settings | options, enable_progress_bar=False, enable_model_summary=False)
-
-
-def fit(source: Path, text: Path, packed: Path, *, ckpt_path=None, callbacks=(), data=None, trainer=None, **options):
-    """Run a fit; by default two epochs a block and one of the whole model."""
-    settings = {
-        "tuning": Tuning(epochs=2, patience=0),
-        "finish": Tuning(epochs=1, lr_codes=0.02, patience=0),
-    } | options
-    module = BinQCalibration(str(source), packed=str(packed), **settings)
-    trainer = make_trainer(callbacks=[*callbacks, StageCheckpoint(str(packed) + "-ckpt")], **(trainer or {}))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*eval mode.*")  # calibration runs in evaluation mode on purpose
-        trainer.fit(module, make_data(source, text, **(data or {})), ckpt_path=ckpt_path)
-    return module
-
-
-def stored(packed: Path) -> dict[str, torch.Tensor]:
-    return load_file(packed / "model.safetensors")
-
-
-def assert_same(a: Path, b: Path) -> None:
-    first, second = stored(a), stored(b)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-class KeepEach(StageCheckpoint):
-    """Keeps the checkpoint of every stage boundary."""
-
-    def save(self, trainer: pl.Trainer) -> None:
-        super().save(trainer)
-        stage = trainer.lightning_module.stage_index
-        shutil.copy(self.path, self.path.with_name(f"stage-{stage}.ckpt"))
-
-
-class Remember(pl.Callback):
-    """Keeps the student's logits of the fit, and each rank's digest of its codes."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder, self.logits = folder, None
-
-    @torch.no_grad()
-    def on_fit_end(self, trainer: pl.Trainer, module: BinQCalibration) -> None:
-        self.logits = module.work.student(input_ids=torch.arange(24).reshape(1, -1)).logits
-        if self.folder is not None:
-            digest = hashlib.sha256()
-            for _, layer in sorted(packed_linears(module.work.student).items()):
-                for tensor in layer.weight_buffers().values():
-                    digest.update(tensor.cpu().numpy().tobytes())
-            (self.folder / f"rank-{trainer.global_rank}").write_text(digest.hexdigest())
+from lit_binq.trainer_checks import refuse_sharding
 
 
 def test_one_fit_gives_a_packed_model_that_reloads_bit_for_bit(any_model, tokenizer, text_file, tmp_path):
@@ -180,11 +105,17 @@ def test_the_disk_cache_gives_the_same_bits(make_source, text_file, tmp_path):
 def test_two_processes_hold_identical_codes(make_source, text_file, tmp_path):
     source = make_source()
     closed = {"tuning": Tuning(epochs=0), "finish": Tuning(epochs=0)}
-    two = {"devices": 2, "strategy": "ddp_spawn"}
     for name, options in (("closed", closed), ("tuned", {})):
         folder = tmp_path / name
         folder.mkdir()
-        fit(source, text_file, tmp_path / f"two-{name}", callbacks=[Remember(folder)], trainer=two, **options)
+        fit(
+            source,
+            text_file,
+            tmp_path / f"two-{name}",
+            callbacks=[Remember(folder)],
+            trainer=two_processes(),
+            **options,
+        )
         assert (folder / "rank-0").read_text() == (folder / "rank-1").read_text()
     # Statistics are summed over ranks: the closed form is the one of a single process, but for rounding.
     fit(source, text_file, tmp_path / "one", data={"windows": 20}, **closed)
@@ -192,6 +123,73 @@ def test_two_processes_hold_identical_codes(make_source, text_file, tmp_path):
     pairs = zip(packed_linears(one).values(), packed_linears(both).values(), strict=True)
     same = [float((a.solution().B == b.solution().B).float().mean()) for a, b in pairs]
     assert min(same) > 0.97
+
+
+@dataclass
+class Drifting(Solver):
+    """A solver whose second process sees other numbers, as another library's rounding would make them, only more."""
+
+    takes_bits: ClassVar[bool] = True
+    inner: Solver = field(default_factory=PlanesSolver)
+
+    @staticmethod
+    def drift(t: Tensor) -> Tensor:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        noise = torch.randn(t.shape, generator=torch.Generator().manual_seed(1))
+        return t + 0.3 * rank * t.abs().mean() * noise.to(t)
+
+    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> Solution:
+        return self.inner.solve(self.drift(T), H, bits=bits)
+
+    def spend(self, weights: dict[str, Tensor], moments: dict[str, Tensor], bits: float) -> dict[str, float]:
+        return self.inner.spend({k: self.drift(W) for k, W in weights.items()}, moments, bits)
+
+
+@pytest.mark.parametrize(
+    ("form", "epochs"),
+    [
+        (ClosedForm(solver=Drifting(PlanesSolver()), bits=2.6), 0),
+        (ClosedForm(solver=Drifting(PlanesSolver()), bits=2.6), 1),
+        (ClosedForm(solver=Drifting(LowRankSolver(rounds=1)), bits=2.6), 0),
+        (ClosedForm(solver=Drifting(CGB()), objective="weight"), 0),
+        (ClosedForm(solver=Drifting(PBLLM())), 1),
+        *((ClosedForm(solver=Drifting(s)), 0) for s in (RowColumnSolver(), GroupedSolver(), ARBX())),
+    ],
+    ids=lambda v: str(v) if isinstance(v, int) else type(v.solver.inner).__name__,
+)
+def test_the_first_process_is_right_about_every_format(form, epochs, make_source, text_file, tmp_path):
+    """Diagnostics, which only the first one takes, keep nobody waiting."""
+    options = {
+        "tuning": Tuning(epochs=epochs),
+        "finish": Tuning(epochs=0),
+        "diagnostics": DiagnosticsOptions(windows=1),
+    }
+    data, remember = {"windows": 10, "batch_size": 2}, Remember(tmp_path)
+    source = make_source(blocks=1)
+    fit(source, text_file, tmp_path / "packed", closed_form=form, trainer=two_processes(), callbacks=[remember],
+        data=data, **options)  # fmt: skip
+    assert (tmp_path / "rank-0").read_text() == (tmp_path / "rank-1").read_text()
+    bits = true_bits(load_packed(tmp_path / "packed")[0])
+    assert bits <= (form.bits or 8)
+    assert len(read_diagnostics(tmp_path / "diagnostics.json")) == 1
+
+
+def test_the_epoch_before_tuning_is_the_same_on_both_processes(make_source, text_file, tmp_path, monkeypatch):
+    """Latents that differ before DDP wraps them, and a tuning so wild that none of its epochs is kept."""
+    groups = BlockStage.parameter_groups
+
+    @torch.no_grad()
+    def drifting(stage):
+        for p in stage.module.parameters():
+            p.mul_(1 + 0.01 * torch.distributed.get_rank())
+        return groups(stage)
+
+    monkeypatch.setattr(BlockStage, "parameter_groups", drifting)
+    wild = Tuning(epochs=1, lr_codes=5.0, lr_scales=3.0, lr_norms=3.0)
+    module = fit(make_source(blocks=1), text_file, tmp_path / "packed", callbacks=[Remember(tmp_path)], tuning=wild,
+                 finish=Tuning(epochs=0), trainer=two_processes())  # fmt: skip
+    assert read_marker(module.packed)["facts"]["stages"][0]["best_epoch"] == 0
+    assert (tmp_path / "rank-0").read_text() == (tmp_path / "rank-1").read_text()
 
 
 def test_validation_reports_both_models(make_source, text_file, tmp_path):
@@ -205,9 +203,30 @@ def test_validation_reports_both_models(make_source, text_file, tmp_path):
     json.dumps(summary)
 
 
-def test_a_sharding_strategy_is_refused_by_name():
-    from lit_binq.calibration import refuse_sharding
+class KeepResults(pl.Callback):
+    """Writes each process's perplexities to a file: what a process holds ends with it."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: pl.Trainer, module: BinQCalibration) -> None:
+        (self.folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(module.results))
+
+
+def test_two_processes_report_the_perplexity_of_one(make_source, text_file, tmp_path):
+    source = make_source(blocks=1)
+    fit(source, text_file, tmp_path / "packed", tuning=Tuning(epochs=0), finish=Tuning(epochs=0))
+    results = []
+    for options in ({}, two_processes()):
+        module = BinQCalibration(str(source), packed=str(tmp_path / "packed"))
+        trainer = make_trainer(callbacks=[KeepResults(tmp_path)], use_distributed_sampler=False, **options)
+        trainer.validate(module, make_data(source, text_file), verbose=False)
+        results.append(json.loads((tmp_path / "rank-0.json").read_text())["text"])
+    assert results[1] == pytest.approx(results[0], rel=1e-6)
+    assert json.loads((tmp_path / "rank-1.json").read_text())["text"] == results[1]
+
+
+def test_a_sharding_strategy_is_refused_by_name():
     for name in ("fsdp", "FSDPStrategy", "deepspeed_stage_3", "ModelParallelStrategy"):
         with pytest.raises(LitBinqError, match="expected `auto` or `ddp`"):
             refuse_sharding(name)

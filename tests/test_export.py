@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,10 +25,11 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear
 from lit_binq.hub import load_packed, save_packed
 from lit_binq_onnx.check import check_onnx
-from lit_binq_onnx.export import EXTERNAL_BYTES, export_onnx
+from lit_binq_onnx.export import export_onnx
 from lit_binq_onnx.graph import divide_by_roots, drop_full_slices, require_packed_nodes, store_half
 from lit_binq_onnx.library import library_path
 from lit_binq_onnx.session import DATA, FACTS, MODEL, OnnxModel, positions, read_facts
+from lit_binq_onnx.tensors import EXTERNAL_BYTES
 
 
 @dataclass
@@ -79,7 +81,10 @@ def test_check_passes_every_case(exported: Exported) -> None:
     report = check_onnx(exported.folder, exported.model, byte_tokenizer())
     ways = ["stock"] if library_path() is None else ["exact", "lut", "stock"]
     cases = ("prefill", "decode", "left-padded")
-    assert [(c.way, c.case) for c in report.cases] == [(way, case) for way in ways for case in cases]
+    wanted = [(way, case) for way in ways for case in cases]
+    if read_facts(exported.folder)["fused"]:
+        wanted += [(way, f"fused {case}") for way in ways[:2] for case in ("prefill", "decode", "batch")]
+    assert [(c.way, c.case) for c in report.cases] == wanted
     assert all(c.passed for c in report.cases)
     assert bool(report.notes) == (library_path() is None)
     table = str(report).splitlines()
@@ -162,9 +167,11 @@ def test_data_file_holds_every_tensor_once(exported: Exported) -> None:
     # equal tensors (norms that are all ones) may share their bytes as well as tied ones do
     distinct = {t.numpy().tobytes(): t.nbytes for t in exported.model.state_dict().values()}
     size = (exported.folder / DATA).stat().st_size
-    # small tensors are in model.onnx; positions and masks may add a little
+    # small tensors are in model.onnx; positions, masks and alignment may add a little
     small = sum(n for n in distinct.values() if n <= EXTERNAL_BYTES)
-    assert sum(distinct.values()) - small <= size <= sum(distinct.values()) + 4096
+    config = exported.model.config
+    angles = 4 * config.max_position_embeddings * config.head_dim if read_facts(exported.folder)["fused"] else 0
+    assert sum(distinct.values()) - small <= size <= sum(distinct.values()) + angles + 4096
 
 
 def test_facts(llama: Exported) -> None:
@@ -289,9 +296,9 @@ def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     model = packed_model("opt")
     victim = model.get_submodule("model.decoder.layers.0.fc1")
 
-    def tamper(folder: Path, *args: object) -> object:
+    def tamper(folder: Path, *args: Any, **options: Any) -> object:
         flip_bits(folder, victim)
-        return check_onnx(folder, *args)
+        return check_onnx(folder, *args, **options)
 
     monkeypatch.setattr(export_module, "check_onnx", tamper)
     out = tmp_path / "out"

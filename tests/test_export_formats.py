@@ -171,10 +171,10 @@ def test_nodes_hold_the_stored_tensors(stored: Stored) -> None:
 
 
 def test_tampering_is_noticed(tmp_path: Path) -> None:
-    """One bit of a salient layer's second plane."""
-    model = packed_variant("llama", "salient")
+    """The second plane of one layer."""
+    model = packed_variant("llama", "planes")
     export_onnx(model, byte_tokenizer(), tmp_path / "out", check=False)
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    layer.extra_codes[:] = 255 - layer.extra_codes
+    layer.codes1[:] = 255 - layer.codes1
     with pytest.raises(Exception, match="differs from torch"):
         check_onnx(tmp_path / "out", model, byte_tokenizer())

@@ -1,6 +1,7 @@
 """The two activation streams: wherever they are kept, they hold what plain forward passes compute."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,12 @@ def test_batches_cover_the_windows_once() -> None:
 def test_block_error_sums_over_the_rows_asked_for(setting: Callable[..., Setting], rows: slice, kind: str) -> None:
     s = setting(batch_windows=2)
     s.streams.compute_targets(s.blocks[0][0], s.calls[0])
-    sums = s.streams.block_error(s.blocks[1][0], s.calls[0], rows, kind)
+    errors = partial(block_errors, kind=kind)
+    sums = s.streams.block_error(s.blocks[1][0], s.calls[0], rows, errors)
     x_tilde, y = states(s.student)[1][rows], states(s.teacher)[1][rows]
     torch.testing.assert_close(sums.float(), torch.stack(block_errors(x_tilde, y, kind)), rtol=1e-4, atol=1e-4)
     assert sums.dtype == torch.float64
-    same = s.streams.block_error(s.blocks[0][0], s.calls[0], slice(0, 0), kind)
+    same = s.streams.block_error(s.blocks[0][0], s.calls[0], slice(0, 0), errors)
     assert same.tolist() == [0, 0]
 
 

@@ -6,6 +6,9 @@ Each case runs three ways where the native library is installed, else one:
     lut     native operators, activations rounded to int8 tables: the default for running
     stock   the function bodies in standard operators, no library
 
+The fused graph, where there is one, is compared in the same ways but "stock", without padding and with a batch instead.
+Where embedding and head were rounded, torch computes with the rounded ones: no bound is wider for it.
+
 Legend: l torch's logits, l^ ONNX Runtime's, over all positions that are not padding.
 """
 
@@ -19,8 +22,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_binq.errors import LitBinqError
+from lit_binq_onnx.head import rounded_tables
 from lit_binq_onnx.library import library_path
-from lit_binq_onnx.session import Mode, OnnxModel, positions, read_facts
+from lit_binq_onnx.session import Mode, OnnxModel, Route, cache_arrays, positions, read_facts
 from lit_binq_onnx.trace import flat_cache
 
 log = logging.getLogger(__name__)
@@ -50,7 +54,7 @@ class Case:
 
     Attributes:
         way: "exact", "lut" or "stock".
-        case: "prefill", "decode" or "left-padded".
+        case: "prefill", "decode" or "left-padded"; of the fused graph "fused prefill", "fused decode" or "fused batch".
         largest: max |l^ - l| / max |l|.
         cache: the same for the keys and values, the worst tensor.
         rms: relative RMS error of the logits, each position's mean taken out.
@@ -71,7 +75,7 @@ class Case:
     def row(self) -> str:
         """One line of the report."""
         return (
-            f"{self.way:<6} {self.case:<12} {self.largest:>9.1e} {self.cache:>9.1e} {self.rms:>9.1e} "
+            f"{self.way:<6} {self.case:<13} {self.largest:>9.1e} {self.cache:>9.1e} {self.rms:>9.1e} "
             f"{self.divergence:>9.1e} {self.agreement:>8.1%}  {'ok' if self.passed else 'FAILED'}"
         )
 
@@ -89,7 +93,7 @@ class CheckReport:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        head = f"{'way':<6} {'case':<12} {'max':>9} {'cache':>9} {'rms':>9} {'KL':>9} {'top-1':>8}"
+        head = f"{'way':<6} {'case':<13} {'max':>9} {'cache':>9} {'rms':>9} {'KL':>9} {'top-1':>8}"
         return "\n".join([head, *(case.row() for case in self.cases), *self.notes])
 
 
@@ -103,6 +107,14 @@ class _Step:
     logits: np.ndarray
     cache: list[np.ndarray]
     valid: np.ndarray
+
+
+@dataclass
+class Reference:
+    """What torch computes in every case; see `torch_reference`."""
+
+    generic: dict[str, list[_Step]]
+    fused: dict[str, list[_Step]]
 
 
 @torch.no_grad()
@@ -156,9 +168,9 @@ def _compare(way: str, name: str, steps: list[_Step], onnx_model: OnnxModel) -> 
         ours.append(logits[step.valid])
         theirs.append(step.logits[step.valid])
         seen = step.mask.astype(bool)
-        for mine, reference in zip(past, step.cache, strict=True):
+        for mine, reference in zip(cache_arrays(past), step.cache, strict=True):
             # (b, heads, p, d) -> (tokens, heads, d), padding left out
-            a, b = mine.numpy().transpose(0, 2, 1, 3)[seen], reference.transpose(0, 2, 1, 3)[seen]
+            a, b = mine.transpose(0, 2, 1, 3)[seen], reference.transpose(0, 2, 1, 3)[seen]
             cache_error = max(cache_error, _relative(a, b))
     a, b = np.concatenate(ours).astype(np.float64), np.concatenate(theirs).astype(np.float64)
     return _figures(way, name, a, b, cache_error)
@@ -194,12 +206,56 @@ def _ways(report: CheckReport) -> Iterator[tuple[str, bool, Mode]]:
     yield "stock", False, "exact"
 
 
+def torch_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, fused: bool) -> Reference:
+    """Run every case in torch.
+
+    Args:
+        model: the packed model, its tables rounded where the export's are (`head.rounded_tables`).
+        tokenizer: to compare on text rather than on random tokens.
+        fused: whether there is a fused graph to compare.
+    """
+    ids, mask = _prompts(model, tokenizer)
+    generic = {
+        "prefill": _torch_steps(model, ids[1:], np.ones_like(ids[1:]), 0),
+        "decode": _torch_steps(model, ids[1:, :5], np.ones_like(ids[1:, :5]), DECODE_STEPS),
+        "left-padded": _torch_steps(model, ids, mask, 2),
+    }
+    if not fused:
+        return Reference(generic, {})
+    batch = _torch_steps(model, ids[:, :7], np.ones_like(ids[:, :7]), 2)
+    return Reference(
+        generic, {"fused prefill": generic["prefill"], "fused decode": generic["decode"], "fused batch": batch}
+    )
+
+
+def _run_cases(
+    out_dir: str | Path, cases: dict[str, list[_Step]], way: str, native: bool, mode: Mode, route: Route
+) -> list[Case]:
+    """All cases in one session, which is closed then: on function bodies it holds the weights unpacked."""
+    onnx_model = OnnxModel(out_dir, native=native, mode=mode, route=route)
+    return [_compare(way, name, steps, onnx_model) for name, steps in cases.items()]
+
+
+def fused_failure(out_dir: str | Path, reference: Reference) -> str | None:
+    """Why a fused graph must not be used: what differs from torch in float32, or None."""
+    native = library_path() is not None
+    try:
+        cases = _run_cases(out_dir, reference.fused, "exact" if native else "stock", native, "exact", "fused")
+    except LitBinqError as error:  # the graph does not run at all
+        return str(error)
+    failed = next((case for case in cases if not case.passed), None)
+    if failed is None:
+        return None
+    return f"{failed.case} differs from torch: max {failed.largest:.1e}, cache {failed.cache:.1e}"
+
+
 def check_onnx(
     out_dir: str | Path,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     packed: str | Path | None = None,
+    reference: Reference | None = None,
 ) -> CheckReport:
     """Compare an exported folder with the packed torch model it was made from.
 
@@ -208,6 +264,7 @@ def check_onnx(
         model: the packed model; None loads it from its packed folder.
         tokenizer: its tokenizer, to compare on text rather than on random tokens.
         packed: the packed folder, where `model` is None and it is not where it was at the export.
+        reference: what torch computes, where that is known; `model` is not needed then.
 
     Returns:
         All figures; `str()` makes a table of them.
@@ -216,19 +273,17 @@ def check_onnx(
         LitBinqError: a comparison failed (the message names it), the folder or its source cannot be read.
     """
     facts = read_facts(out_dir)
-    if model is None:
-        model, tokenizer = _load_source(Path(out_dir), facts.get("packed"), packed)
-    ids, mask = _prompts(model, tokenizer)
-    cases = {
-        "prefill": _torch_steps(model, ids[1:], np.ones_like(ids[1:]), 0),
-        "decode": _torch_steps(model, ids[1:, :5], np.ones_like(ids[1:, :5]), DECODE_STEPS),
-        "left-padded": _torch_steps(model, ids, mask, 2),
-    }
+    if reference is None:
+        if model is None:
+            model, tokenizer = _load_source(Path(out_dir), facts.get("packed"), packed)
+        with rounded_tables(model, facts.get("head_bits", 0)):
+            reference = torch_reference(model, tokenizer, fused=bool(facts.get("fused")))
     report = CheckReport()
-    for way, native, mode in _ways(report):
-        onnx_model = OnnxModel(out_dir, native=native, mode=mode)
-        report.cases += [_compare(way, name, steps, onnx_model) for name, steps in cases.items()]
-        del onnx_model  # a session on function bodies holds the weights unpacked: one at a time
+    ways = list(_ways(report))
+    for way, native, mode in ways:
+        report.cases += _run_cases(out_dir, reference.generic, way, native, mode, "generic")
+    for way, native, mode in ways[:2] if facts.get("fused") else []:
+        report.cases += _run_cases(out_dir, reference.fused, way, native, mode, "fused")
     if failed := [case for case in report.cases if not case.passed]:
         worst = failed[0]
         bound = f"rms <= {LUT_TOLERANCE}" if worst.way == "lut" else f"max and cache <= {FLOAT_TOLERANCE}"

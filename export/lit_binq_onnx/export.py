@@ -3,6 +3,8 @@
 The folder holds
 
     model.onnx, model.onnx.data    the graph, and every stored tensor once
+    model_fused.onnx               the fused graph over the same data file, where one fits (`lit_binq_onnx.fused`)
+    genai_config.json, operator library    with `target="genai"`, for onnxruntime-genai
     lit_binq_onnx.json             what was exported, from where, with which versions (`session.read_facts`)
     config.json, generation_config.json, tokenizer files    as Hugging Face writes them
 
@@ -21,7 +23,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
@@ -31,16 +33,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_binq.errors import LitBinqError
 from lit_binq.files import new_folder
 from lit_binq.formats import PackedLinear
-from lit_binq_onnx.check import check_onnx
+from lit_binq_onnx.check import Reference, check_onnx, fused_failure, torch_reference
 from lit_binq_onnx.functions import OPSET, add_functions
-from lit_binq_onnx.graph import external_bytes, require_packed_nodes, simplify, store_half
-from lit_binq_onnx.session import DATA, FACTS, FACTS_VERSION, MODEL
-from lit_binq_onnx.trace import quiet, trace
+from lit_binq_onnx.fused import build_fused, misfit
+from lit_binq_onnx.genai import write_genai
+from lit_binq_onnx.graph import require_packed_nodes, simplify, store_half
+from lit_binq_onnx.head import HEAD_BITS, Tables, quantize_readers, rounded_tables
+from lit_binq_onnx.session import DATA, FACTS, FACTS_VERSION, FUSED, MODEL
+from lit_binq_onnx.tensors import DataFile
+from lit_binq_onnx.trace import cache_shapes, quiet, trace
 
 log = logging.getLogger(__name__)
-
-EXTERNAL_BYTES = 64
-"""Smaller tensors stay in model.onnx: the shapes and axes that shape inference wants to read."""
 
 _PACKAGES = ("lit-binq", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -81,14 +84,36 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _write_graph(graph: ir.Model, layers: dict[str, PackedLinear], folder: Path) -> None:
-    """model.onnx and model.onnx.data, function bodies included; the written packed tensors are read back."""
+def _write_graph(graph: ir.Model, data: DataFile, folder: Path) -> None:
+    """model.onnx, its tensors in the data file, function bodies included."""
     graph.producer_name = "lit_binq"
-    ir.save(graph, folder / MODEL, external_data=DATA, size_threshold_bytes=EXTERNAL_BYTES)
+    data.take(graph.graph)
+    ir.save(graph, folder / MODEL)
     proto = onnx.load(folder / MODEL, load_external_data=False)
     add_functions(proto)
     onnx.save(proto, folder / MODEL)
-    require_packed_nodes(ir.load(folder / MODEL), layers)
+
+
+def _write_fused(model: PreTrainedModel, tables: Tables | None, data: DataFile, folder: Path) -> bool:
+    """model_fused.onnx over the same data file; false, with a line that says why, where the route does not fit."""
+    reason = misfit(model)
+    if reason is None:
+        try:
+            onnx.save(build_fused(model, tables, data), folder / FUSED)
+        except LitBinqError as error:
+            reason = str(error)
+    if reason is not None:
+        log.info("export: no fused graph (%s): the traced one does everything", reason)
+    return reason is None
+
+
+def _drop_wrong_fused(folder: Path, reference: Reference) -> bool:
+    """Whether the fused graph computes what torch computes; it is taken away where it does not."""
+    failure = fused_failure(folder, reference)
+    if failure is not None:
+        log.warning("export: the fused graph is left out, it does not fit this model (%s)", failure)
+        (folder / FUSED).unlink()
+    return failure is None
 
 
 def _save_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -109,6 +134,9 @@ def export_onnx(
     *,
     packed: str | Path | None = None,
     check: bool = True,
+    head_bits: int = 0,
+    fused: Literal["auto", "off"] = "auto",
+    target: Literal["ort", "genai"] = "ort",
 ) -> dict[str, Any]:
     """Export a packed model to a folder for ONNX Runtime.
 
@@ -118,53 +146,86 @@ def export_onnx(
         out_dir: folder to write; an empty folder or an older export there is replaced once all is done.
         packed: the packed folder the model came from, recorded so that the export can be checked again later.
         check: compare with torch before the folder gets its name.
+        head_bits: bits of embedding and head, 4 or 8 (see `lit_binq_onnx.head`); 0 leaves them as they are.
+        fused: "auto" writes a fused graph where one fits; its logits are compared with torch's once even without
+            `check`, and it is left out if they differ. "off" writes none.
+        target: "genai" makes the folder one that onnxruntime-genai runs too (see `lit_binq_onnx.genai`).
 
     Returns:
         The facts written to lit_binq_onnx.json.
 
     Raises:
         LitBinqError: not a packed model, a target that holds other files, a model torch cannot trace, packed
-            tensors that did not survive, or a failed check. Nothing is left behind then.
+            tensors that did not survive, a wrong option, or a failed check. Nothing is left behind then.
     """
-    target = Path(os.path.abspath(out_dir))
-    layers = _refuse(model, target)
+    if head_bits not in HEAD_BITS:
+        raise LitBinqError(f"head_bits: got {head_bits}, expected one of {', '.join(map(str, HEAD_BITS))}")
+    if fused not in ("auto", "off"):
+        raise LitBinqError(f"fused: got {fused!r}, expected 'auto' or 'off'")
+    if target not in ("ort", "genai"):
+        raise LitBinqError(f"target: got {target!r}, expected 'ort' or 'genai'")
+    place = Path(os.path.abspath(out_dir))
+    layers = _refuse(model, place)
     model.eval()
-    with new_folder(target) as work:
+    with new_folder(place) as work:
         start = time.monotonic()
-        graph = trace(model)
-        traced = time.monotonic()
-        with quiet():
-            simplify(graph)
-        store_half(graph.graph)
-        _write_graph(graph, layers, work)
-        nodes = len(graph.graph)
-        del graph
+        reference = None
+        with rounded_tables(model, head_bits) as tables:
+            graph = trace(model)
+            traced = time.monotonic()
+            with quiet():
+                simplify(graph)
+            if tables is not None:
+                quantize_readers(graph, tables)
+            store_half(graph.graph)
+            nodes = len(graph.graph)
+            with DataFile(work / DATA) as data:
+                _write_graph(graph, data, work)
+                has_fused = fused == "auto" and _write_fused(model, tables, data, work)
+            del graph
+            require_packed_nodes(ir.load(work / MODEL), layers)
+            written = time.monotonic()
+            if check or has_fused:
+                reference = torch_reference(model, tokenizer, fused=has_fused)
         weights = sum(m.in_features * m.out_features for m in layers.values())
         config = model.config.get_text_config(decoder=True)
         facts = {
             "version": FACTS_VERSION,
             "architecture": type(model).__name__,
             "true_bits": sum(m.stored_bits() for m in layers.values()) / weights,
+            "head_bits": head_bits,
+            "fused": has_fused,
             "packed_nodes": sum(len(m.operands()) for m in layers.values()),
             "nodes": nodes,
             "opset": OPSET,
-            "data_bytes": external_bytes(onnx.load(work / MODEL, load_external_data=False)),
+            "data_bytes": data.size,
             "max_positions": getattr(config, "max_position_embeddings", None),
             # relative, so that both folders can move together
-            "packed": None if packed is None else os.path.relpath(packed, target),
+            "packed": None if packed is None else os.path.relpath(packed, place),
             "versions": _versions(),
         }
         _save_companions(model, tokenizer, work)
-        (work / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        _write_facts(work, facts)
+        if has_fused and reference is not None and not _drop_wrong_fused(work, reference):
+            facts["fused"] = False
+            _write_facts(work, facts)
+        if target == "genai":
+            write_genai(work, model, tokenizer, cache_shapes(model), fused=bool(facts["fused"]))
         log.info(
-            "export: %d nodes, %d of them packed, %.1f MB; %.0f s to trace, %.1f s to clean up and write",
+            "export: %d nodes, %d of them packed, %s fused graph, %.1f MB; "
+            "%.0f s to trace, %.1f s to clean up and write",
             nodes,
-            len(layers),
+            facts["packed_nodes"],
+            "with a" if facts["fused"] else "no",
             sum(f.stat().st_size for f in work.iterdir()) / 1e6,
             traced - start,
-            time.monotonic() - traced,
+            written - traced,
         )
         if check:
-            for line in str(check_onnx(work, model, tokenizer)).splitlines():
+            for line in str(check_onnx(work, model, tokenizer, reference=reference)).splitlines():
                 log.info("%s", line)
     return facts
+
+
+def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

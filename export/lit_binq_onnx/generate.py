@@ -1,4 +1,10 @@
-"""Writing text with an exported model: greedy or sampled, piece by piece as it is decoded.
+"""Writing text with an exported model: greedy or sampled, piece by piece as it is decoded, one text or several.
+
+    generator = Generator(OnnxModel("runs/demo/onnx"), load_tokenizer("runs/demo/onnx"))
+    for piece in generator.stream("The history of", 64):
+        print(piece, end="", flush=True)
+    answer = "".join(generator.chat([{"role": "user", "content": "Hello!"}], sampling=Sampling(temperature=0.8)))
+    texts = generator.batch(["One day", "The sea", "A letter"], 32)
 
 Knows a session and a tokenizer.
 
@@ -8,19 +14,17 @@ Legend: V vocabulary, T temperature.
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lit_binq.errors import LitBinqError
+from lit_binq_onnx.rows import PREFILL, start_rows
 from lit_binq_onnx.session import OnnxModel
 
 log = logging.getLogger(__name__)
-
-PREFILL = 256
-"""Prompt tokens in one pass: bounds the logits of the prefill to PREFILL x V x 4 bytes."""
 
 _INCOMPLETE = "�"
 """What a decoder shows for bytes that are not yet a whole character."""
@@ -101,12 +105,16 @@ def stop_tokens(onnx_model: OnnxModel, tokenizer: PreTrainedTokenizerBase) -> se
     return found
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> list[int]:
+Messages = Sequence[dict[str, str]]
+"""A conversation: {"role": "system", "user" or "assistant", "content": text}, oldest first."""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, *, chat: bool = False) -> list[int]:
     """Token numbers of a prompt.
 
     Args:
         tokenizer: the model's.
-        prompt: text to go on from, or with `chat` the user's message.
+        prompt: text to go on from, or with `chat` the user's message or a whole conversation.
         chat: put it into the tokenizer's chat template.
 
     Raises:
@@ -115,8 +123,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     if chat:
         if not tokenizer.chat_template:
             raise LitBinqError("chat: this tokenizer has no chat template; expected one: leave out `chat`")
-        message = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     ids = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
     if not ids:
         raise LitBinqError("prompt: got an empty one, expected at least one token: give some text")
@@ -145,16 +153,176 @@ def choose(logits: np.ndarray, rng: np.random.Generator, *, temperature: float, 
     return int(order[rng.choice(len(p), p=p)])
 
 
-def _refuse(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    for ok, name, got, expected in (
-        (max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more"),
-        (0 <= temperature < float("inf"), "temperature", temperature, "0 (greedy) or more"),
-        (top_k >= 0, "top_k", top_k, "0 (all) or more"),
-        (0 < top_p <= 1, "top_p", top_p, "above 0, at most 1"),
-        (seed >= 0, "seed", seed, "0 or more"),
-    ):
-        if not ok:
-            raise LitBinqError(f"{name}: got {got}, expected {expected}")
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token each time.
+        top_k: sample among the k likeliest tokens; 0 means all.
+        top_p: then among the likeliest tokens that together have this probability.
+        seed: of the sampling; rows of a batch get seeds of their own from it.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for ok, name, got, expected in (
+            (0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 (greedy) or more"),
+            (self.top_k >= 0, "top_k", self.top_k, "0 (all) or more"),
+            (0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1"),
+            (self.seed >= 0, "seed", self.seed, "0 or more"),
+        ):
+            if not ok:
+                raise LitBinqError(f"{name}: got {got}, expected {expected}")
+
+    def choose(self, logits: np.ndarray, rng: np.random.Generator) -> int:
+        """The next token; see `choose`."""
+        return choose(logits, rng, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of a batch.
+
+    Attributes:
+        text: what was written, without the prompt.
+        token_ids: its tokens, without the stop token.
+        stopped: whether a stop token ended it, rather than a limit.
+    """
+
+    text: str
+    token_ids: list[int]
+    stopped: bool
+
+
+class Generator:
+    """Text from an exported model: streamed, in conversation, or several at once.
+
+    The cache stays in ONNX Runtime. On the fused route it is allocated once for a text, and each prompt of a batch is
+    read without padding; on the generic route a batch is padded on the left.
+
+    Args:
+        onnx_model: an exported model.
+        tokenizer: its tokenizer.
+        stop: tokens that end a text beside those that the model's and the tokenizer's files name.
+
+    Attributes:
+        stop: all of them.
+    """
+
+    def __init__(self, onnx_model: OnnxModel, tokenizer: PreTrainedTokenizerBase, *, stop: Sequence[int] = ()) -> None:
+        self.onnx_model, self.tokenizer = onnx_model, tokenizer
+        self.stop = stop_tokens(onnx_model, tokenizer) | set(stop)
+
+    def stream(
+        self, prompt: str | Messages, max_new_tokens: int = 128, *, sampling: Sampling | None = None, chat: bool = False
+    ) -> Generation:
+        """Go on from a prompt, piece by piece.
+
+        Args:
+            prompt: text to go on from; with `chat` the user's message or a conversation.
+            max_new_tokens: most tokens to write; fewer where the model has no more positions.
+            sampling: greedy if None.
+            chat: put the prompt into the tokenizer's chat template.
+
+        Returns:
+            An iterator over pieces of text, none of them with half a character; its `stats` fill as it is read.
+
+        Raises:
+            LitBinqError: an option out of its range, an empty prompt, or one longer than the model's positions.
+        """
+        ids = encode_prompt(self.tokenizer, prompt, chat=chat)
+        count = self._room([ids], max_new_tokens)
+        stats = GenerationStats(prompt_tokens=len(ids))
+        return Generation(self._tokens(ids, count, sampling or Sampling(), stats), self.tokenizer, stats)
+
+    def chat(
+        self, messages: str | Messages, max_new_tokens: int = 128, *, sampling: Sampling | None = None
+    ) -> Generation:
+        """The model's answer in a conversation; see `stream`."""
+        return self.stream(messages, max_new_tokens, sampling=sampling, chat=True)
+
+    def batch(
+        self,
+        prompts: Sequence[str | Messages],
+        max_new_tokens: int = 128,
+        *,
+        sampling: Sampling | None = None,
+        chat: bool = False,
+    ) -> list[Text]:
+        """Go on from several prompts at once; arguments and errors as `stream`.
+
+        A text that ends leaves the batch. The tokens are those that `stream` writes, up to rounding.
+        """
+        if not prompts:
+            raise LitBinqError("prompts: got none, expected one or more")
+        sampling = sampling or Sampling()
+        encoded = [encode_prompt(self.tokenizer, prompt, chat=chat) for prompt in prompts]
+        count = self._room(encoded, max_new_tokens)
+        # the first row's is what `stream` uses
+        sources = [np.random.default_rng(sampling.seed if i == 0 else [sampling.seed, i]) for i in range(len(prompts))]
+        written: list[list[int]] = [[] for _ in prompts]
+        stopped = [False] * len(prompts)
+        rows, alive = start_rows(self.onnx_model, encoded, count, part=PREFILL), list(range(len(prompts)))
+        while True:
+            tokens = [sampling.choose(rows.logits[k], sources[i]) for k, i in enumerate(alive)]
+            going = []
+            for k, i in enumerate(alive):
+                stopped[i] = tokens[k] in self.stop
+                if not stopped[i]:
+                    written[i].append(tokens[k])
+                    if len(written[i]) < count:
+                        going.append(k)
+            if not going:
+                break
+            if len(going) < len(alive):
+                rows.keep(going)
+                alive = [alive[k] for k in going]
+            rows.step([tokens[k] for k in going])
+        texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
+        return [Text(*fields) for fields in zip(texts, written, stopped, strict=True)]
+
+    def _room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+        """How many tokens can be written after these prompts.
+
+        Raises:
+            LitBinqError: none.
+        """
+        if max_new_tokens < 1:
+            raise LitBinqError(f"max_new_tokens: got {max_new_tokens}, expected 1 or more")
+        longest, limit = max(map(len, prompts)), self.onnx_model.facts.get("max_positions")
+        if limit is not None and longest >= limit:
+            raise LitBinqError(
+                f"prompt: got {longest} tokens, expected fewer than the model's {limit} positions: shorten `prompt`"
+            )
+        if limit is not None and longest + max_new_tokens > limit:
+            left = limit - longest
+            log.warning("max_new_tokens: %d cut to %d, the model has %d positions", max_new_tokens, left, limit)
+            return int(left)
+        return max_new_tokens
+
+    def _tokens(self, ids: list[int], count: int, sampling: Sampling, stats: GenerationStats) -> Iterator[int]:
+        """New tokens of one text, timed."""
+        rng = np.random.default_rng(sampling.seed)
+        start = time.perf_counter()
+        rows = start_rows(self.onnx_model, [ids], count, part=PREFILL)
+        token = sampling.choose(rows.logits[0], rng)
+        stats.prefill_seconds = time.perf_counter() - start
+        while token not in self.stop:
+            stats.new_tokens += 1
+            yield token
+            if stats.new_tokens == count:
+                return
+            start = time.perf_counter()  # what the reader does with the text is not counted
+            rows.step([token])
+            token = sampling.choose(rows.logits[0], rng)
+            stats.decode_seconds += time.perf_counter() - start
+            stats.decode_steps += 1
+        stats.stopped = True
 
 
 def generate(
@@ -169,68 +337,6 @@ def generate(
     seed: int = 0,
     chat: bool = False,
 ) -> Generation:
-    """Go on from a prompt.
-
-    Args:
-        onnx_model: an exported model.
-        tokenizer: its tokenizer.
-        prompt: text to go on from.
-        max_new_tokens: most tokens to write; fewer where the model has no more positions.
-        temperature: 0 takes the likeliest token each time.
-        top_k: sample among the k likeliest tokens; 0 means all.
-        top_p: sample among the likeliest tokens that together have this probability.
-        seed: seed of the sampling.
-        chat: put the prompt into the tokenizer's chat template as the user's message.
-
-    Returns:
-        An iterator over pieces of text, none of them with half a character; its `stats` fill as it is read.
-
-    Raises:
-        LitBinqError: an option out of its range, an empty prompt, or one longer than the model's positions.
-    """
-    _refuse(max_new_tokens, temperature, top_k, top_p, seed)
-    ids = encode_prompt(tokenizer, prompt, chat=chat)
-    limit = onnx_model.facts.get("max_positions")
-    if limit is not None and len(ids) >= limit:
-        raise LitBinqError(
-            f"prompt: got {len(ids)} tokens, expected fewer than the model's {limit} positions: shorten `prompt`"
-        )
-    if limit is not None and len(ids) + max_new_tokens > limit:
-        log.warning(
-            "max_new_tokens: %d cut to %d, the model has %d positions",
-            max_new_tokens,
-            limit - len(ids),
-            limit,
-        )
-        max_new_tokens = limit - len(ids)
-    stats = GenerationStats(prompt_tokens=len(ids))
-    rng = np.random.default_rng(seed)
-    stop = stop_tokens(onnx_model, tokenizer)
-
-    def tokens() -> Iterator[int]:
-        start = time.perf_counter()
-        past, total = onnx_model.empty_past(), 0
-        new = ids
-        while True:
-            for i in range(0, len(new), PREFILL):
-                part = new[i : i + PREFILL]
-                where = np.arange(total, total + len(part))[None]
-                total += len(part)
-                logits, past = onnx_model.forward(np.array([part]), np.ones((1, total)), where, past)
-            token = choose(logits[0, -1], rng, temperature=temperature, top_k=top_k, top_p=top_p)
-            spent = time.perf_counter() - start
-            if total == len(ids):
-                stats.prefill_seconds = spent
-            else:
-                stats.decode_seconds += spent
-                stats.decode_steps += 1
-            if token in stop:
-                stats.stopped = True
-                return
-            stats.new_tokens += 1
-            yield token
-            if stats.new_tokens == max_new_tokens:
-                return
-            start, new = time.perf_counter(), [token]  # what the reader does with the text is not counted
-
-    return Generation(tokens(), tokenizer, stats)
+    """`Generator.stream` in one call; options of the sampling as in `Sampling`."""
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    return Generator(onnx_model, tokenizer).stream(prompt, max_new_tokens, sampling=sampling, chat=chat)

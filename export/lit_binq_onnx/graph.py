@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import onnxscript.optimizer
@@ -222,13 +221,3 @@ def require_packed_nodes(model: ir.Model, layers: dict[str, PackedLinear]) -> No
             f"{len(wanted)}); expected the same bytes: the export and this version of torch or onnxscript do "
             "not fit"
         )
-
-
-def external_bytes(model: onnx.ModelProto) -> int:
-    """Bytes the data file must have at least: where its last tensor ends."""
-    end = 0
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            where = {entry.key: entry.value for entry in tensor.external_data}
-            end = max(end, int(where.get("offset", 0)) + int(where.get("length", 0)))
-    return end

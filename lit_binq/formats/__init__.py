@@ -6,15 +6,15 @@ from lit_binq.formats.levels import LatentLevelsLinear, Levels, LevelsLinear, le
 from lit_binq.formats.low_rank import LatentLowRankLinear, LowRank, LowRankLinear
 from lit_binq.formats.mean import LatentRowMeanLinear, RowMean, RowMeanLinear
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
+from lit_binq.formats.planes import LatentPlanesLinear, Planes, PlanesLinear
 from lit_binq.formats.row_column import BinaryLinear, LatentBinaryLinear, RowColumn, binary_matmul
-from lit_binq.formats.salient import LatentSalientLinear, Salient, SalientLinear
 from lit_binq.formats.sparse8 import LatentSparse8Linear, Sparse8, Sparse8Linear, sparse8_matmul
 
 FORMATS: dict[str, type[PackedLinear]] = {
     layer.kind: layer
     for layer in (
         BinaryLinear,
-        SalientLinear,
+        PlanesLinear,
         GroupedLinear,
         LowRankLinear,
         LevelsLinear,
@@ -34,19 +34,19 @@ __all__ = [
     "LatentLevelsLinear",
     "LatentLinear",
     "LatentLowRankLinear",
+    "LatentPlanesLinear",
     "LatentRowMeanLinear",
-    "LatentSalientLinear",
     "LatentSparse8Linear",
     "Levels",
     "LevelsLinear",
     "LowRank",
     "LowRankLinear",
     "PackedLinear",
+    "Planes",
+    "PlanesLinear",
     "RowColumn",
     "RowMean",
     "RowMeanLinear",
-    "Salient",
-    "SalientLinear",
     "Solution",
     "Sparse8",
     "Sparse8Linear",

@@ -1,6 +1,6 @@
 """Solvers: (T, H) to a format; one method a file. May touch formats, nothing above.
 
-Every solver is known to the command line by its class name: `closed_form.solver: SalientSolver`.
+Every solver is known to the command line by its class name: `closed_form.solver: PlanesSolver`.
 """
 
 from lit_binq.solvers.amp import amp_metric
@@ -13,8 +13,8 @@ from lit_binq.solvers.cgb import CGB
 from lit_binq.solvers.grouped import GroupedSolver
 from lit_binq.solvers.low_rank import LowRankSolver
 from lit_binq.solvers.pb_llm import PBLLM
+from lit_binq.solvers.planes import PlanesSolver
 from lit_binq.solvers.row_column import RowColumnSolver
-from lit_binq.solvers.salient import SalientSolver
 
 __all__ = [
     "ARB",
@@ -25,8 +25,8 @@ __all__ = [
     "BiLLM",
     "GroupedSolver",
     "LowRankSolver",
+    "PlanesSolver",
     "RowColumnSolver",
-    "SalientSolver",
     "Solver",
     "amp_metric",
     "objective_value",

@@ -178,30 +178,29 @@ def descend_codes(
         (N, K), the new codes.
     """
     K = TH.shape[1]
-    Bt = B.T.clone(memory_format=torch.contiguous_format)  # (K, N); at N = 1, contiguous() would not copy
     scale = scale.contiguous()
-    Gt = TH.T - H @ (Bt * scale)  # (K, N)
-    square = scale * scale
-    over = scale / H.diagonal().clamp_min(1e-30)[:, None]
+    size, start_weights = scale.abs(), B.T * scale
+    W = start_weights.clone()  # (K, N): the weights as they stand
+    new = torch.empty_like(W)
+    Gt = TH.T - H @ W  # (K, N)
+    # The minimiser of one weight is w + g / H_jj; a code takes its sign. A hair more of w makes a tie keep its code.
+    lean_on = H.diagonal().clamp_min(1e-30) * (1 + torch.finfo(H.dtype).eps)
     for _ in range(sweeps):
         for o0 in range(0, K, outer):
             o1 = min(o0 + outer, K)
-            before = Bt[o0:o1].clone()
             for i0 in range(o0, o1, inner):
                 i1 = min(i0 + inner, o1)
-                old = Bt[i0:i1].clone()
                 panel, h = Gt[i0:i1], H[i0:i1, i0:i1].contiguous()
                 for j in range(i0, i1):
-                    b = Bt[j]
-                    # size * (b size + G / H_jj): the unconstrained minimiser, as a code's sign
-                    lean = torch.addcmul(b * square[j], panel[j - i0], over[j])
-                    new = torch.where(lean == 0, b, lean.sign())
-                    panel.addr_(h[j - i0], (new - b).mul_(scale[j]), alpha=-1)
-                    b.copy_(new)
-                moved = (Bt[i0:i1] - old).mul_(scale[i0:i1])
+                    lean = torch.addcmul(panel[j - i0], W[j], lean_on[j])
+                    torch.copysign(size[j], lean, out=new[j])
+                    panel.addr_(h[j - i0], new[j] - W[j], alpha=-1)
+                moved = new[i0:i1] - W[i0:i1]
                 Gt[o0:i0].addmm_(H[o0:i0, i0:i1], moved, alpha=-1)
                 Gt[i1:o1].addmm_(H[i1:o1, i0:i1], moved, alpha=-1)
-            moved = (Bt[o0:o1] - before).mul_(scale[o0:o1])
+            moved = new[o0:o1] - W[o0:o1]
             Gt[:o0].addmm_(H[:o0, o0:o1], moved, alpha=-1)
             Gt[o1:].addmm_(H[o1:, o0:o1], moved, alpha=-1)
-    return Bt.T.contiguous()
+        W, new = new, W
+    # Weights of scale zero have no sign to lose: their codes stay.
+    return torch.where(W * start_weights < 0, -B.T, B.T).T.contiguous()

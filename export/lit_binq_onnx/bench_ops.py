@@ -1,0 +1,385 @@
+"""`litbinq bench ops`: one product by many kernels, in one process and one run, each with cold weights.
+
+At every shape each contestant is one session with several copies of its layer, `bench_operators.graph_of`, so many that
+their weights are ROTATION times the last cache: when a copy's turn comes again, its weights have left the cache. The
+contestants take turns (`bench_timing.alternate`), inputs and outputs are bound to memory that stays. Reading a large
+buffer takes turns with them: its rate is the physical limit in the same noise.
+
+Before it is timed a contestant's first and last copy are compared with a product in float64. A contestant that errs
+more than its arithmetic allows, or that the runtime refuses, is listed with the reason and not timed.
+
+Legend: M rows of x, K columns, N rows of W.
+"""
+
+import gc
+import itertools
+import logging
+import math
+import os
+import statistics
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from lit_binq.errors import LitBinqError
+from lit_binq_onnx.bench_memory import MemoryReader, buffer_bytes
+from lit_binq_onnx.bench_operators import Kernel, Layer, float_kernel, graph_of, nbits_kernels, our_kernels
+from lit_binq_onnx.bench_timing import Spread, alternate
+from lit_binq_onnx.library import HOW_TO_BUILD, NativeLibrary, library_path, register
+
+log = logging.getLogger(__name__)
+
+ROTATION = 3
+"""Bytes of all copies of a weight, in last caches. Once would do if the oldest line always left first."""
+
+MOST_BYTES = 1 << 30
+"""Most bytes of all copies of a weight: a model in one piece may have 2 GB."""
+
+MOST_ROWS = 1024
+"""Most rows that all copies of a product have together, but at least two copies: from M = 128 on the weights are
+read once for many rows, and cold ones cost a hundredth of the time."""
+
+PAUSE = 0.01
+"""Seconds before each run with several threads, so that the threads of the session before are asleep."""
+
+PILOT_ROUNDS = 3
+
+_ROWS_CHECKED = 8
+_COLUMNS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A product x W^T: x (M, K), W (N, K)."""
+
+    M: int
+    K: int
+    N: int
+
+
+@dataclass
+class Record:
+    """One contestant at one shape; `--json` writes a list of these.
+
+    Attributes:
+        kernel: its name, see `bench_operators`.
+        M, K, N: the shape.
+        threads: of ONNX Runtime inside the operator.
+        ms: of one product, the median of all rounds; None if it was not timed.
+        ms_low, ms_high: quartiles.
+        ratio_to_fp32: ms of fp32 MatMul over ms, both medians, with the same number of threads.
+        ratio_low, ratio_high: quartiles of that ratio taken round by round.
+        packed_bytes: everything stored of the weight.
+        gbytes_per_s: packed_bytes over the median time.
+        share_of_read: that over the rate at which memory was read in the same rounds.
+        read_gbytes_per_s: that rate, the median.
+        error: root mean square of the difference from float64 over that of the result.
+        block: of MatMulNBits, the fastest of those tried; 0 elsewhere.
+        copies: layers of a session.
+        rounds: how often it was timed.
+        note: why it was not timed, or what was tried; empty if there is nothing to say.
+    """
+
+    kernel: str
+    M: int
+    K: int
+    N: int
+    threads: int
+    ms: float | None = None
+    ms_low: float | None = None
+    ms_high: float | None = None
+    ratio_to_fp32: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    packed_bytes: int | None = None
+    gbytes_per_s: float | None = None
+    share_of_read: float | None = None
+    read_gbytes_per_s: float | None = None
+    error: float | None = None
+    block: int = 0
+    copies: int = 0
+    rounds: int = 0
+    note: str = ""
+
+
+@dataclass
+class OpsResult:
+    """What a run gave.
+
+    Attributes:
+        records: every contestant at every shape.
+        cache: bytes of last-level cache that the rotation was made for.
+        cached_read_gbytes_per_s: the memory reader within a cache, see `bench_memory`.
+        isa: instruction set of our kernels, or "" without the library.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    cache: int = 0
+    cached_read_gbytes_per_s: float = 0.0
+    isa: str = ""
+
+
+class _NotTimed(Exception):
+    """Why a contestant is not timed."""
+
+
+def copies_for(layer_bytes: int, cache: int, M: int) -> int:
+    """Layers of a session: enough for cold weights, within the limits above."""
+    wanted = math.ceil(ROTATION * cache / max(1, layer_bytes))
+    return max(1, min(wanted, MOST_BYTES // max(1, layer_bytes), max(2, MOST_ROWS // M)))
+
+
+def relative_error(y: np.ndarray, x: np.ndarray, layer: Layer) -> float:
+    """Root mean square of y - x W^T over that of x W^T, in float64.
+
+    Args:
+        y: (M, N); up to 8 of its rows, the first and the last among them, are compared in all columns.
+        x: (M, K).
+        layer: knows W.
+    """
+    rows = np.unique(np.linspace(0, len(x) - 1, min(_ROWS_CHECKED, len(x))).astype(int))
+    difference = total = 0.0
+    for start in range(0, y.shape[1], _COLUMNS_AT_ONCE):
+        part = slice(start, start + _COLUMNS_AT_ONCE)
+        want = x[rows].astype(np.float64) @ layer.dense(part).T
+        difference += float(np.square(y[rows, part] - want).sum())
+        total += float(np.square(want).sum())
+    # NaN in y gives NaN, which no bound lets pass
+    return math.sqrt(difference / total) if total else math.sqrt(difference)
+
+
+class Contestant:
+    """A kernel at a shape, ready to be timed.
+
+    Args:
+        kernel: which.
+        shape: of the product.
+        threads: of ONNX Runtime.
+        cache: bytes of last-level cache to rotate past.
+        x: (M, K) float32.
+
+    Attributes:
+        error: see `relative_error`; the larger one of the first and the last copy.
+        copies: see `copies_for`.
+        stored_bytes: of one layer.
+
+    Raises:
+        _NotTimed: refused by the runtime, or wrong.
+    """
+
+    def __init__(self, kernel: Kernel, shape: Shape, threads: int, cache: int, x: np.ndarray) -> None:
+        self.kernel, self.shape = kernel, shape
+        rng = np.random.default_rng(1)
+        layers = [kernel.make(rng, shape.K, shape.N, 0)]
+        self.stored_bytes = layers[0].stored_bytes
+        self.copies = copies_for(self.stored_bytes, cache, shape.M)
+        layers += [kernel.make(rng, shape.K, shape.N, i) for i in range(1, self.copies)]
+        self.session = self._session(layers, threads)
+        last = f"y{self.copies - 1}"
+        try:
+            results = self.session.run(["y0", last], {"x": x})
+        except Exception as error:  # onnxruntime raises its own, undocumented exception types
+            raise _NotTimed(f"fails ({' '.join(str(error).split())[:150]})") from error
+        self.error = max(relative_error(y, x, layer) for y, layer in zip(results, (layers[0], layers[-1]), strict=True))
+        if not self.error <= kernel.largest_error:
+            raise _NotTimed(f"wrong: errs by {self.error:.1e}, expected at most {kernel.largest_error:.0e}")
+        if self.error < kernel.smallest_error:
+            raise _NotTimed(f"not there: ONNX Runtime {ort.__version__} takes its float kernel for it at this shape")
+        self._bind(x)
+
+    def _session(self, layers: list[Layer], threads: int) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        # Threads that spin after a session's turn would take the next one's time.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        for key, value in self.kernel.config.items():
+            options.add_session_config_entry(key, value)
+        ours = self.kernel.mode is not None
+        if ours:
+            register(options)
+        shape = self.shape
+        model = graph_of(layers, shape.M, shape.K, shape.N).SerializeToString()
+        try:
+            # A kernel reads its mode when it is created, that is within the session's constructor.
+            with NativeLibrary(library_path()).force_mode(self.kernel.mode) if ours else nullcontext():
+                return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # as above
+            raise _NotTimed(f"refused ({' '.join(str(error).split())[:150]})") from error
+
+    def _bind(self, x: np.ndarray) -> None:
+        """Bind memory that stays: x once, and one result for all copies, which stays in the cache as in a model."""
+        self._binding = self.session.io_binding()
+        self._x = ort.OrtValue.ortvalue_from_numpy(x)
+        self._y = ort.OrtValue.ortvalue_from_numpy(np.zeros((self.shape.M, self.shape.N), np.float32))
+        self._binding.bind_ortvalue_input("x", self._x)
+        for output in self.session.get_outputs():
+            self._binding.bind_ortvalue_output(output.name, self._y)
+
+    def run(self) -> None:
+        """Every copy once."""
+        self.session.run_with_iobinding(self._binding)
+
+
+def _fastest(family: list[Kernel], build: Callable[[Kernel], Contestant], pause: float) -> tuple[Contestant, str]:
+    """The block length a runtime is fastest with, found by a short alternation of its own, and what was tried."""
+    built: dict[int, Contestant] = {}
+    reasons = []
+    for kernel in family:
+        try:
+            built[kernel.block] = build(kernel)
+        except _NotTimed as error:
+            reasons.append(f"block {kernel.block} {error}")
+    if not built:
+        raise _NotTimed("; ".join(reasons))
+    times = alternate({b: c.run for b, c in built.items()}, rounds=PILOT_ROUNDS, pause=pause)
+    ms = {b: statistics.median(times[b]) / built[b].copies * 1e3 for b in built}
+    best = min(ms, key=lambda b: ms[b])
+    tried = ", ".join(f"block {b}: {value:.3g} ms" for b, value in ms.items())
+    return built[best], "; ".join([f"tried {tried}", *reasons])
+
+
+def _enter(
+    shape: Shape, threads: int, cache: int, x: np.ndarray, native: bool
+) -> tuple[list[Record], list[Contestant]]:
+    """All contestants at a shape with a number of threads: their records so far, and those that will be timed."""
+    records: list[Record] = []
+    contestants: list[Contestant] = []
+
+    def build(kernel: Kernel) -> Contestant:
+        return Contestant(kernel, shape, threads, cache, x)
+
+    def enter(family: list[Kernel]) -> None:
+        record = Record(family[0].name, shape.M, shape.K, shape.N, threads)
+        try:
+            if len(family) == 1:
+                contestant = build(family[0])
+            else:
+                contestant, record.note = _fastest(family, build, PAUSE if threads > 1 else 0.0)
+        except _NotTimed as error:
+            record.note = str(error)
+        else:
+            record.packed_bytes, record.copies = contestant.stored_bytes, contestant.copies
+            record.error, record.block = contestant.error, contestant.kernel.block
+            contestants.append(contestant)
+        records.append(record)
+        gc.collect()  # a session's model is large
+
+    for family in [[float_kernel()], *nbits_kernels(shape.K)]:
+        enter(family)
+    for kernel in our_kernels():
+        if kernel.rows is not None and kernel.rows < shape.M:
+            continue
+        if native:
+            enter([kernel])
+        else:
+            records.append(Record(kernel.name, shape.M, shape.K, shape.N, threads, note=f"not built: {HOW_TO_BUILD}"))
+    return records, contestants
+
+
+def _fill(record: Record, contestant: Contestant, seconds: list[float], base: list[float] | None, read: float) -> None:
+    """Write measured times into a record. base: seconds of one fp32 product in the same rounds."""
+    each = [s / contestant.copies for s in seconds]
+    spread = Spread.of([s * 1e3 for s in each])
+    record.ms, record.ms_low, record.ms_high, record.rounds = spread.median, spread.low, spread.high, len(seconds)
+    if base is not None:
+        ratio = Spread.of([b / s for b, s in zip(base, each, strict=True)])
+        record.ratio_to_fp32 = statistics.median(base) / statistics.median(each)
+        record.ratio_low, record.ratio_high = ratio.low, ratio.high
+    record.gbytes_per_s = contestant.stored_bytes / spread.median / 1e6
+    record.read_gbytes_per_s, record.share_of_read = read, record.gbytes_per_s / read
+
+
+def measure_shape(
+    shape: Shape, threads: list[int], cache: int, rounds: int, readers: dict[int, MemoryReader], native: bool
+) -> list[Record]:
+    """Time all contestants at one shape.
+
+    Args:
+        shape: of the product.
+        threads: numbers of threads; all take turns in the same rounds.
+        cache: bytes of last-level cache to rotate past.
+        rounds: at least 1.
+        readers: a memory reader for each number of threads.
+        native: whether our library is there.
+    """
+    x = np.random.default_rng(0).standard_normal((shape.M, shape.K), np.float32)
+    records: dict[int, list[Record]] = {}
+    contestants: dict[tuple[str, int], Contestant] = {}
+    for t in threads:
+        records[t], ready = _enter(shape, t, cache, x, native)
+        contestants.update({(c.kernel.name, t): c for c in ready})
+    turns: dict[tuple[str, int], Callable[[], Any]] = {key: c.run for key, c in contestants.items()}
+    turns.update({("read", t): readers[t].read for t in threads})
+    seconds = alternate(turns, rounds=rounds, pause=PAUSE if max(threads) > 1 else 0.0)
+    for t in threads:
+        float_key = (float_kernel().name, t)
+        base = None
+        if float_key in contestants:
+            base = [s / contestants[float_key].copies for s in seconds[float_key]]
+        read = readers[t].size / statistics.median(seconds["read", t]) / 1e9
+        for record in records[t]:
+            key = (record.kernel, t)
+            if key in contestants:
+                _fill(record, contestants[key], seconds[key], base, read)
+    return [record for t in threads for record in records[t]]
+
+
+def bench_ops(shapes: list[Shape], *, threads: list[int], rounds: int, cache: int) -> OpsResult:
+    """Time all contestants at all shapes.
+
+    Args:
+        shapes: of the products.
+        threads: numbers of threads inside an operator.
+        rounds: runs of each contestant at M = 1; a third of them, 3 at least, at other M, whose times are long.
+        cache: bytes of last-level cache to rotate past, see `bench_memory.cache_bytes`.
+
+    Raises:
+        LitBinqError: an option out of its range.
+    """
+    for name, values in (("threads", threads), ("rounds", [rounds]), ("cache", [cache])):
+        if not values or min(values) < 1:
+            raise LitBinqError(f"{name}: got {values}, expected numbers from 1")
+    for shape in shapes:
+        if min(shape.M, shape.K, shape.N) < 1:
+            raise LitBinqError(f"shapes: got M {shape.M}, {shape.K}x{shape.N}, expected numbers from 1")
+    processors = os.cpu_count() or 1
+    if max(threads) > processors:
+        log.warning("threads: %d on %d processors: they will wait for each other", max(threads), processors)
+    native = library_path() is not None
+    result = OpsResult(cache=cache, isa=NativeLibrary().isa() if native else "")
+    readers = {t: MemoryReader(t, buffer_bytes(cache)) for t in threads}
+    try:
+        result.cached_read_gbytes_per_s = readers[threads[0]].cached_rate()
+        for shape in shapes:
+            log.info("bench ops: M %d, %dx%d", shape.M, shape.K, shape.N)
+            few = rounds if shape.M == 1 else max(min(3, rounds), rounds // 3)
+            result.records += measure_shape(shape, threads, cache, few, readers, native)
+    finally:
+        for reader in readers.values():
+            reader.close()
+    return result
+
+
+def shapes_of(sizes: str, rows: str) -> list[Shape]:
+    """Products from options: "4096x11008,576x1536" (K x N) and "1,128" (M).
+
+    Raises:
+        LitBinqError: not written like that.
+    """
+    try:
+        pairs = [tuple(int(part) for part in size.lower().split("x")) for size in sizes.split(",")]
+        numbers = [int(part) for part in rows.split(",")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError
+    except ValueError:
+        raise LitBinqError(
+            f"shapes and M: got {sizes!r} and {rows!r}, expected K x N pairs and numbers with commas between, "
+            "like `--shapes 4096x11008,576x1536 --M 1,128`"
+        ) from None
+    return [Shape(M, K, N) for (K, N), M in itertools.product(pairs, numbers)]

@@ -1,0 +1,126 @@
+"""Several texts decoded side by side, on either route: prompts in, then one token a row and step.
+
+Knows a session and its caches; nothing of text or sampling.
+
+Legend: n rows, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from lit_binq_onnx.cache import StaticCache
+from lit_binq_onnx.session import GrowingCache, OnnxModel, cache_arrays, positions
+
+PREFILL = 256
+"""Prompt tokens in one pass: bounds the logits of the generic route's prefill to PREFILL x V x 4 bytes a row."""
+
+
+class Rows(ABC):
+    """Texts in progress.
+
+    Attributes:
+        logits: (n, V) float32 after the last token of each row.
+    """
+
+    logits: np.ndarray
+
+    @abstractmethod
+    def step(self, tokens: Sequence[int]) -> None:
+        """Append one token to each row; `logits` are then those after it."""
+
+    @abstractmethod
+    def keep(self, rows: list[int]) -> None:
+        """Go on with some rows only, in this order."""
+
+
+class FusedRows(Rows):
+    """Rows in a static cache: each prompt is read alone, without padding, into its own row.
+
+    Args:
+        onnx_model: on the fused route.
+        prompts: token numbers of each row, none empty.
+        new_tokens: most tokens that will be appended: the cache then never moves.
+        part: prompt tokens in one pass.
+    """
+
+    def __init__(
+        self, onnx_model: OnnxModel, prompts: Sequence[Sequence[int]], new_tokens: int, part: int = PREFILL
+    ) -> None:
+        self._model = onnx_model
+        longest = max(map(len, prompts))
+        cache = onnx_model.empty_past(len(prompts), longest + new_tokens)
+        assert isinstance(cache, StaticCache)
+        self._cache, found = cache, []
+        for i, prompt in enumerate(prompts):
+            row = cache.row(i)
+            for start in range(0, len(prompt), part):
+                ids = np.array([prompt[start : start + part]])
+                stop = start + ids.shape[1]
+                mask, where = np.ones((1, stop)), np.arange(start, stop)[None]
+                logits, _ = onnx_model.forward(ids, mask, where, row, last_only=True)
+            found.append(logits[0, -1])
+        cache.lengths = np.array([len(prompt) for prompt in prompts])
+        self.logits = np.stack(found)
+
+    def step(self, tokens: Sequence[int]) -> None:
+        """See `Rows`."""
+        lengths = self._cache.lengths + 1
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        logits, _ = self._model.forward(np.array(tokens)[:, None], mask, lengths[:, None] - 1, self._cache)
+        self.logits = logits[:, -1]
+
+    def keep(self, rows: list[int]) -> None:
+        """See `Rows`."""
+        self._cache, self.logits = self._cache.keep(rows), self.logits[rows]
+
+
+class GenericRows(Rows):
+    """Rows padded on the left to one length; the cache is what the last pass gave out.
+
+    Args:
+        onnx_model: on the generic route.
+        prompts: token numbers of each row, none empty.
+        part: positions in one pass.
+    """
+
+    def __init__(self, onnx_model: OnnxModel, prompts: Sequence[Sequence[int]], part: int = PREFILL) -> None:
+        self._model = onnx_model
+        longest = max(map(len, prompts))
+        ids = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        pad = np.array([longest - len(prompt) for prompt in prompts])
+        self._mask = (np.arange(longest) >= pad[:, None]).astype(np.int64)
+        where = positions(self._mask)
+        past = onnx_model.empty_past(len(prompts))
+        for start in range(0, longest, part):
+            now = slice(start, start + part)
+            mask = self._mask[:, : min(start + part, longest)]
+            logits, past = onnx_model.forward(ids[:, now], mask, where[:, now], past, last_only=True)
+        assert not isinstance(past, StaticCache)
+        self._past: GrowingCache = past
+        self.logits = logits[:, -1]
+
+    def step(self, tokens: Sequence[int]) -> None:
+        """See `Rows`."""
+        self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
+        where = self._mask.sum(1, keepdims=True) - 1
+        logits, past = self._model.forward(np.array(tokens)[:, None], self._mask, where, self._past)
+        assert not isinstance(past, StaticCache)
+        self._past, self.logits = past, logits[:, -1]
+
+    def keep(self, rows: list[int]) -> None:
+        """See `Rows`."""
+        kept = [np.ascontiguousarray(array[rows]) for array in cache_arrays(self._past)]
+        self._past = [ort.OrtValue.ortvalue_from_numpy(array) for array in kept]
+        self._mask, self.logits = self._mask[rows], self.logits[rows]
+
+
+def start_rows(
+    onnx_model: OnnxModel, prompts: Sequence[Sequence[int]], new_tokens: int, *, part: int = PREFILL
+) -> Rows:
+    """Read the prompts on the model's route; arguments as the classes'."""
+    if onnx_model.route == "fused":
+        return FusedRows(onnx_model, prompts, new_tokens, part)
+    return GenericRows(onnx_model, prompts, part)

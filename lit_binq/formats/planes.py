@@ -1,0 +1,265 @@
+"""The planes format: a row x column plane, and further ones on nested sets of chosen (salient) columns.
+
+Legend: N rows, K columns; planes p = 0, 1, ..., Q - 1 on column sets S_0 = all, S_1 >= S_2 >= ..., of k_p columns;
+    W^ = sum_p diag(r_p) B_p diag(c_p) P_p      r_p (N,), c_p (k_p,), B_p (N, k_p) signs, P_p (k_p, K) 0/1 selection
+
+On a column with q planes a weight takes one of 2^q values. True bits: sum k_p / K for the codes, for the scales
+16 (Q N + sum k_p) / (N K), and for every further plane that is not on all columns a bitmap of one bit a column. With
+two planes of which the second is on a few columns it is the "salient columns" of the literature.
+
+The layer is a sum of row x column products: plane p reads the columns S_p of the input only.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lit_binq.formats.base import LatentLinear, PackedLinear, Solution
+from lit_binq.formats.latent import latent_codes, signs, straight_through
+from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
+from lit_binq.formats.row_column import BinaryLinear, RowColumn, binary_matmul
+
+
+@dataclass
+class Planes(Solution):
+    """An unpacked weight of several planes.
+
+    Attributes:
+        planes: Q planes; the first (N, K), plane p (N, k_p).
+        columns: for each plane behind the first (k_p,) int64, ascending, a subset of the plane's before.
+    """
+
+    planes: list[RowColumn]
+    columns: list[Tensor]
+
+    def dense(self) -> Tensor:
+        """(N, K)."""
+        total = self.planes[0].dense()
+        for plane, columns in zip(self.planes[1:], self.columns, strict=True):
+            total.index_add_(1, columns, plane.dense())
+        return total
+
+    def pack(self, bias: Tensor | None = None) -> "PlanesLinear":
+        """The layer that stores it; bias (N,) or None."""
+        return PlanesLinear.from_solution(self, bias)
+
+
+def stored_bits(N: int, K: int, counts: Sequence[int]) -> int:
+    """Bits of all stored tensors of an N x K weight with further planes on `counts` columns each."""
+    bits = 8 * N * packed_width(K) + 16 * (N + K)
+    for k in counts:
+        bits += 8 * N * packed_width(k) + 16 * (N + k) + (8 * packed_width(K) if k < K else 0)
+    return bits
+
+
+class PlanesLinear(PackedLinear):
+    """A linear layer stored as planes of sign bits, their float16 scales and bitmaps of columns.
+
+    Buffers, for each plane p (of the first no bitmap):
+        codes{p}: (N, ceil(k_p / 8)) uint8.
+        row_scale{p}: (N,) float16.
+        col_scale{p}: (k_p,) float16.
+        column_bits{p}: (ceil(K / 8),) uint8, least significant bit first; empty if k_p = K.
+    and bias: (N,) float, or None.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        counts: k_p of the planes behind the first, each from 1 to the one before; K for the first.
+        bias: whether a bias is stored.
+        dtype: dtype of the bias.
+
+    Raises:
+        ValueError: counts that rise, or are below 1.
+    """
+
+    kind: ClassVar[str] = "planes"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        counts: Sequence[int],
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.counts = in_features, out_features, list(counts)
+        sizes = [in_features, *counts]
+        if any(not 1 <= k <= before for before, k in itertools.pairwise(sizes)):
+            raise ValueError(f"counts {list(counts)} of {in_features} columns, expected numbers >= 1 that do not rise")
+        for p, k in enumerate(sizes):
+            for name, tensor in BinaryLinear(k, out_features).weight_buffers().items():
+                self.register_buffer(f"{name}{p}", tensor)
+            if p:
+                width = packed_width(in_features) if k < in_features else 0
+                self.register_buffer(f"column_bits{p}", torch.zeros(width, dtype=torch.uint8))
+                # Follows from the bitmap, so it is not stored.
+                self.register_buffer(f"columns{p}", torch.arange(k), persistent=False)
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+
+    @classmethod
+    def empty(
+        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
+    ) -> Self:
+        """Zeroed buffers; the layout is {"columns1": k_1, "columns2": k_2, ...}."""
+        counts = [layout[f"columns{p}"] for p in range(1, len(layout) + 1)]
+        return cls(in_features, out_features, counts, bias, dtype)
+
+    def layout(self) -> dict[str, int]:
+        """{"columns1": k_1, "columns2": k_2, ...}."""
+        return {f"columns{p}": k for p, k in enumerate(self.counts, 1)}
+
+    @classmethod
+    def from_solution(cls, solution: Planes, bias: Tensor | None = None) -> "PlanesLinear":
+        """Pack a solver's result; bias (N,) or None. Raises LitBinqError where a scale does not fit float16."""
+        N, K = solution.planes[0].B.shape
+        counts = [len(columns) for columns in solution.columns]
+        layer = cls(K, N, counts, bias is not None, torch.float32 if bias is None else bias.dtype)
+        for p, plane in enumerate(solution.planes):
+            for name, tensor in BinaryLinear.from_solution(plane).weight_buffers().items():
+                setattr(layer, f"{name}{p}", tensor)
+        for p, columns in enumerate(solution.columns, 1):
+            setattr(layer, f"columns{p}", columns)
+            if len(columns) < K:
+                chosen = -torch.ones(1, K, device=columns.device)
+                chosen[0, columns] = 1
+                setattr(layer, f"column_bits{p}", pack_signs(chosen)[0])
+        if bias is not None:
+            layer.bias = bias.detach().clone()
+        return layer
+
+    def refresh(self) -> None:
+        """Derive the chosen columns from the bitmaps: after the buffers were filled.
+
+        Raises:
+            ValueError: a bitmap that does not mark as many columns as the layout says.
+        """
+        for p, k in enumerate(self.counts, 1):
+            if k < self.in_features:
+                marked = unpack_signs(self.get_buffer(f"column_bits{p}")[None], self.in_features)[0] > 0
+                columns = marked.nonzero()[:, 0]
+                if len(columns) != k:
+                    raise ValueError(f"column_bits{p} marks {len(columns)} columns, expected {k}")
+                setattr(self, f"columns{p}", columns)
+
+    def _stored(self, p: int) -> list[Tensor]:
+        return [self.get_buffer(f"{name}{p}") for name in ("codes", "row_scale", "col_scale")]
+
+    def solution(self) -> Planes:
+        """The stored weight, unpacked to float32."""
+        planes = []
+        for p, k in enumerate([self.in_features, *self.counts]):
+            codes, r, c = self._stored(p)
+            planes.append(RowColumn(r.float(), c.float(), unpack_signs(codes, k)))
+        return Planes(planes, [self.get_buffer(f"columns{p}") for p in range(1, len(planes))])
+
+    def dequantize(self) -> Tensor:
+        """(N, K) float32."""
+        return self.solution().dense()
+
+    def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentPlanesLinear":
+        """The trainable twin; see the base class."""
+        return LatentPlanesLinear(self.solution(), self.bias, train_codes, target)
+
+    def weight_buffers(self) -> dict[str, Tensor]:
+        """All planes and bitmaps."""
+        return {k: t for k, t in self.named_buffers() if k in self.state_dict() and k != "bias"}
+
+    def operands(self) -> list[tuple[str, list[Tensor]]]:
+        """One product a plane."""
+        products = [self._stored(p) for p in range(len(self.counts) + 1)]
+        if self.bias is not None:
+            products[0] = [*products[0], self.bias.float()]
+        return [("BinaryMatMul", stored) for stored in products]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        y = binary_matmul(x, self.codes0, self.row_scale0, self.col_scale0, self.bias, self.in_features)
+        for p, k in enumerate(self.counts, 1):
+            part = x if k == self.in_features else x.index_select(-1, self.get_buffer(f"columns{p}"))
+            codes, r, c = self._stored(p)
+            y = y + binary_matmul(part, codes, r, c, None, k)
+        return y
+
+
+class LatentPlanesLinear(LatentLinear):
+    """The trainable twin; the choice of columns stays.
+
+    One latent v stands for all codes of a weight, by its binary expansion: u_0 = v, B_p = sign(u_p) and
+    u_(p+1) = 2 (u_p - B_p). With two planes the levels have thresholds -1, 0 and 1, and a latent that is pushed passes
+    them in their order. A latent for each plane cannot do that: between the two middle levels both codes change, and a
+    push that flips the first holds the second where it is, which overshoots to the outer level. The gradient of the
+    weight reaches v as it is, times r_0 c_0 (straight-through).
+
+    Args:
+        solution: all planes.
+        bias: (N,) or None; kept as it is.
+        train_codes: whether codes may change.
+        target: (N, K) dense weight the codes were made from: it sets where between its thresholds a latent begins, as
+            far as the codes allow; None begins half-way.
+    """
+
+    def __init__(self, solution: Planes, bias: Tensor | None, train_codes: bool, target: Tensor | None = None) -> None:
+        super().__init__()
+        planes = [plane.balanced() for plane in solution.planes]
+        self.out_features, self.in_features = planes[0].B.shape
+        self.train_codes = train_codes
+        self.rows = nn.ParameterList([plane.r.detach().float().clone() for plane in planes])
+        self.cols = nn.ParameterList([plane.c.detach().float().clone() for plane in planes])
+        v = latent_codes(planes[0].B, train_codes, target).detach()
+        rest = None if target is None else target.detach().float() - planes[0].dense()
+        before = planes[0].B.float()  # the expansion up to the plane before
+        for p, (plane, columns) in enumerate(zip(planes[1:], solution.columns, strict=True), 1):
+            size = torch.ones_like(plane.B)
+            if rest is not None:
+                # Beyond its threshold a target says nothing about how sure the code is: next to the threshold, then.
+                unit = plane.dense().abs().clamp_min(1e-30)
+                size = (rest[:, columns] / unit * plane.B).clamp(0.1, 1.9)
+                rest.index_add_(1, columns, plane.dense(), alpha=-1)
+            v[:, columns] = before[:, columns] + 2.0**-p * size * plane.B
+            before[:, columns] += 2.0**-p * plane.B
+            self.register_buffer(f"columns{p}", columns)
+        self.v = nn.Parameter(v, requires_grad=train_codes)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def _columns(self) -> list[Tensor]:
+        return [self.get_buffer(f"columns{p}") for p in range(1, len(self.rows))]
+
+    def code_parameters(self) -> list[nn.Parameter]:
+        """The latents, or nothing."""
+        return [self.v] if self.train_codes else []
+
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """Row and column scales of all planes."""
+        return [*self.rows, *self.cols]
+
+    def _further(self) -> list[Tensor]:
+        """B_p (N, k_p) of the planes behind the first."""
+        codes: list[Tensor] = []
+        u = self.v.detach().clone()
+        for columns in self._columns():
+            u = 2 * (u - signs(u))  # (N, K); only chosen columns are read
+            codes.append(signs(u.index_select(1, columns)))
+        return codes
+
+    def solution(self) -> Planes:
+        """The current weight."""
+        codes = [signs(self.v.detach()), *self._further()]
+        planes = [RowColumn(r.detach(), c.detach(), B) for r, c, B in zip(self.rows, self.cols, codes, strict=True)]
+        return Planes(planes, self._columns())
+
+    def pack(self) -> PlanesLinear:
+        """The current weight, packed."""
+        return PlanesLinear.from_solution(self.solution(), self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        weight = straight_through(self.v) * self.rows[0][:, None] * self.cols[0][None, :]
+        for p, (B, columns) in enumerate(zip(self._further(), self._columns(), strict=True), 1):
+            weight = weight.index_add(1, columns, B * self.rows[p][:, None] * self.cols[p][None, :])
+        return nn.functional.linear(x, weight, self.bias)

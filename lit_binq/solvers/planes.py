@@ -1,0 +1,309 @@
+"""Several row x column planes, the further ones on the columns that the objective gains most from.
+
+Legend: T (N, K) target, H (K, K) metric; plane p: r_p (N,), c_p (k_p,), B_p (N, k_p) on the columns S_p
+(lit_binq.formats.planes); W^ their sum, G = (T - W^) H.
+
+    1. One plane by the row x column solver.
+    2. A column's gain from a further plane: adding e_j at column j lowers f by 2 e_j . G_j - |e_j|^2 H_jj. The best
+       e_j = a sign(G_j) with one size a for all rows gains |G_j|_1^2 / (N H_jj). The k_p columns of S_(p-1) with the
+       largest gain make S_p, one plane after the other.
+    3. Scales start as the best quantizer of a Gaussian with as many levels has them, from the rank-one fit of |T|.
+    4. Rounds: codes by coordinate descent, all codes of a weight at once (its level nearest to w + g / H_jj), then the
+       scales of each plane, rows and columns, exactly, the others fixed. f never rises.
+
+Ours. The idea of a second plane on salient columns is BiLLM's (arXiv 2402.04291, residual approximation); here
+columns, codes and scales all follow one objective, and the columns are whole columns of the matrix. Fitting plane after
+plane to what the others leave ends in poor optima: three planes had twice the error of this.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_binq.errors import LitBinqError
+from lit_binq.formats.planes import Planes, stored_bits
+from lit_binq.formats.row_column import RowColumn
+from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.row_column import (
+    INNER,
+    OUTER,
+    RowColumnSolver,
+    start,
+    update_column_scales,
+    update_row_scales,
+)
+
+MOST_PLANES = 4
+"""A budget of more bits is better served by ordinary integers."""
+
+GAUSSIAN = ((1.0,), (1.229, 0.663), (1.469, 0.734, 0.367), (1.680, 0.840, 0.420, 0.210))
+"""Scales of 1 to 4 planes that quantize a Gaussian best (for three and four: with equal steps), over its mean size."""
+
+
+@dataclass
+class PlanesSolver(Solver):
+    """Options of the planes format.
+
+    Attributes:
+        shares: share of the columns that each further plane is on, where no bit budget says it: `[0.1]` for a second
+            plane on a tenth of them, `[1, 1]` for three full planes.
+        rounds: how often codes and scales take turns.
+        sweeps: passes over all columns in one code update.
+    """
+
+    takes_bits: ClassVar[bool] = True
+
+    shares: list[float] = field(default_factory=lambda: [0.1])
+    rounds: int = 3
+    sweeps: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.shares) >= MOST_PLANES or any(
+            not 0 <= b <= a for a, b in zip([1.0, *self.shares], self.shares, strict=False)
+        ):
+            raise LitBinqError(
+                f"solver.shares: got {self.shares}, expected at most {MOST_PLANES - 1} shares from 0 to 1 that do "
+                "not rise"
+            )
+        for name in ("rounds", "sweeps"):
+            if getattr(self, name) < 0:
+                raise LitBinqError(f"solver.{name}: got {getattr(self, name)}, expected a number >= 0")
+
+    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> Planes | RowColumn:
+        """Fit all planes, float32; without a further plane the result is a plain row x column weight."""
+        require_finite(T, H)
+        N, K = T.shape
+        counts = [round(share * K) for share in self.shares] if bits is None else most_columns(N, K, bits)
+        counts = [k for k in counts if k]
+        first = RowColumnSolver(rounds=2 if not counts else 1, sweeps=self.sweeps).solve(T, H)
+        if not counts:
+            return first
+        solution, TH = _begin(T, H, first, counts), T @ H
+        for _ in range(self.rounds):
+            solution = update_codes(solution, TH, H, sweeps=self.sweeps)
+            solution = update_scales(solution, TH, H)
+        return solution
+
+    def spend(self, weights: dict[str, Tensor], moments: dict[str, Tensor], bits: float) -> dict[str, float]:
+        """Further planes where they lower the layers' relative output errors most for each bit.
+
+        The gain of a column is that of `column_gains` with rank-one fits of the weight itself for the planes and a
+        diagonal metric, over the layer's output energy: every layer's relative error counts the same. One threshold on
+        gain / bits for all layers, found by bisection.
+
+        Args:
+            weights: W (N, K) of every layer, by name.
+            moments: E[x_j^2] (K,) of every layer's input.
+            bits: true bits a weight, over all layers.
+
+        Raises:
+            LitBinqError: not even the first planes fit.
+        """
+        gains = {name: _plane_gains(W.float(), moments[name].to(W.device).float()) for name, W in weights.items()}
+        total = sum(W.numel() for W in weights.values())
+
+        def chosen(threshold: float) -> dict[str, list[int]]:
+            return {name: _columns_above(threshold, gains[name], len(W)) for name, W in weights.items()}
+
+        def size(counts: dict[str, list[int]]) -> int:
+            return sum(_stored(W, counts[name]) for name, W in weights.items())
+
+        if (least := size({name: [] for name in weights}) / total) > bits:
+            raise LitBinqError(
+                f"closed_form.bits: got {bits}, expected at least {least:.4f}: signs and scales of the first plane "
+                "alone take that much"
+            )
+        low, high = 0.0, max(float(gains[name][0].max()) / (len(W) + 16) for name, W in weights.items())
+        if size(chosen(low)) > bits * total:
+            for _ in range(60):  # the size falls with the threshold; `high` always fits
+                middle = (low + high) / 2
+                low, high = (middle, high) if size(chosen(middle)) > bits * total else (low, middle)
+        else:
+            high = low
+        taken = {
+            name: _stored(W, counts) for (name, W), counts in zip(weights.items(), chosen(high).values(), strict=True)
+        }
+        # A layer's row scales come all at once, so the threshold may leave a gap: layer by layer, the best first.
+        left = int(bits * total) - sum(taken.values())
+        for name in sorted(taken, key=lambda n: float(gains[n][0].mean()) / (len(weights[n]) + 16), reverse=True):
+            W = weights[name]
+            most = _stored(W, most_columns(W.shape[0], W.shape[1], (taken[name] + left) / W.numel()))
+            if most > taken[name]:
+                left -= most - taken[name]
+                taken[name] = most
+        return {name: taken[name] / W.numel() for name, W in weights.items()}
+
+
+def _stored(W: Tensor, counts: list[int]) -> int:
+    return stored_bits(W.shape[0], W.shape[1], counts)
+
+
+def _plane_gains(W: Tensor, moment: Tensor) -> list[Tensor]:
+    """(K,) what each further plane takes of the relative output error: m_j |R_j|_1^2 / N over sum m_j |W_j|^2."""
+    energy = (moment * W.square().sum(0)).sum().clamp_min(1e-30)
+    gains, R = [], W
+    for _ in range(MOST_PLANES - 1):
+        R = R - start(R, 10).dense()
+        gains.append(moment * R.abs().sum(0).square() / len(W) / energy)
+    return gains
+
+
+def _columns_above(threshold: float, gains: list[Tensor], N: int) -> list[int]:
+    """k_p of the further planes whose columns each gain more than `threshold` a bit, and pay for the row scales too."""
+    counts: list[int] = []
+    K = len(gains[0])
+    most = K
+    for gain in gains:
+        k = int((gain > threshold * (N + 16)).sum())
+        k = min(-(-k // 8) * 8, most)  # codes are packed to whole bytes
+        if k == 0 or float(gain.topk(k).values.sum()) <= threshold * (k * (N + 16) + 16 * N + K):
+            break
+        counts.append(k)
+        most = k
+    return counts
+
+
+def _begin(T: Tensor, H: Tensor, first: RowColumn, counts: list[int]) -> Planes:
+    """Steps 2 and 3: which columns, and where the scales start. `first` is the fit of one plane."""
+    K = T.shape[1]
+    sets = [torch.arange(K, device=T.device)]
+    R = T - first.dense()
+    for k in counts:
+        gain = column_gains((R @ H)[:, sets[-1]], H.diagonal()[sets[-1]])
+        sets.append(sets[-1][gain.topk(k).indices].sort().values)
+        rest = start(R[:, sets[-1]], 10)
+        R = R.index_add(1, sets[-1], rest.dense(), alpha=-1)
+    number = torch.zeros(K, dtype=torch.int64, device=T.device)  # planes of each column, from 0 for one
+    for columns in sets[1:]:
+        number[columns] += 1
+    factors = torch.tensor([[*row, *[0.0] * (MOST_PLANES - len(row))] for row in GAUSSIAN], device=T.device)
+    size = start(T, 10)
+    planes, u = [], T / (size.r[:, None] * size.c[None, :]).clamp_min(1e-30)
+    for p, columns in enumerate(sets):
+        factor = factors[number[columns], p]
+        B = torch.where(u[:, columns] >= 0, 1.0, -1.0)
+        u = u.index_add(1, columns, B * factor, alpha=-1)
+        planes.append(RowColumn(size.r, size.c[columns] * factor, B))
+    return Planes(planes, sets[1:])
+
+
+def update_scales(s: Planes, TH: Tensor, H: Tensor) -> Planes:
+    """Row and column scales of one plane after the other, each exact for the others as they are.
+
+    Args:
+        s: current solution.
+        TH: (N, K), the product T H.
+        H: (K, K).
+    """
+    planes = list(s.planes)
+    sets = [torch.arange(H.shape[0], device=H.device), *s.columns]
+    G = TH - s.dense() @ H
+    for p, columns in enumerate(sets):
+        whole = len(columns) == H.shape[0]
+        rows, H_ss = (H, H) if whole else (H[columns], H[columns][:, columns])
+        # The plane's own problem has the same form: the product of its target and H is G with the plane taken out.
+        right = G[:, columns] + planes[p].dense() @ H_ss
+        new = update_column_scales(update_row_scales(planes[p], right, H_ss), right, H_ss)
+        G -= (new.dense() - planes[p].dense()) @ rows
+        planes[p] = new
+    return Planes(planes, s.columns)
+
+
+def update_codes(
+    s: Planes, TH: Tensor, H: Tensor, *, sweeps: int = 1, inner: int = INNER, outer: int = OUTER
+) -> Planes:
+    """Coordinate descent on all codes of a weight at once; see `row_column.descend_codes` for the blocks.
+
+    With planes of falling size (each at least the sum of those behind it) signs taken one after the other give the
+    nearest level; where scales are otherwise they may not, so a step is made only if it comes nearer.
+
+    Args:
+        s: current solution.
+        TH: (N, K), the product T H.
+        H: (K, K).
+        sweeps: passes.
+        inner: columns of a panel that every step updates.
+        outer: columns of a panel that every inner panel updates.
+    """
+    N, K = TH.shape
+    sets = [torch.arange(K, device=H.device), *s.columns]
+    # (Q, K, N): signed weights of every plane; zero where a column does not have the plane
+    parts = torch.zeros(len(sets), K, N, device=H.device)
+    for part, plane, columns in zip(parts, s.planes, sets, strict=True):
+        part[columns] = plane.dense().T
+    before, size = parts.clone(), parts.abs()
+    depth = [0] * K
+    for columns in s.columns:
+        for j in columns.tolist():
+            depth[j] += 1
+    W = parts.sum(0)
+    new = W.clone()
+    Gt = TH.T - H @ W
+    over = 1 / H.diagonal().clamp_min(1e-30)
+    for _ in range(sweeps):
+        for o0 in range(0, K, outer):
+            o1 = min(o0 + outer, K)
+            for i0 in range(o0, o1, inner):
+                i1 = min(i0 + inner, o1)
+                panel, h = Gt[i0:i1], H[i0:i1, i0:i1].contiguous()
+                for j in range(i0, i1):
+                    step = panel[j - i0] * over[j]  # from the weight to the best value
+                    rest = W[j] + step
+                    chosen = []
+                    for p in range(depth[j] + 1):
+                        chosen.append(torch.copysign(size[p, j], rest))
+                        rest = rest - chosen[-1]
+                    nearer = rest.abs() < step.abs()
+                    for p, code in enumerate(chosen):
+                        parts[p, j] = torch.where(nearer, code, parts[p, j])
+                    new[j] = parts[: depth[j] + 1, j].sum(0)
+                    panel.addr_(h[j - i0], new[j] - W[j], alpha=-1)
+                moved = new[i0:i1] - W[i0:i1]
+                Gt[o0:i0].addmm_(H[o0:i0, i0:i1], moved, alpha=-1)
+                Gt[i1:o1].addmm_(H[i1:o1, i0:i1], moved, alpha=-1)
+            moved = new[o0:o1] - W[o0:o1]
+            Gt[:o0].addmm_(H[:o0, o0:o1], moved, alpha=-1)
+            Gt[o1:].addmm_(H[o1:, o0:o1], moved, alpha=-1)
+        W = new.clone()
+    planes = []
+    for old, part, plane, columns in zip(before, parts, s.planes, sets, strict=True):
+        flipped = (old[columns] * part[columns] < 0).T
+        planes.append(RowColumn(plane.r, plane.c, torch.where(flipped, -plane.B, plane.B)))
+    return Planes(planes, s.columns)
+
+
+def column_gains(G: Tensor, diagonal: Tensor) -> Tensor:
+    """(k,) what a further code on a column takes from f, times N: |G_j|_1^2 / H_jj.
+
+    Args:
+        G: (N, k), residual times metric.
+        diagonal: (k,), H_jj of the same columns.
+    """
+    return G.abs().sum(0).square() / diagonal.clamp_min(1e-30)
+
+
+def most_columns(N: int, K: int, bits: float) -> list[int]:
+    """The most columns of an (N, K) weight that may have a second, third, ... plane within `bits` true bits.
+
+    Raises:
+        LitBinqError: not even the first plane fits.
+    """
+    available = bits * N * K + 1e-6
+    if stored_bits(N, K, []) > available:
+        raise LitBinqError(
+            f"closed_form.bits: got {bits:.4f} for a {N} x {K} layer, expected at least "
+            f"{stored_bits(N, K, []) / (N * K):.4f}: its signs and scales alone take that much"
+        )
+    counts: list[int] = []
+    for _ in range(MOST_PLANES - 1):
+        # The size rises with k but for the bitmap, which k = K does without.
+        most = counts[-1] if counts else K
+        k = next((k for k in range(most, 0, -1) if stored_bits(N, K, [*counts, k]) <= available), 0)
+        if k == 0:
+            break
+        counts.append(k)
+        if k < K:
+            break
+    return counts
