@@ -22,7 +22,6 @@ VARIANTS = (
     "row_column",
     "row_mean",
     "planes",
-    "planes-all",
     "planes-nested",
     "grouped-8",
     "grouped-40",

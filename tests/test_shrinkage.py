@@ -186,8 +186,17 @@ def entered(held_out: int, **options: Any) -> tuple[BlockStage, Workspace]:
 @pytest.mark.parametrize("by", ["target", "quantized"])
 @pytest.mark.parametrize("held_out", [0, 2])
 @pytest.mark.parametrize("clip_tokens", [True, False])
-def test_a_stage_chooses_what_plain_activations_say(clip_tokens: bool, held_out: int, by: Any) -> None:
+def test_a_stage_chooses_what_plain_activations_say(
+    clip_tokens: bool, held_out: int, by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """q, k and v of the second block: targets in float64 from the input of q, errors token by token."""
+    choices = []
+
+    def remembering(*args: Any) -> Any:
+        choices.append(choose_shrinkage(*args))
+        return choices[-1]
+
+    monkeypatch.setattr("lit_binq.block_stage.choose_shrinkage", remembering)
     stage, work = entered(held_out, shrinkage="auto", shrinkage_by=by, clip_tokens=clip_tokens)
     block, s = work.teacher_blocks[1], work.streams
     name = "self_attn.q_proj"
@@ -214,8 +223,11 @@ def test_a_stage_chooses_what_plain_activations_say(clip_tokens: bool, held_out:
                 A = RowColumnSolver().solve(A.float(), (S + ridge).float()).dense().double()
             off = (judge_on[0] @ W.T - judge_on[1] @ A.T).square().sum(1)
             errors[value] += float((w_judge * off).sum() / (w_judge * (judge_on[0] @ W.T).square().sum(1)).sum())
-    chosen = stage.shrinkage[name]
-    assert errors[chosen] <= min(errors.values()) * (1 + 1e-3)
+    # A code that hangs on a rounding may fall otherwise in float32.
+    assert {v: 3 * e for v, e in choices[0].errors.items()} == pytest.approx(
+        errors, rel=1e-2 if by == "quantized" else 1e-3
+    )
+    assert errors[stage.shrinkage[name]] <= min(errors.values()) * (1 + 1e-2)
     assert max(errors.values()) > 1.01 * min(errors.values())  # else every choice would do
 
 

@@ -343,9 +343,9 @@ def test_by_default_codes_follow_all_others() -> None:
 
 
 def test_shares_of_steps_are_whole_steps() -> None:
-    """0.1 * 30 is above 3 in floating point, 0.7 * 10 too."""
-    (codes,) = rate_factors(Tuning(epochs=1, codes_after=0.1, codes_until=0.7), 30, [{"kind": CODES}])
-    assert [i for i in range(40) if codes(i)] == list(range(3, 21))
+    """0.07 * 100 is above 7 in floating point, 0.55 * 100 above 55."""
+    (codes,) = rate_factors(Tuning(epochs=1, codes_after=0.07, codes_until=0.55), 100, [{"kind": CODES}])
+    assert [i for i in range(110) if codes(i)] == list(range(7, 55))
 
 
 class Watch(pl.Callback):
