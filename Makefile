@@ -29,7 +29,7 @@ demo: $(READY)
 	$(BIN)/python -m lit_binq.demo summarize --recipe $(CONFIG) --onnx $(DEMO)/onnx --out $(DEMO)/summary.json
 
 test: $(READY)
-	LIT_BINQ_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q
+	LIT_BINQ_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -332,8 +332,8 @@ def export(
         out: folder to write.
         check: compare prefill, decode and left-padded batches with torch; a failed check leaves nothing behind.
         head_bits: round embedding and head to 4 or 8 bits, which most of a small model's time goes into; 0 leaves them.
-        fused: `auto` adds model_fused.onnx, faster, for LLaMA-like models (LLaMA, Mistral, Qwen 2 and 3) once its logits
-            equal torch's; `off` writes the traced graph only.
+        fused: `auto` adds model_fused.onnx, faster, for LLaMA-like models (LLaMA, Mistral, Qwen 2 and 3) once its
+            logits equal torch's; `off` writes the traced graph only.
         target: `genai` also writes what onnxruntime-genai needs to run the folder: genai_config.json and our library.
     """
     from lit_binq.hub import load_packed

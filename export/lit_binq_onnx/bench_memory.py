@@ -2,9 +2,9 @@
 
 The read bandwidth is the physical limit of decoding: a token must read every weight once. Any reader that computes
 may measure its arithmetic instead: a float sum is a chain of dependent additions, a copy also writes. The reader here
-is the C library's `memchr` looking for a byte that is not there: a load and a compare for each vector, no result to keep,
-nothing written. How fast it is within a cache is reported too: where that is no faster than from memory, the reader was
-the limit and not the memory.
+is the C library's `memchr` looking for a byte that is not there: a load and a compare for each vector, no result to
+keep, nothing written. How fast it is within a cache is reported too: where that is no faster than from memory, the
+reader was the limit and not the memory.
 """
 
 import ctypes
