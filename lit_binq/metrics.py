@@ -64,34 +64,6 @@ class TokenPerplexity(Metric):
         return torch.exp(self.nll / self.tokens)
 
 
-def block_error(y_hat: Tensor, y: Tensor) -> Tensor:
-    """Relative squared error |y_hat - y|^2 / |y|^2 over all elements.
-
-    Args:
-        y_hat: (..., D), what the quantized block gives; differentiable.
-        y: (..., D), what the full-precision block gives.
-
-    Returns:
-        () float32: 0 is perfect, 1 is as bad as zeros. 0 / 0 counts as 0.
-    """
-    y = y.float()
-    tiny = torch.finfo(torch.float32).tiny
-    return (y_hat.float() - y).square().sum() / y.square().sum().clamp_min(tiny)
-
-
-def mean_cosine(y_hat: Tensor, y: Tensor) -> Tensor:
-    """Mean over all vectors of the cosine between y_hat and y.
-
-    Args:
-        y_hat: (..., D).
-        y: (..., D).
-
-    Returns:
-        () float32 in [-1, 1]. A zero vector counts with cosine 0.
-    """
-    return torch.nn.functional.cosine_similarity(y_hat.float(), y.float(), dim=-1).mean()
-
-
 def token_similarity(outputs: Tensor) -> Tensor:
     """Token Gram G = O O^T of one window's outputs, each token's output scaled to unit length.
 

@@ -242,7 +242,7 @@ def test_every_rotation_brings_rows_closer_to_signs() -> None:
     rotations = [rotate_to_signs(Z, steps, seed=1) for steps in range(12)]
     for O in rotations:  # noqa: E741  # as in the solver's legend
         torch.testing.assert_close(O @ O.T, torch.eye(24, dtype=torch.float64))
-    sizes = [float((Z @ O).abs().sum()) for O in rotations]  # noqa: E741
+    sizes = [float((Z @ O).abs().sum()) for O in rotations]  # noqa: E741  # as above
     assert all(after >= before * (1 - 1e-12) for before, after in itertools.pairwise(sizes))
     assert sizes[-1] > 1.03 * sizes[0]
 

@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from lit_binq.metrics import (
     TokenPerplexity,
     attention_divergence,
-    block_error,
     effective_rank,
-    mean_cosine,
     token_similarity,
     token_similarity_error,
 )
@@ -87,36 +85,6 @@ def test_perplexity_is_accumulated_in_float64():
 def test_perplexity_refuses_shapes_that_do_not_fit(logits, ids):
     with pytest.raises(ValueError, match="expected"):
         TokenPerplexity().update(torch.zeros(logits), torch.zeros(ids, dtype=torch.int64))
-
-
-@settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3))
-def test_block_error_and_cosine_against_brute_force(seed, scale):
-    g = torch.Generator().manual_seed(seed)
-    y, noise = torch.randn(2, 3, 5, generator=g), torch.randn(2, 3, 5, generator=g)
-    y_hat = y + 0.3 * noise
-    pairs = list(zip(y_hat.flatten(0, 1).tolist(), y.flatten(0, 1).tolist(), strict=True))
-    error = sum((a - b) ** 2 for p, q in pairs for a, b in zip(p, q, strict=True))
-    size = sum(b * b for _, q in pairs for b in q)
-    assert float(block_error(scale * y_hat, scale * y)) == pytest.approx(error / size, rel=1e-4)
-    cosines = [sum(a * b for a, b in zip(p, q, strict=True)) / math.hypot(*p) / math.hypot(*q) for p, q in pairs]
-    assert float(mean_cosine(scale * y_hat, y)) == pytest.approx(sum(cosines) / len(cosines), rel=1e-4)
-
-
-def test_distances_at_their_ends():
-    y = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    assert float(block_error(y, y)) == 0
-    assert float(block_error(torch.zeros_like(y), y)) == pytest.approx(1)
-    assert float(block_error(torch.zeros_like(y), torch.zeros_like(y))) == 0
-    assert float(mean_cosine(3 * y, y)) == pytest.approx(1)
-    assert float(mean_cosine(-y, y)) == pytest.approx(-1)
-
-
-def test_block_error_is_a_loss():
-    y = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    y_hat = torch.zeros_like(y, requires_grad=True)
-    block_error(y_hat, y).backward()
-    assert torch.allclose(y_hat.grad, -2 * y / y.square().sum())
 
 
 @settings(deadline=None, max_examples=30)

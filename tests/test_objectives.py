@@ -246,7 +246,7 @@ def test_bad_shrinkage_is_refused(objective: str, shrinkage: float) -> None:
 
 def test_an_unknown_objective_is_refused() -> None:
     with pytest.raises(LitBinqError, match="'best', expected one of weight, naive_output, pseudo_target, true_target"):
-        target_and_metric(torch.ones(N, K), None, objective="best", shrinkage=0.1)  # type: ignore[arg-type]
+        target_and_metric(torch.ones(N, K), None, objective="best", shrinkage=0.1)  # type: ignore[arg-type]  # the point of the test
 
 
 # ---- extremes ------------------------------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ def test_auto_is_for_the_true_target(objective: Any) -> None:
 
 def test_unknown_words_are_refused() -> None:
     with pytest.raises(LitBinqError, match=r"closed_form\.shrinkage_by: got 'weight', expected one of quantized, targ"):
-        ClosedForm(shrinkage_by="weight")  # type: ignore[arg-type]
+        ClosedForm(shrinkage_by="weight")  # type: ignore[arg-type]  # the point of the test
 
 
 NO_TUNING = {"tuning": Tuning(epochs=0), "finish": Tuning(epochs=0)}

@@ -490,7 +490,7 @@ def test_bad_tuning_is_refused(name: str, value: float) -> None:
 
 def test_an_unknown_loss_is_refused() -> None:
     with pytest.raises(LitBinqError, match=r"tuning\.loss: got 'layer', expected one of token, block"):
-        Tuning(loss="layer")  # type: ignore[arg-type]
+        Tuning(loss="layer")  # type: ignore[arg-type]  # the point of the test
 
 
 def spoil(make: Callable[[nn.Module], Tensor]) -> Callable[[Workspace], None]:

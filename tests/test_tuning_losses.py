@@ -43,7 +43,7 @@ def outputs(windows: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
 def unit_gram(y: Tensor) -> Tensor:
     """E[u u^T] of the tokens' directions, one by one, in float64."""
     tokens = y.double().reshape(-1, y.shape[-1])
-    return sum(torch.outer(t, t) / float(t @ t) for t in tokens) / len(tokens)  # type: ignore[return-value]
+    return sum(torch.outer(t, t) / float(t @ t) for t in tokens) / len(tokens)  # type: ignore[return-value]  # sum of tensors
 
 
 def plain_metric(kind: str, M: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def test_a_metric_of_nothing_and_of_nonsense() -> None:
     torch.testing.assert_close(output_metric("channel", torch.zeros(3, 3)), torch.ones(3))
     for kind in ("channel", "whitened"):
         with pytest.raises(LitBinqError, match=r"tuning\.loss: the block's full-precision outputs hold NaN or inf"):
-            output_metric(kind, torch.full((2, 2), math.nan))  # type: ignore[arg-type]
+            output_metric(kind, torch.full((2, 2), math.nan))  # type: ignore[arg-type]  # a name out of a loop
     with pytest.raises(ValueError, match="kind 'whitened' needs a metric"):
         block_errors(*outputs(), "whitened")
 
