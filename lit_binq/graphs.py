@@ -8,7 +8,6 @@ May touch: torch. Knows neither models nor stages.
 """
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +40,14 @@ class GraphedLoss:
             self._capture(inputs)
         if self._graphed is None or shapes != self._shapes:
             return self.module(*inputs)
-        loss: Tensor = Apart.apply(self._graphed(*inputs), self._parameters)
-        return loss
+        # A replay writes its gradients to the same memory as the last one, and even its forward pass may write there,
+        # while autograd takes gradients over as `p.grad` without a copy where there was none. Those that are still
+        # there, because several batches are summed, move out of the way.
+        for p in self._parameters:
+            if p.grad is not None:
+                p.grad = p.grad.clone()
+        loss: Tensor = self._graphed(*inputs)
+        return loss.clone()  # the next replay writes over it
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         # Not the cache of autocast: it would hand tensors of one capture to the next.
@@ -61,29 +66,6 @@ class GraphedLoss:
         assert isinstance(made, nn.Module)
         self._graphed = made
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
-
-
-class Apart(torch.autograd.Function):
-    """A loss () of a replay, made independent of the replays to come.
-
-    A replay writes its loss and its gradients to the same memory as the last one, and autograd takes gradients over as
-    `p.grad` without a copy where there was none. So the loss is copied; and where gradients are still there at the
-    time of backward, because several batches are summed, they are moved out of the way.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """A copy of `loss` (), which depends on `parameters`."""
-        ctx.parameters = parameters
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Runs before the backward replay, which needs what it returns."""
-        for p in ctx.parameters:
-            if p.grad is not None:
-                p.grad = p.grad.clone()
-        return grads[0], None
 
 
 class _Step(nn.Module):

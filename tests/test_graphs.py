@@ -10,7 +10,7 @@ from conftest import VOCAB, tiny_model
 from torch import Tensor, nn
 
 from lit_binq.block_stage import BlockStage
-from lit_binq.graphs import Apart, GraphedLoss
+from lit_binq.graphs import GraphedLoss
 from lit_binq.model_stage import ModelStage
 from lit_binq.stages import ClosedForm, Stage, Tuning
 from lit_binq.streams import StreamOptions
@@ -62,38 +62,32 @@ def test_errors_of_the_module_are_its_own() -> None:
         GraphedLoss(Squares())(torch.ones(2, 4), torch.ones(2))
 
 
-class Replay(torch.autograd.Function):
-    """What a replay does to its memory: loss and gradient of every call are in the same place."""
+class Memory(nn.Module):
+    """What replays share: a loss, and a gradient that even the next forward pass writes over."""
 
-    loss, gradient = torch.zeros(()), torch.zeros(3)
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.loss, self.gradient = module, torch.zeros(()), torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Replay.apply(self.module.w, x.as_subclass(Tensor), self)
+
+
+class Replay(torch.autograd.Function):
+    """(w * x).sum() through the memory of all replays."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, x: Tensor) -> Tensor:
-        ctx.x = x
-        Replay.loss.copy_((w * x).sum())
-        return Replay.loss.detach()
+    def forward(ctx: Any, w: Tensor, x: Tensor, memory: Memory) -> Tensor:
+        ctx.x, ctx.memory = x, memory
+        memory.gradient.fill_(-7)  # a buffer of the forward pass lies where gradients will
+        memory.loss.copy_((w * x).sum())
+        return memory.loss.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        Replay.gradient.copy_(grads[0] * ctx.x)
-        return Replay.gradient.detach(), None
-
-
-@pytest.mark.parametrize("apart", [True, False])
-def test_replays_are_kept_apart(apart: bool) -> None:
-    """Losses are read, and gradients of several batches summed, as if each had its own memory; else they are not."""
-    w = nn.Parameter(torch.ones(3))
-    losses = []
-    for _ in range(2):  # steps of two batches each
-        w.grad = None
-        for x in (torch.arange(3.0), torch.full((3,), 10.0)):
-            loss = Replay.apply(w, x)
-            losses.append(Apart.apply(loss, [w]) if apart else loss)
-            losses[-1].backward()
-        assert w.grad is not None
-        assert (w.grad.tolist() == [10, 11, 12]) == apart
-    assert ([float(t.detach()) for t in losses] == [3, 30, 3, 30]) == apart
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.memory.gradient.copy_(grads[0] * ctx.x)
+        return ctx.memory.gradient.detach(), None, None
 
 
 class SaysCuda(Tensor):
@@ -106,6 +100,24 @@ class SaysCuda(Tensor):
 
 def claimed(b: int, seed: int = 0) -> list[Tensor]:
     return [t.as_subclass(SaysCuda) for t in inputs(b, seed)]
+
+
+def test_replays_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are read, and gradients of several batches summed, as if each had its own memory."""
+    module = Squares()
+    module.w = nn.Parameter(torch.ones(3))
+    replays = Memory(module)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *_, **__: replays)
+    loss = GraphedLoss(module)
+    losses = []
+    for _ in range(2):  # steps of two batches each
+        module.w.grad = None
+        for x in (torch.arange(3.0), torch.full((3,), 10.0)):
+            losses.append(loss(x.as_subclass(SaysCuda)))
+            losses[-1].backward()
+        assert module.w.grad is not None
+        assert module.w.grad.tolist() == [10, 11, 12]
+    assert [float(t.detach()) for t in losses] == [3, 30, 3, 30]
 
 
 def test_only_the_first_shape_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from lit_binq.formats import Planes, PlanesLinear, RowColumn
 from lit_binq.formats.planes import stored_bits
 from lit_binq.hub import describe_layer, empty_layer
 from lit_binq.solvers import PlanesSolver, RowColumnSolver, objective_value
-from lit_binq.solvers.planes import column_gains, most_columns, update_codes, update_scales
+from lit_binq.solvers.planes import most_columns, update_codes, update_scales
+from lit_binq.solvers.planes_start import GAUSSIAN, begin, column_gains, feedback_codes, start_scales
+from lit_binq.solvers.row_column import start
 
 
 def plane(N: int, K: int, g: torch.Generator, size: float = 1.0) -> RowColumn:
@@ -243,3 +245,50 @@ def test_no_share_is_the_plain_format() -> None:
     assert isinstance(PlanesSolver(shares=[0.0]).solve(T, H), RowColumn)
     assert isinstance(PlanesSolver(shares=[]).solve(T, H), RowColumn)
     assert isinstance(PlanesSolver(shares=[1.0, 0.0]).solve(T, H).pack(), PlanesLinear)
+
+
+@pytest.mark.parametrize("planes", [2, 3, 4])
+def test_the_start_is_better_with_each_of_its_parts(planes: int) -> None:
+    """A few large weights in the columns that matter: stretched scales keep them, feedback spreads what is left."""
+    torch.manual_seed(0)
+    T = torch.randn(48, 64)
+    T[::3, 5] *= 8
+    X = torch.randn(200, 64) @ torch.randn(64, 64) * torch.linspace(0.2, 2, 64)
+    X[:, 5] *= 4
+    H = X.T @ X / 200
+    sets = [torch.arange(64)] * planes
+
+    def error(W: Tensor) -> float:
+        return float((((T - W) @ H) * (T - W)).sum())
+
+    stretched = start_scales(T, H.diagonal(), sets)
+    one = start(T, 10)
+    unstretched = Planes([RowColumn(one.r, one.c * f, one.B) for f in GAUSSIAN[planes - 1]], stretched.columns)
+    plain = Planes(
+        [
+            RowColumn(p.r, p.c, torch.where(signs >= 0, 1.0, -1.0))
+            for p, signs in zip(stretched.planes, signs_of(T, stretched), strict=True)
+        ],
+        stretched.columns,
+    )
+    fed = feedback_codes(stretched, T, H)
+    assert error(fed.dense()) < 0.7 * error(plain.dense())
+    assert error(fed.dense()) < error(feedback_codes(unstretched, T, H).dense())
+    assert torch.equal(begin(T, H, [64] * (planes - 1), 1).dense(), fed.dense())
+
+
+def signs_of(T: Tensor, s: Planes) -> list[Tensor]:
+    """Signs one after the other: the nearest level of scales that fall by half."""
+    signs, rest = [], T
+    for plane in s.planes:
+        size = plane.r[:, None] * plane.c
+        signs.append(torch.where(rest >= 0, 1.0, -1.0))
+        rest = rest - size * signs[-1]
+    return signs
+
+
+def test_a_start_of_zeros_and_of_one_column() -> None:
+    for T in (torch.zeros(3, 8), torch.full((3, 1), -2.0)):
+        K = T.shape[1]
+        solution = PlanesSolver(shares=[1.0]).solve(T, torch.eye(K))
+        torch.testing.assert_close(solution.dense(), T)

@@ -3,17 +3,13 @@
 Legend: T (N, K) target, H (K, K) metric; plane p: r_p (N,), c_p (k_p,), B_p (N, k_p) on the columns S_p
 (lit_binq.formats.planes); W^ their sum, G = (T - W^) H.
 
-    1. One plane by the row x column solver.
-    2. A column's gain from a further plane: adding e_j at column j lowers f by 2 e_j . G_j - |e_j|^2 H_jj. The best
-       e_j = a sign(G_j) with one size a for all rows gains |G_j|_1^2 / (N H_jj). The k_p columns of S_(p-1) with the
-       largest gain make S_p, one plane after the other.
-    3. Scales start as the best quantizer of a Gaussian with as many levels has them, from the rank-one fit of |T|.
-    4. Rounds: codes by coordinate descent, all codes of a weight at once (its level nearest to w + g / H_jj), then the
+    1. A start: columns, scales, and codes by error feedback (lit_binq.solvers.planes_start), then the scales as below.
+    2. Rounds: codes by coordinate descent, all codes of a weight at once (its level nearest to w + g / H_jj), then the
        scales of each plane, rows and columns, exactly, the others fixed. f never rises.
 
 Ours. The idea of a second plane on salient columns is BiLLM's (arXiv 2402.04291, residual approximation); here
 columns, codes and scales all follow one objective, and the columns are whole columns of the matrix. Fitting plane after
-plane to what the others leave ends in poor optima: three planes had twice the error of this.
+plane to what the others leave ends in poor optima: three planes had twice the error of a joint descent.
 """
 
 from dataclasses import dataclass, field
@@ -26,6 +22,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats.planes import Planes, stored_bits
 from lit_binq.formats.row_column import RowColumn
 from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.planes_start import MOST_PLANES, begin
 from lit_binq.solvers.row_column import (
     INNER,
     OUTER,
@@ -35,12 +32,6 @@ from lit_binq.solvers.row_column import (
     update_row_scales,
 )
 
-MOST_PLANES = 4
-"""A budget of more bits is better served by ordinary integers."""
-
-GAUSSIAN = ((1.0,), (1.229, 0.663), (1.469, 0.734, 0.367), (1.680, 0.840, 0.420, 0.210))
-"""Scales of 1 to 4 planes that quantize a Gaussian best (for three and four: with equal steps), over its mean size."""
-
 
 @dataclass
 class PlanesSolver(Solver):
@@ -49,14 +40,14 @@ class PlanesSolver(Solver):
     Attributes:
         shares: share of the columns that each further plane is on, where no bit budget says it: `[0.1]` for a second
             plane on a tenth of them, `[1, 1]` for three full planes.
-        rounds: how often codes and scales take turns.
+        rounds: how often codes and scales take turns after the start.
         sweeps: passes over all columns in one code update.
     """
 
     takes_bits: ClassVar[bool] = True
 
     shares: list[float] = field(default_factory=lambda: [0.1])
-    rounds: int = 3
+    rounds: int = 1
     sweeps: int = 1
 
     def __post_init__(self) -> None:
@@ -77,10 +68,10 @@ class PlanesSolver(Solver):
         N, K = T.shape
         counts = [round(share * K) for share in self.shares] if bits is None else most_columns(N, K, bits)
         counts = [k for k in counts if k]
-        first = RowColumnSolver(rounds=2 if not counts else 1, sweeps=self.sweeps).solve(T, H)
         if not counts:
-            return first
-        solution, TH = _begin(T, H, first, counts), T @ H
+            return RowColumnSolver(sweeps=self.sweeps).solve(T, H)
+        TH = T @ H
+        solution = update_scales(begin(T, H, counts, self.sweeps), TH, H)
         for _ in range(self.rounds):
             solution = update_codes(solution, TH, H, sweeps=self.sweeps)
             solution = update_scales(solution, TH, H)
@@ -163,30 +154,6 @@ def _columns_above(threshold: float, gains: list[Tensor], N: int) -> list[int]:
         counts.append(k)
         most = k
     return counts
-
-
-def _begin(T: Tensor, H: Tensor, first: RowColumn, counts: list[int]) -> Planes:
-    """Steps 2 and 3: which columns, and where the scales start. `first` is the fit of one plane."""
-    K = T.shape[1]
-    sets = [torch.arange(K, device=T.device)]
-    R = T - first.dense()
-    for k in counts:
-        gain = column_gains((R @ H)[:, sets[-1]], H.diagonal()[sets[-1]])
-        sets.append(sets[-1][gain.topk(k).indices].sort().values)
-        rest = start(R[:, sets[-1]], 10)
-        R = R.index_add(1, sets[-1], rest.dense(), alpha=-1)
-    number = torch.zeros(K, dtype=torch.int64, device=T.device)  # planes of each column, from 0 for one
-    for columns in sets[1:]:
-        number[columns] += 1
-    factors = torch.tensor([[*row, *[0.0] * (MOST_PLANES - len(row))] for row in GAUSSIAN], device=T.device)
-    size = start(T, 10)
-    planes, u = [], T / (size.r[:, None] * size.c[None, :]).clamp_min(1e-30)
-    for p, columns in enumerate(sets):
-        factor = factors[number[columns], p]
-        B = torch.where(u[:, columns] >= 0, 1.0, -1.0)
-        u = u.index_add(1, columns, B * factor, alpha=-1)
-        planes.append(RowColumn(size.r, size.c[columns] * factor, B))
-    return Planes(planes, sets[1:])
 
 
 def update_scales(s: Planes, TH: Tensor, H: Tensor) -> Planes:
@@ -272,16 +239,6 @@ def update_codes(
         flipped = (old[columns] * part[columns] < 0).T
         planes.append(RowColumn(plane.r, plane.c, torch.where(flipped, -plane.B, plane.B)))
     return Planes(planes, s.columns)
-
-
-def column_gains(G: Tensor, diagonal: Tensor) -> Tensor:
-    """(k,) what a further code on a column takes from f, times N: |G_j|_1^2 / H_jj.
-
-    Args:
-        G: (N, k), residual times metric.
-        diagonal: (k,), H_jj of the same columns.
-    """
-    return G.abs().sum(0).square() / diagonal.clamp_min(1e-30)
 
 
 def most_columns(N: int, K: int, bits: float) -> list[int]:
