@@ -7,7 +7,7 @@ output, or eager attention computes something else), the caller is told why.
 
 Legend: T tokens of the window, heads attention heads, d hidden size.
 
-May touch: blocks. Knows no quantized layer.
+May touch: blocks, kv_cache. Knows no quantized layer.
 """
 
 import inspect
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_binq.blocks import BlockCall, run_block
+from lit_binq.kv_cache import kv_bits, set_kv_bits
 
 
 class NoAttentionMaps(Exception):
@@ -84,7 +85,8 @@ def _is_map(value: Any, T: int) -> bool:
 
 @contextmanager
 def _eager(block: nn.Module) -> Iterator[None]:
-    """Eager attention in every configuration that the block's modules read, for a while."""
+    """Eager attention in every configuration that the block's modules read, for a while; quantized keys stay so."""
+    bits = kv_bits(block)
     before: list[tuple[Any, Any]] = []
     for config in {id(c): c for m in block.modules() if (c := getattr(m, "config", None)) is not None}.values():
         parts = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))]
@@ -92,6 +94,7 @@ def _eager(block: nn.Module) -> Iterator[None]:
     try:
         for config, _ in before:
             config._attn_implementation = "eager"
+        set_kv_bits(block, bits)
         yield
     finally:
         for config, value in before:  # a configuration before its parts, because setting it sets them too

@@ -5,8 +5,12 @@ Legend: x, x~, y the streams (lit_binq.streams); T, H target and metric (lit_bin
 Each group of linear layers that share an input is captured after the groups before it are quantized, and solved in
 closed form; then, if asked for, the whole block is tuned.
 
-May touch: blocks, streams, objectives, shrinkage, solvers, formats, block_criterion, diagnostics. Knows nothing of
-Lightning.
+Where inputs are quantized too (`closed_form.activations`), a group's input format is chosen first, from a sample of x~,
+and from then on x~ means what the layers will multiply by: S is the Gram of quantized inputs, C between x and them. So
+the true target makes weights compensate for the rounding of their own input as well (ours).
+
+May touch: blocks, streams, objectives, shrinkage, input_formats, solvers, formats, block_criterion, diagnostics.
+Knows nothing of Lightning.
 """
 
 import logging
@@ -21,18 +25,24 @@ from lit_binq.blocks import BlockCall, find_layers, linear_groups, linear_input,
 from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import LatentLinear, PackedLinear, Solution
+from lit_binq.formats.activations import mean_bits
+from lit_binq.formats.two_plane import InputFormat
 from lit_binq.graphs import GraphedLoss
+from lit_binq.input_formats import choose_input_format, output_error, quantized_input
 from lit_binq.objectives import GramAccumulator, Objective, Statistics, target_and_metric
 from lit_binq.records import BlockMeasures
 from lit_binq.shrinkage import choose_shrinkage, pooled, split
 from lit_binq.solvers import RowColumnSolver
 from lit_binq.solvers.amp import amp_metric
-from lit_binq.stages import ClosedForm, Stage, Tuning
+from lit_binq.stages import QUANTIZING, ClosedForm, Stage, Tuning
 from lit_binq.workspace import Workspace, round_parameters
 
 log = logging.getLogger(__name__)
 
 NO_DIAGNOSTICS = DiagnosticsOptions()
+
+SAMPLE_WINDOWS, SAMPLE_TOKENS = 64, 4096
+"""At most so much of the first rank's training windows is looked at to choose an input format."""
 
 
 class BlockStage(Stage):
@@ -75,6 +85,7 @@ class BlockStage(Stage):
             objective = self.closed_form.objective
             if self.closed_form.scope == "last" and names is not groups[-1]:
                 objective = "weight"
+            self._inputs = self._input_format(names)
             stats, shrinkage = self._statistics(reference, names, objective)
             for name in names:
                 self._solve(name, stats, objective, shrinkage)
@@ -93,6 +104,59 @@ class BlockStage(Stage):
         metric = output_metric(t.loss, w.streams.unit_gram()) if t.loss in ("channel", "whitened") else None
         self._criterion = BlockCriterion(t.loss, w.streams.mean_square(), metric, t.interaction)
         self._loss = GraphedLoss(_BlockLoss(self.module, self.call, self._criterion), w.cuda_graphs)
+
+    def _input_format(self, names: list[str]) -> InputFormat:
+        """How the input that the layers `names` share is quantized; the same on all ranks."""
+        options, w = self.closed_form.activations, self.work
+        if not options.bits:
+            return InputFormat()
+        K = self._linear(names[0]).in_features
+        P = options.outliers_of(K)
+        if w.rank == 0:
+            x, tokens = self._sample(names[0])
+            energies = sum(self._linear(name).weight.detach().double().square().sum(0) for name in names)
+            assert isinstance(energies, Tensor)
+            inputs = choose_input_format(options, x, energies, tokens)
+            log.debug(
+                "block %d, %s: inputs of %.2f bits, %d of %d columns at 8; error of the rounding %.2e",
+                self.index,
+                ", ".join(names),
+                mean_bits(K, options.bits, P),
+                P if options.bits == 4 else K,
+                K,
+                output_error(x, inputs, energies, tokens),
+            )
+        else:
+            like = w.device
+            scales = torch.empty(5, device=like) if options.bits == 4 and options.refit else None
+            fixed = torch.empty(4, device=like) if options.static else None
+            inputs = InputFormat(options.bits, torch.empty(P, dtype=torch.int64, device=like), scales, fixed)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            for tensor in (inputs.outliers, inputs.scales, inputs.range):
+                if tensor is not None and tensor.numel():
+                    torch.distributed.broadcast(tensor, 0)
+        self.activation_bits |= dict.fromkeys(names, mean_bits(K, options.bits, P))
+        return inputs
+
+    def _sample(self, name: str) -> tuple[Tensor, Tensor]:
+        """Inputs (M, K) of a layer in the quantized stream and their weights (M,), evenly over training windows."""
+        s, device = self.work.streams, self.work.device
+        windows = torch.linspace(0, s.train - 1, min(s.train, SAMPLE_WINDOWS)).long()
+        T = s.x_tilde.shape[1]
+        count = min(T, -(-SAMPLE_TOKENS // len(windows)))
+        samples, weights = [], []
+        for i in range(0, len(windows), s.options.batch_windows):
+            rows = windows[i : i + s.options.batch_windows]
+            hidden = s.x_tilde[rows.to(s.x_tilde.device)].to(device)
+            x = linear_input(self.module, name, hidden, self.call).reshape(len(rows), T, -1)
+            omega = self._token_weights(x, len(rows)).reshape(len(rows), T)
+            # In every window other places: a step of the golden ratio spreads them most evenly.
+            first = ((torch.arange(i, i + len(rows)) * 0.6180339887) % 1 * T).long()
+            places = ((first[:, None] + torch.arange(count) * T // count) % T).to(device)
+            samples.append(x.gather(1, places[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1))
+            weights.append(omega.gather(1, places).flatten())
+        total = torch.cat(weights)
+        return torch.cat(samples), total if self.closed_form.clip_tokens else torch.ones_like(total)
 
     def _statistics(
         self, reference: nn.Module, names: list[str], objective: Objective
@@ -143,7 +207,9 @@ class BlockStage(Stage):
             x_tilde = (
                 x
                 if objective == "naive_output"
-                else linear_input(self.module, name, w.streams.x_tilde[rows].to(w.device), self.call)
+                else quantized_input(
+                    linear_input(self.module, name, w.streams.x_tilde[rows].to(w.device), self.call), self._inputs
+                )
             )
             weights = self._token_weights(x, rows.stop - rows.start) if self.closed_form.clip_tokens else None
             grams.add(x, x_tilde, weights)
@@ -169,7 +235,10 @@ class BlockStage(Stage):
         def solve() -> Solution:
             if form.amp and stats is not None and isinstance(form.solver, RowColumnSolver):
                 return form.solver.solve(T, H, amp=amp_metric(weight, stats.C))
-            return form.solver.solve(T, H, bits=self.work.bits.get(f"{self.index}.{name}"))
+            bits = self.work.bits.get(f"{self.index}.{name}")
+            if isinstance(form.solver, QUANTIZING):
+                return form.solver.solve(T, H, bits=bits, inputs=self._inputs)
+            return form.solver.solve(T, H, bits=bits)
 
         return T, solve
 

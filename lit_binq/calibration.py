@@ -33,6 +33,7 @@ from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
 from lit_binq.evaluation import PackedEvaluation, highest_precision
 from lit_binq.hub import require_target
+from lit_binq.kv_cache import KV_BITS
 from lit_binq.memory import reset_peak_memory
 from lit_binq.model_stage import ModelStage
 from lit_binq.models import load_model
@@ -70,6 +71,7 @@ class BinQCalibration(PackedEvaluation):
         compare_fp: validate and test the full-precision model beside the packed one.
         revision: branch, tag or commit of a hub model.
         seed: seed of the order in which windows are visited.
+        kv_bits: of the quantized model's keys and values, 4, or 0 to leave them as they are (lit_binq.kv_cache).
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class BinQCalibration(PackedEvaluation):
         compare_fp: bool = True,
         revision: str | None = None,
         seed: int = 0,
+        kv_bits: Literal[0, 4] = 0,
     ) -> None:
         super().__init__(model, packed, compare_fp, revision)
         if tuning.lr_embeddings:
@@ -98,6 +101,9 @@ class BinQCalibration(PackedEvaluation):
         self.stream_options, self.diagnostics, self.seed = streams, diagnostics, seed
         self.rest_dtype: torch.dtype = getattr(torch, rest_dtype)
         self.matmul_precision, self.cuda_graphs = matmul_precision, cuda_graphs
+        if kv_bits not in KV_BITS:
+            raise LitBinqError(f"kv_bits: got {kv_bits}, expected one of {', '.join(map(str, KV_BITS))}")
+        self.kv_bits = kv_bits
         # DDP refuses to wrap a module without trainable parameters; no stage is on when Lightning first wraps it.
         self.placeholder = nn.Parameter(torch.zeros(1))
         self.active: nn.Module | None = None
@@ -162,6 +168,7 @@ class BinQCalibration(PackedEvaluation):
             self.rest_dtype,
             # Not under DDP: NCCL's own thread may touch the device while a capture is on, which ends it.
             self.cuda_graphs and self.trainer.world_size == 1,
+            self.kv_bits,
         )
         if self.closed_form.bits:
             with highest_precision():
@@ -180,6 +187,7 @@ class BinQCalibration(PackedEvaluation):
         options |= {
             "solver": type(self.closed_form.solver).__name__,
             "rest_dtype": str(self.rest_dtype),
+            "kv_bits": self.kv_bits,
             "seed": self.seed,
             "ranks": self.trainer.world_size,
             "batch_size": getattr(self.datamodule, "batch_size", None),
@@ -342,7 +350,15 @@ class BinQCalibration(PackedEvaluation):
         self.placeholder.requires_grad_(True)
         seconds = time.monotonic() - self._stage_began
         record = StageRecord(
-            self.stage_index, stage.title, kept.before, kept.score, kept.epoch, kept.kept, seconds, stage.shrinkage
+            self.stage_index,
+            stage.title,
+            kept.before,
+            kept.score,
+            kept.epoch,
+            kept.kept,
+            seconds,
+            stage.shrinkage,
+            stage.activation_bits,
         )
         self.records.append(record)
         self.stage_index += 1

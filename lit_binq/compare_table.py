@@ -12,6 +12,12 @@ from lit_binq.compare_plan import Plan, Run
 
 Record = dict[str, Any]
 
+INPUT_BITS = {"activation_bits": "input bits", "kv_bits": "KV bits"}
+"""Figures of a run that have a column where any row quantizes what they are about."""
+
+FULL_BITS = 16
+"""What is not quantized counts as 16 bits, also in runs that did not report it."""
+
 
 def spread(values: Iterable[float]) -> dict[str, float]:
     """Mean, least and greatest; what is not finite makes the mean so too."""
@@ -70,6 +76,7 @@ def _row(name: str, runs: list[Run], records: dict[Run, Record | None]) -> dict[
         "state": "done" if len(done) == len(seeds) else "incomplete",
         "true_bits": spread(r["true_bits"] for r in results),
         "file_bits": spread(r["file_bits"] for r in results),
+        **{key: spread(r.get(key, FULL_BITS) for r in results) for key in INPUT_BITS},
         "perplexity": perplexity,
         "seconds": spread(r["calibration_seconds"] for r in results),
         "peak_memory": {
@@ -138,7 +145,9 @@ def _bits(value: float | None, digits: int) -> str:
 def markdown(table: dict[str, Any]) -> str:
     """The table `build` made, as Markdown that ends with a newline."""
     corpora = table["corpora"]
-    head = ["method", "true bits", "file bits", *map(cell, corpora), "seconds", "host GB", "device GB"]
+    shown = [k for k in INPUT_BITS if any(row.get(k, {}).get("mean", FULL_BITS) < FULL_BITS for row in table["rows"])]
+    bits = ["true bits", "file bits", *(INPUT_BITS[key] for key in shown)]
+    head = ["method", *bits, *map(cell, corpora), "seconds", "host GB", "device GB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
 
     def add(*cells: str) -> None:
@@ -148,7 +157,7 @@ def markdown(table: dict[str, Any]) -> str:
     for entry in full:
         name = "full precision" if len(full) == 1 else f"full precision ({_of(entry['rows'])})"
         values = (entry["perplexity"].get(corpus) for corpus in corpora)
-        add(cell(name), "", "", *("" if v is None else perplexity_text(v) for v in values))
+        add(cell(name), *("" for _ in bits), *("" if v is None else perplexity_text(v) for v in values))
     for row in table["rows"]:
         done = sum(seed["state"] == "done" for seed in row["seeds"])
         name = cell(row["method"])
@@ -161,6 +170,7 @@ def markdown(table: dict[str, Any]) -> str:
             name,
             _bits(row["true_bits"]["mean"], 3),
             _bits(row["file_bits"]["mean"], 2),
+            *(_bits(row[key]["mean"], 2) for key in shown),
             *(_with_ratio(row["perplexity"].get(corpus, {}), done) for corpus in corpora),
             f"{row['seconds']['mean']:.0f}",
             _giga(row["peak_memory"]["host_bytes"]),
@@ -171,6 +181,7 @@ def markdown(table: dict[str, Any]) -> str:
             f"{cell(reference['name'])} [{i}]",
             _bits(reference["true_bits"], 2),
             _bits(reference["file_bits"], 2),
+            *("" for _ in shown),
             *(_with_ratio(_figures(reference, corpus), 1) for corpus in corpora),
             _bits(reference["seconds"], 0),
         )

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from lit_binq.blocks import move, require_fitting
-from lit_binq.hub import file_bits, load_packed, read_marker, true_bits
+from lit_binq.formats.activations import FULL_BITS
+from lit_binq.hub import activation_bits, file_bits, load_packed, read_marker, true_bits
+from lit_binq.kv_cache import kv_bits
 from lit_binq.metrics import TokenPerplexity
 from lit_binq.models import load_model
 
@@ -77,6 +79,8 @@ class PackedEvaluation(pl.LightningModule):
             "packed": str(self.packed),
             "true_bits": true_bits(student),
             "file_bits": file_bits(self.packed),
+            "activation_bits": activation_bits(student),
+            "kv_bits": kv_bits(student) or FULL_BITS,
             "perplexity": self.results,
             "data": self.datamodule.describe(),
             **{k: v for k, v in facts.items() if k.startswith("calibration_") or k in ("device", "versions")},
@@ -114,9 +118,11 @@ class PackedEvaluation(pl.LightningModule):
         student = self._outside["student"]
         if self.trainer.is_global_zero:
             log.info(
-                "%.3f true bits on the block linears, %.2f file bits",
+                "%.3f true bits on the block linears, %.2f file bits, inputs of %.2f bits, keys and values of %d",
                 true_bits(student),
                 file_bits(self.packed),
+                activation_bits(student),
+                kv_bits(student) or FULL_BITS,
             )
             for name, values in self.results.items():
                 fp = values.get("fp")

@@ -14,6 +14,7 @@ lit_binq.json has these keys:
     tied           {tensor name: name of the tensor it shares its memory with}; the former is not stored
     rest_dtype     dtype of every floating-point tensor outside the packed weights
     true_bits      stored bits for each weight of the packed linears
+    kv_bits        bits of keys and values (lit_binq.kv_cache); 0, or no such key, leaves them as they are
     dense_weights  weights of the dense model, a tied embedding counted once
     facts          whatever the caller wants to keep: source, data, method
 
@@ -51,7 +52,9 @@ from transformers.initialization import no_init_weights
 from lit_binq.errors import LitBinqError
 from lit_binq.files import new_folder
 from lit_binq.formats import FORMATS, PackedLinear
+from lit_binq.formats.activations import mean_bits
 from lit_binq.formats.base import parse_layout
+from lit_binq.kv_cache import KV_BITS, kv_bits, set_kv_bits
 from lit_binq.models import PACKED_MARKER, first_line
 
 log = logging.getLogger(__name__)
@@ -102,6 +105,27 @@ def true_bits(model: nn.Module) -> float:
     if not linears:
         raise LitBinqError("true_bits: the model has no packed linear; expected a calibrated model")
     return sum(m.stored_bits() for m in linears) / block_linear_weights(model)
+
+
+def activation_bits(model: nn.Module) -> float:
+    """Bits of a value that enters a packed linear: the mean over all of them, each counted by its K inputs.
+
+    Inputs that are not quantized count as 16; of others, outlier channels count as 8.
+
+    Raises:
+        LitBinqError: the model has no packed linear.
+    """
+    linears = packed_linears(model).values()
+    if not linears:
+        raise LitBinqError("activation_bits: the model has no packed linear; expected a calibrated model")
+    total = sum(layer_activation_bits(m) * m.in_features for m in linears)
+    return total / sum(m.in_features for m in linears)
+
+
+def layer_activation_bits(layer: PackedLinear) -> float:
+    """The same of one layer."""
+    layout = layer.layout()
+    return mean_bits(layer.in_features, layout.get("activation_bits", 0), layout.get("outliers", 0))
 
 
 def dense_weights(model: nn.Module) -> int:
@@ -242,6 +266,7 @@ def save_packed(
         "tied": tied,
         "rest_dtype": _dtype_name(rest_dtype),
         "true_bits": bits,
+        "kv_bits": kv_bits(model),
         "dense_weights": dense_weights(model),
         "facts": facts,
     }
@@ -330,6 +355,12 @@ def load_packed(
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.tie_weights()
+    if marker.get("kv_bits", 0) not in KV_BITS:
+        raise LitBinqError(
+            f"packed folder {str(folder)!r}: {PACKED_MARKER} asks for kv_bits {marker['kv_bits']!r}, expected one of "
+            f"{', '.join(map(str, KV_BITS))}; it was written by another version of this program"
+        )
+    set_kv_bits(model, marker.get("kv_bits", 0))
     _replace_linears(model, marker["linears"], folder)
     _load_tensors(model, marker, folder)
     if (folder / "generation_config.json").is_file():

@@ -38,6 +38,7 @@ class StageRecord:
         best_epoch: the epoch that was kept; 0 is the closed form.
         seconds: wall time.
         shrinkage: by linear layer, where it was chosen from data.
+        activation_bits: of the inputs of each linear layer, averaged over its columns, where they are quantized.
     """
 
     stage: int
@@ -48,6 +49,7 @@ class StageRecord:
     best_epoch: int
     seconds: float
     shrinkage: dict[str, float] = field(default_factory=dict)
+    activation_bits: dict[str, float] = field(default_factory=dict)
 
 
 def log_progress(records: list[StageRecord], work: Workspace, stages: int) -> None:

@@ -3,7 +3,7 @@
 A block stage (block_stage.py) quantizes one decoder block; the model stage (model_stage.py), last, tunes the whole.
 Stages never step an optimizer themselves.
 
-May touch: blocks, objectives, solvers, formats, losses. Knows nothing of Lightning.
+May touch: blocks, objectives, input_formats, solvers, formats, losses. Knows nothing of Lightning.
 """
 
 import math
@@ -19,11 +19,16 @@ from lit_binq.blocks import (
 )
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import LatentLinear
+from lit_binq.input_formats import Activations
 from lit_binq.losses import BlockLoss
 from lit_binq.objectives import Objective, check_options
 from lit_binq.shrinkage import ShrinkageBy
-from lit_binq.solvers import RowColumnSolver, Solver
+from lit_binq.solvers import RowColumnSolver, Solver, TwoPlaneSolver
+from lit_binq.solvers.rtn2 import UniformTwoBitSolver
 from lit_binq.workspace import Workspace
+
+QUANTIZING = (TwoPlaneSolver, UniformTwoBitSolver)
+"""Solvers whose format can quantize its input."""
 
 
 @dataclass
@@ -46,6 +51,8 @@ class ClosedForm:
             (attention matrix preservation); `true_target` only.
         bits: most true bits a weight over all layers, spent where they lower the objective most; 0 leaves the size of
             each layer to the solver.
+        activations: whether and how inputs of the layers are quantized; for `TwoPlaneSolver` and `UniformTwoBitSolver`.
+            What is fitted, statistics and tuning, then sees quantized inputs.
     """
 
     objective: Objective = "true_target"
@@ -56,6 +63,7 @@ class ClosedForm:
     solver: Solver = field(default_factory=RowColumnSolver)
     amp: bool = False
     bits: float = 0.0
+    activations: Activations = field(default_factory=Activations)
 
     def __post_init__(self) -> None:
         check_options(self.objective, 0.0 if self.shrinkage == "auto" else self.shrinkage)
@@ -75,6 +83,11 @@ class ClosedForm:
             raise LitBinqError(
                 f"closed_form.amp: got true with {self.objective} and {type(self.solver).__name__}, expected "
                 "true_target and RowColumnSolver"
+            )
+        if self.activations.bits and not isinstance(self.solver, QUANTIZING):
+            raise LitBinqError(
+                f"closed_form.activations: got {self.activations.bits} bits with {type(self.solver).__name__}, whose "
+                f"format takes inputs as they are; expected `bits: 0`, or {' or '.join(s.__name__ for s in QUANTIZING)}"
             )
         if not 0 <= self.bits < math.inf:
             raise LitBinqError(f"closed_form.bits: got {self.bits}, expected a number >= 0")
@@ -154,6 +167,7 @@ class Stage(ABC):
 
     Attributes:
         shrinkage: by linear layer, where it was chosen from data.
+        activation_bits: of the inputs of each linear layer, averaged over its columns, where they are quantized.
     """
 
     title: str
@@ -162,6 +176,7 @@ class Stage(ABC):
     def __init__(self, work: Workspace, tuning: Tuning) -> None:
         self.work, self.tuning = work, tuning
         self.shrinkage: dict[str, float] = {}
+        self.activation_bits: dict[str, float] = {}
 
     @abstractmethod
     def enter(self) -> None:

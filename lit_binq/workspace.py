@@ -1,6 +1,6 @@
 """What all stages of one rank share: the teacher, the student that takes its place block by block, the streams.
 
-May touch: blocks, streams, formats. Knows no solver, no loss.
+May touch: blocks, streams, formats, kv_cache. Knows no solver, no loss.
 """
 
 import copy
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lit_binq.blocks import capture_calls, find_blocks, norm_parameters, require_fitting, require_same_calls
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PackedLinear
+from lit_binq.kv_cache import require_kv, set_kv_bits
 from lit_binq.streams import StreamOptions, Streams
 
 
@@ -30,6 +31,10 @@ class Workspace:
         options: activation cache.
         rest_dtype: dtype in which everything but the packed weights is stored.
         cuda_graphs: whether tuning steps may be captured as CUDA graphs.
+        kv_bits: of the student's keys and values, see `lit_binq.kv_cache`; the teacher's are never quantized.
+
+    Raises:
+        LitBinqError: windows too long for the model, or a model whose blocks cannot be run or quantized one by one.
     """
 
     def __init__(
@@ -41,10 +46,11 @@ class Workspace:
         options: StreamOptions,
         rest_dtype: torch.dtype,
         cuda_graphs: bool = False,
+        kv_bits: int = 0,
     ) -> None:
         teacher.requires_grad_(False)
         self.teacher, self.device, self.rest_dtype = teacher, device, rest_dtype
-        self.cuda_graphs = cuda_graphs
+        self.cuda_graphs, self.kv_bits = cuda_graphs, kv_bits
         self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.bits: dict[str, float] = {}  # "block.linear": true bits it may take, where a budget was planned
         self.teacher_blocks = find_blocks(teacher)
@@ -59,11 +65,17 @@ class Workspace:
         calls = capture_calls(teacher, self.teacher_blocks, window)
         require_same_calls(calls, capture_calls(teacher, self.teacher_blocks, window.roll(1, 1)), teacher)
         self.calls = [call.to(device) for call in calls]
+        if kv_bits:
+            # Its configuration is a copy, as every block's will be: the teacher's stays as it is.
+            set_kv_bits(self.student, kv_bits)
+            require_kv(self.student, self.blocks, window)
         self.streams.start((teacher, self.teacher_blocks), (self.student, self.blocks))
 
     def new_block(self, i: int) -> nn.Module:
-        """A private copy of the teacher's block i on the device."""
-        return copy.deepcopy(self.teacher_blocks[i]).to(self.device)
+        """A private copy of the teacher's block i on the device, with the student's keys and values."""
+        block = copy.deepcopy(self.teacher_blocks[i]).to(self.device)
+        set_kv_bits(block, self.kv_bits)
+        return block
 
     def skip(self, i: int) -> None:
         """Advance both streams past the already packed block i."""

@@ -434,6 +434,21 @@ def test_seeds_are_shown_as_mean_and_spread(place, fits, caplog):
     assert lines_of(table)["true target (2 of 3 seeds)"][2] == "105.00 (4.20) [100.00 to 110.00]"
 
 
+def test_bits_of_inputs_have_columns_where_any_row_quantizes_them(place, fits, monkeypatch):
+    def quantized(options: Path, output: Path) -> int:
+        code = fits(options, output)
+        path = Path(yaml.safe_load(options.read_text())["results"])
+        more = {"activation_bits": 4.67, "kv_bits": 4} if options.parent.parent.name == "weight" else {}
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+        return code
+
+    monkeypatch.setattr(compare, "fit", quantized)
+    rows = lines_of(compare.compare(write())[0])
+    assert rows["method"][:4] == ["true bits", "file bits", "input bits", "KV bits"]
+    assert rows["weight"][2:4] == ["4.67", "4.00"]
+    assert rows["true target"][2:4] == ["16.00", "16.00"]
+
+
 def test_keep_false_leaves_results_and_logs_only(place, fits):
     fits.broken = {"weight": (1, "boom")}
     compare.compare(write(keep=False))

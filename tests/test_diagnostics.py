@@ -20,6 +20,7 @@ from lit_binq.blocks import BlockCall, capture_calls, embed, find_blocks, linear
 from lit_binq.diagnostics import DiagnosticsOptions, block_losses, measure_block
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear, RowColumn
+from lit_binq.kv_cache import kv_bits, set_kv_bits
 from lit_binq.probe import probe
 from lit_binq.records import DIAGNOSTICS, BlockMeasures, read_diagnostics, write_diagnostics
 
@@ -274,6 +275,18 @@ def test_attention_maps_are_the_models_own(kind: str, make_model: Callable[..., 
             hidden = output
     reach = found.detach()[0, 0, -1].nonzero()
     assert int(reach.min()) == (LENGTH - 3 if kind == "mistral" else 0)
+
+
+def test_maps_of_quantized_keys_are_of_quantized_keys(llama: PreTrainedModel) -> None:
+    """Eager attention for a while, of keys at four bits as before; afterwards the configuration is as it was."""
+    case = make_case(llama)
+    block, hidden = copy.deepcopy(case.reference), case.x[:1]
+    set_kv_bits(block, 4)
+    with torch.no_grad():
+        (quantized,) = attention_maps(block, hidden, case.call, run_block(block, hidden, case.call)).values()
+        (plain,) = attention_maps(case.reference, hidden, case.call).values()
+    assert kv_bits(block) == 4
+    assert float((quantized - plain).abs().max()) > 1e-5
 
 
 def test_divergence_is_the_mean_kl_of_the_maps(case: Case) -> None:

@@ -9,6 +9,9 @@ from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
 from lit_binq.formats.planes import LatentPlanesLinear, Planes, PlanesLinear
 from lit_binq.formats.row_column import BinaryLinear, LatentBinaryLinear, RowColumn, binary_matmul
 from lit_binq.formats.sparse8 import LatentSparse8Linear, Sparse8, Sparse8Linear, sparse8_matmul
+from lit_binq.formats.two_plane import TwoPlaneLinear, two_plane_matmul
+from lit_binq.formats.two_plane_latent import LatentTwoPlaneLinear
+from lit_binq.formats.two_plane_solution import InputFormat, TwoPlane
 
 FORMATS: dict[str, type[PackedLinear]] = {
     layer.kind: layer
@@ -20,6 +23,7 @@ FORMATS: dict[str, type[PackedLinear]] = {
         LevelsLinear,
         RowMeanLinear,
         Sparse8Linear,
+        TwoPlaneLinear,
     )
 }
 """Every format that a packed folder may hold, by the name it has there."""
@@ -29,6 +33,7 @@ __all__ = [
     "BinaryLinear",
     "Grouped",
     "GroupedLinear",
+    "InputFormat",
     "LatentBinaryLinear",
     "LatentGroupedLinear",
     "LatentLevelsLinear",
@@ -37,6 +42,7 @@ __all__ = [
     "LatentPlanesLinear",
     "LatentRowMeanLinear",
     "LatentSparse8Linear",
+    "LatentTwoPlaneLinear",
     "Levels",
     "LevelsLinear",
     "LowRank",
@@ -50,11 +56,14 @@ __all__ = [
     "Solution",
     "Sparse8",
     "Sparse8Linear",
+    "TwoPlane",
+    "TwoPlaneLinear",
     "binary_matmul",
     "grouped_binary_matmul",
     "levels_matmul",
     "pack_signs",
     "packed_width",
     "sparse8_matmul",
+    "two_plane_matmul",
     "unpack_signs",
 ]

@@ -15,6 +15,8 @@ from lit_binq.solvers.low_rank import LowRankSolver
 from lit_binq.solvers.pb_llm import PBLLM
 from lit_binq.solvers.planes import PlanesSolver
 from lit_binq.solvers.row_column import RowColumnSolver
+from lit_binq.solvers.rtn2 import UniformTwoBitSolver
+from lit_binq.solvers.two_plane import TwoPlaneSolver
 
 __all__ = [
     "ARB",
@@ -28,6 +30,8 @@ __all__ = [
     "PlanesSolver",
     "RowColumnSolver",
     "Solver",
+    "TwoPlaneSolver",
+    "UniformTwoBitSolver",
     "amp_metric",
     "objective_value",
 ]
