@@ -22,15 +22,15 @@ from lit_binq_onnx.export import export_onnx
 KINDS = ("llama", "opt", "qwen2", "qwen3")
 
 
-def random_model(kind: str) -> PreTrainedModel:
+def random_model(kind: str, blocks: int = 2) -> PreTrainedModel:
     """A tiny dense model; Qwen3 normalizes queries and keys, and its heads are wider than hidden / heads."""
     if kind != "qwen3":
-        return tiny_model(kind)
+        return tiny_model(kind, blocks=blocks)
     config = Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,

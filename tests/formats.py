@@ -15,6 +15,7 @@ from lit_binq.formats import (
     RowMean,
     Solution,
     Sparse8,
+    TwoPlane,
 )
 from lit_binq.formats.grouped import group_count
 
@@ -31,6 +32,9 @@ VARIANTS = (
     "levels-scaled",
     "sparse8",
     "sparse8-none",
+    "two_plane-4",
+    "two_plane-3",
+    "two_plane-2",
 )
 """Every format, and those of its layouts that are stored differently."""
 
@@ -56,6 +60,10 @@ def random_solution(variant: str, W: Tensor, g: torch.Generator) -> Solution:
             sets.append(torch.randperm(K, generator=g)[: max(1, K // 3)].sort().values)
         further = [RowColumn(0.5**p * r, c[s], _signs((N, len(s)), g)) for p, s in enumerate(sets, 1)]
         return Planes([base, *further], sets)
+    if kind == "two_plane":
+        numbers = r[:, None, None] * torch.randn(N, group_count(K, 16), int(option), generator=g)
+        codes = torch.randint(4, (N, K), generator=g).byte()
+        return TwoPlane(numbers, codes, 16).canonical()
     if kind == "grouped":
         scales = r[:, None] * (0.5 + torch.rand(N, group_count(K, int(option)), generator=g))
         return Grouped(scales, B, int(option))
@@ -85,7 +93,7 @@ def random_layer(variant: str, N: int, K: int, *, bias: bool = False, seed: int 
 
 def packed_variant(architecture: str, variant: str) -> PreTrainedModel:
     """A tiny random model with every linear of its blocks packed; "mixed" takes the variants in turn."""
-    model = random_model(architecture)
+    model = random_model(architecture, blocks=3 if variant == "mixed" else 2)
     g = torch.Generator().manual_seed(3)
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers." in n]
     for i, (name, linear) in enumerate(linears):

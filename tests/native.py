@@ -31,9 +31,8 @@ def require_native() -> NativeLibrary:
 
 
 def instruction_sets(library: NativeLibrary) -> list[str]:
-    """All sets this machine can run; the library is left at its best one."""
-    best = library.isa()
-    return ["scalar"] if best == "scalar" else ["scalar", best]
+    """All sets this machine can run, plain C++ first: the others are compared with it."""
+    return library.isas()[::-1]
 
 
 @dataclass

@@ -41,7 +41,7 @@ class Stored:
 
 @pytest.fixture(scope="module", params=["llama", "opt"])
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stored:
-    """Every variant in one model: its two blocks have 12 linears or more. OPT has biases, LLaMA none."""
+    """Every variant in one model: its three blocks have 18 linears or more. OPT has biases, LLaMA none."""
     folder = tmp_path_factory.mktemp("stored")
     model = packed_variant(request.param, "mixed")
     assert len(packed_linears(model)) >= len(VARIANTS)

@@ -67,8 +67,15 @@ def test_registering() -> None:
 
 def test_steering() -> None:
     native = require_native()
-    assert native.isa() in ("scalar", "avx2")
-    with pytest.raises(LitBinqError, match="force_isa: got 'sse9', expected"):
+    assert native.isas()[-1] == "scalar"
+    assert set(native.isas()) <= {"avx512", "avx2", "neon", "scalar"}
+    best = native.isa()
+    assert best == native.isas()[0]
+    for name in native.isas():
+        native.force_isa(name)
+        assert native.isa() == name
+    native.force_isa(best)
+    with pytest.raises(LitBinqError, match=r"force_isa: got 'sse9', expected .* one of .*scalar"):
         native.force_isa("sse9")
     with (
         pytest.raises(LitBinqError, match="force_mode: got 'fast', expected 'lut', 'exact' or None"),

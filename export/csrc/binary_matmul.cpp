@@ -23,7 +23,7 @@ class BinaryMatMul final : public MatrixOperator {
   explicit BinaryMatMul(const OrtKernelInfo* info) : MatrixOperator(kSignature, info) {
     const Tensor row_scale = constant_scales(info, 2, N_), col_scale = constant_scales(info, 3, K_);
     weights_ = std::make_unique<PackedMatrix>(PackedMatrix::row_column(
-        codes_.as<uint8_t>(), row_scale.as<uint16_t>(), col_scale.as<uint16_t>(), N_, K_));
+        codes_.as<uint8_t>(), row_scale.as<uint16_t>(), col_scale.as<uint16_t>(), N_, K_, kernels_.layout));
   }
 };
 

@@ -1,5 +1,6 @@
 // C functions beside the operators, for tests and for session code (lit_binq_onnx/library.py binds them).
 #include <cstdint>
+#include <cstring>
 #include <exception>
 
 #include "cpu.h"
@@ -28,18 +29,33 @@ LIT_BINQ_EXPORT int lit_binq_matmul(const float* x, int64_t M, int64_t K, int64_
                                     const uint16_t* row_scale, const uint16_t* col_scale, const float* bias, int exact,
                                     float* y) {
   try {
-    const PackedMatrix weights = PackedMatrix::row_column(codes, row_scale, col_scale, N, K);
+    const Kernels& kernels = current_kernels();
+    const PackedMatrix weights = PackedMatrix::row_column(codes, row_scale, col_scale, N, K, kernels.layout);
     SerialExecutor serial;
-    multiply(current_kernels(), weights, exact ? Mode::kExact : Mode::kLut, x, M, bias, y, serial);
+    multiply(kernels, weights, exact ? Mode::kExact : Mode::kLut, x, M, bias, y, serial);
     return 0;
   } catch (const std::exception&) {
     return -1;
   }
 }
 
-// The tables that LUT mode makes of one row, K <= 256: ceil(K / 8) * 32 bytes and their scale.
+// The tables that LUT mode makes of one row, K <= 256: ceil(K / 8) * 32 bytes, the 16 sums of 4 columns after those of
+// the 4 columns before, whatever the layout; and their scale.
 LIT_BINQ_EXPORT void lit_binq_build_lut(const float* x, const float* c, int64_t K, uint8_t* table, float* scale) {
-  current_kernels().build_lut(x, c, K, 1.0f, table, scale);
+  const Kernels& kernels = current_kernels();
+  uint8_t tables[kBlockBytes * kLutEntries];
+  kernels.build_lut(x, c, K, 1.0f, false, tables, scale);
+  for (int64_t group = 0; group < 2 * ((K + 7) / 8); ++group) {
+    const int64_t quad = group / (2 * kQuad) * (2 * kQuad), byte = (group - quad) / 2, half = group % 2;
+    const int64_t place = kernels.layout == Layout::kBytes ? group : quad + kQuad * half + byte;
+    std::memcpy(table + 16 * group, tables + 16 * place, 16);
+  }
+}
+
+// Name of the i-th instruction set that this machine has, the best one first; null from their number on.
+LIT_BINQ_EXPORT const char* lit_binq_isa_name(int i) {
+  const Kernels* kernels = available_kernels(i);
+  return kernels != nullptr ? kernels->name : nullptr;
 }
 
 // Exact float32 value of float16 bits.

@@ -8,7 +8,11 @@ namespace lit_binq {
 // The kernels for operators created from now on: the best ones this machine has, or those that `force_kernels` chose.
 const Kernels& current_kernels();
 
-// Chooses by name ("scalar", "avx2"). False, and nothing changed, where the name is unknown or the machine lacks it.
+// Those that this machine can run, the best ones first; nullptr where there are not so many.
+const Kernels* available_kernels(int i);
+
+// Chooses by name ("scalar", "avx2", "avx512", "neon"). False, and nothing changed, where the name is unknown or the
+// machine lacks it.
 bool force_kernels(const char* name);
 
 }  // namespace lit_binq

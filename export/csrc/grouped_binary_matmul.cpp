@@ -28,7 +28,7 @@ class GroupedBinaryMatMul final : public MatrixOperator {
     }
     expect_finite(scales, "scales", N_ * groups);
     weights_ = std::make_unique<PackedMatrix>(
-        PackedMatrix::grouped(codes_.as<uint8_t>(), scales.as<uint16_t>(), N_, K_, group));
+        PackedMatrix::grouped(codes_.as<uint8_t>(), scales.as<uint16_t>(), N_, K_, group, kernels_.layout));
   }
 };
 

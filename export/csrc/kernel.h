@@ -5,9 +5,9 @@
 // scales differ between groups of columns are sums of such products, one for each block of columns (packed_matrix.h).
 // z = x * 2^-e * c: one row of activations, scaled so that nothing overflows (multiply.cpp chooses e per row).
 //
-// Weights (packed_matrix.h). Rows come in tiles of up to 128. Within a tile the bytes of the row-major file are
-// transposed: [K/8][width], so that consecutive bytes belong to consecutive rows and the same 8 columns. Bit b of a
-// byte is column 8k + b; set is +1, clear is -1.
+// Weights (packed_matrix.h). Rows come in tiles of up to 128. A byte of weights is 8 columns of a row: bit b of byte k
+// is column 8k + b; set is +1, clear is -1. Within a tile the bytes of the row-major file are transposed, as the
+// instruction set wants them (Layout).
 //
 // LUT mode. For 4 activations z0..z3 there are only 16 signed sums; a nibble of the weights picks one of them. The
 // sums of a block of 256 activations are rounded to bytes with one common scale:
@@ -40,6 +40,22 @@ constexpr int64_t kTileRows = 128;
 constexpr int64_t kBlock = 256;
 constexpr int64_t kBlockBytes = kBlock / 8;
 
+// How the bytes of a tile's block of columns are laid out; the tables of LUT mode follow, 32 entries for each byte.
+enum class Layout {
+  // [bytes][width]: a register holds one byte of many rows. Tables: byte after byte, its low nibble's, its high's.
+  kBytes,
+  // [bytes / 4][width][4]: a register holds 4 bytes of a quarter as many rows. Tables: for each 4 bytes the 4 of the
+  // low nibbles, then the 4 of the high nibbles: 64 entries each, which one permutation of 64 bytes picks from.
+  kQuads
+};
+
+// Bytes of a block of columns in memory: whole quads in either layout. Columns beyond `count` have z = 0. Static: files
+// compiled for different instruction sets must not share one copy.
+constexpr int64_t kQuad = 4;
+static constexpr int64_t block_bytes(int64_t count) { return (count + 8 * kQuad - 1) / (8 * kQuad) * kQuad; }
+
+constexpr int64_t kNoHalves = INT64_MAX;  // of Kernels::rows_for_halves
+
 constexpr int kTableBias = 128;
 constexpr float kTableLimit = 127.0f;
 constexpr int64_t kLutEntries = 32;    // bytes of table for one byte of weights: two nibbles with 16 sums each
@@ -52,27 +68,41 @@ constexpr float kTiniestSum = 0x1p-100f;
 
 // Part of one tile that a kernel works on: the bytes of one block of columns.
 struct TileBlock {
-  const uint8_t* codes;  // [bytes][width]
+  const uint8_t* codes;  // see Layout
   int64_t width;         // rows: 32, 64, 96 or 128
-  int64_t bytes;         // 1 to kBlockBytes
+  int64_t bytes;         // 4 to kBlockBytes, whole quads
+};
+
+struct Magnitudes {
+  int32_t all, live;
 };
 
 // Kernels of one instruction set. Every function is safe to call from many threads.
 struct Kernels {
   const char* name;
+  Layout layout;
+
+  // Largest magnitudes of K activations as the bits of a float, which order as integers do, infinities and NaN on top:
+  // of all, and of those whose `c` is not zero (of all, where c is nullptr).
+  Magnitudes (*largest)(const float* x, const float* c, int64_t K);
+
+  // From so many rows of activations in a panel on, tables are halves: a block's take the first half of their place, in
+  // a form of the set's own. Only kernels that say a number here are asked for them.
+  int64_t rows_for_halves;
 
   // Tables of one block. `x` and `c` have `count` (1 to kBlock) elements; z = (x * pre) * c, zero beyond `count` and
   // where c is zero: `pre` is chosen for the columns that count, so it may send x of the others to infinity.
-  // `table` takes ceil(count / 8) * kLutEntries bytes; `scale` takes the float that one table unit stands for.
-  void (*build_lut)(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale);
-  // `table` takes ceil(count / 8) * kExactEntries floats.
+  // `table` takes block_bytes(count) * kLutEntries bytes; `scale` takes the float that one table unit stands for.
+  void (*build_lut)(const float* x, const float* c, int64_t count, float pre, bool halves, uint8_t* table,
+                    float* scale);
+  // `table` takes block_bytes(count) * kExactEntries floats, byte after byte in either layout.
   void (*build_exact)(const float* x, const float* c, int64_t count, float pre, float* table);
 
   // Adds the products of one block for `rows` rows of activations: row m has its tables at `tables` + m * stride and
   // its sums at `sums` + m * kTileRows; in LUT mode its scale is scales[m * scale_stride]. Where `factors` is not
   // null, the block's products are multiplied by it on the way, row n of the weights by factors[n] (block.width of
   // them): that is what a scale for each group of columns costs.
-  void (*add_lut)(const TileBlock& block, const uint8_t* tables, int64_t stride, const float* scales,
+  void (*add_lut)(const TileBlock& block, const uint8_t* tables, bool halves, int64_t stride, const float* scales,
                   int64_t scale_stride, const float* factors, int64_t rows, float* sums);
   // float32 inside a block (at most 36 roundings on the way of a product: 2 + 2 in and between tables, 32 bytes),
   // float64 across blocks: the error is at most 36 * 2^-24 = 2.2e-6 of sum |z|, whatever K.
@@ -83,6 +113,12 @@ struct Kernels {
 extern const Kernels kScalarKernels;
 #if LIT_BINQ_HAVE_AVX2
 extern const Kernels kAvx2Kernels;  // call only where cpu.h says that AVX2 is there
+#endif
+#if LIT_BINQ_HAVE_AVX512
+extern const Kernels kAvx512Kernels;  // F, BW, VL, VBMI and VNNI
+#endif
+#if LIT_BINQ_HAVE_NEON
+extern const Kernels kNeonKernels;
 #endif
 
 }  // namespace lit_binq

@@ -10,6 +10,39 @@
 namespace lit_binq {
 namespace {
 
+inline int32_t largest_lane(__m256i v) {
+  const __m128i half = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  const __m128i quarter = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 0xb1)));
+}
+
+Magnitudes largest(const float* x, const float* c, int64_t K) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  // Two of each, so that one maximum need not wait for the one before.
+  __m256i all[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()}, live[2] = {all[0], all[0]};
+  int64_t k = 0;
+  for (; k + 16 <= K; k += 16) {
+    for (int i = 0; i < 2; ++i) {
+      const __m256i word = _mm256_and_si256(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k + 8 * i)), magnitude);
+      all[i] = _mm256_max_epi32(all[i], word);
+      if (c == nullptr) continue;
+      const __m256 counts = _mm256_cmp_ps(_mm256_loadu_ps(c + k + 8 * i), _mm256_setzero_ps(), _CMP_NEQ_OQ);
+      live[i] = _mm256_max_epi32(live[i], _mm256_and_si256(word, _mm256_castps_si256(counts)));
+    }
+  }
+  Magnitudes m = {largest_lane(_mm256_max_epi32(all[0], all[1])), largest_lane(_mm256_max_epi32(live[0], live[1]))};
+  if (c == nullptr) m.live = m.all;
+  for (; k < K; ++k) {
+    int32_t word;
+    __builtin_memcpy(&word, x + k, sizeof word);
+    word &= 0x7fffffff;
+    if (word > m.all) m.all = word;
+    if (word > m.live && (c == nullptr || c[k] != 0.0f)) m.live = word;
+  }
+  return m;
+}
+
 // z of one block into `z` (32-byte aligned), zero up to kBlock.
 void scaled_activations(const float* x, const float* c, int64_t count, float pre, float* z) {
   const __m256 p = _mm256_set1_ps(pre);
@@ -23,57 +56,117 @@ void scaled_activations(const float* x, const float* c, int64_t count, float pre
   for (; k < kBlock; ++k) z[k] = 0.0f;
 }
 
+// Entries of halved tables for a weight byte: the sums of either nibble whose highest bit is set. The others are their
+// negatives (`add_signed` below).
+constexpr int64_t kHalfEntries = 16;
+
+// 8 groups of 4 activations, that is 4 weight bytes, taken apart: z[j] holds the j-th activation of the groups
+// 0, 2, 4, 6 in its low half and of 1, 3, 5, 7 in its high half.
+struct Groups {
+  __m256 z[4];
+};
+
+inline Groups load_groups(const float* z) {
+  const __m256 a = _mm256_load_ps(z), b = _mm256_load_ps(z + 8), c = _mm256_load_ps(z + 16), d = _mm256_load_ps(z + 24);
+  const __m256 ab01 = _mm256_unpacklo_ps(a, b), ab23 = _mm256_unpackhi_ps(a, b);
+  const __m256 cd01 = _mm256_unpacklo_ps(c, d), cd23 = _mm256_unpackhi_ps(c, d);
+  return {{_mm256_shuffle_ps(ab01, cd01, 0x44), _mm256_shuffle_ps(ab01, cd01, 0xee),
+           _mm256_shuffle_ps(ab23, cd23, 0x44), _mm256_shuffle_ps(ab23, cd23, 0xee)}};
+}
+
+inline __m256 magnitude(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+
+// Largest |z0| + |z1| + |z2| + |z3| over `count` activations; z is zero beyond.
+float largest_sum(const float* z, int64_t count) {
+  __m256 sums = _mm256_setzero_ps();
+  for (int64_t k = 0; k < count; k += 32) {
+    const Groups g = load_groups(z + k);
+    sums = _mm256_max_ps(sums, _mm256_add_ps(_mm256_add_ps(magnitude(g.z[0]), magnitude(g.z[1])),
+                                             _mm256_add_ps(magnitude(g.z[2]), magnitude(g.z[3]))));
+  }
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+// Four sums of all groups as bytes: lane g holds a, b, c, d of group g, from the lowest byte on.
+inline __m256i four_bytes(__m256 a, __m256 b, __m256 c, __m256 d, __m256 units) {
+  const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(a, units)),
+                                        _mm256_cvtps_epi32(_mm256_mul_ps(b, units)));
+  const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(c, units)),
+                                        _mm256_cvtps_epi32(_mm256_mul_ps(d, units)));
+  // In each half: 4 groups of a, then of b, of c, of d. The shuffle is their transpose.
+  const __m256i turn = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  return _mm256_shuffle_epi8(_mm256_packs_epi16(ab, cd), turn);
+}
+
+// The bytes of a lane turned round and negated: the sums of the inverted indices.
+inline __m256i mirrored(__m256i bytes) {
+  const __m256i turn = _mm256_broadcastsi128_si256(_mm_setr_epi8(3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12));
+  return _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_shuffle_epi8(bytes, turn));
+}
+
+// The sums of all groups with + z3: indices 8 to 11 and 12 to 15, whose bits 0, 1, 2 are the signs of z0, z1, z2.
+struct UpperSums {
+  __m256i i8, i12;
+};
+
+inline UpperSums upper_sums(const Groups& g, __m256 units) {
+  const __m256 same01 = _mm256_add_ps(g.z[0], g.z[1]), differ01 = _mm256_sub_ps(g.z[0], g.z[1]);  // + z0 and +- z1
+  const __m256 same23 = _mm256_add_ps(g.z[2], g.z[3]), differ23 = _mm256_sub_ps(g.z[3], g.z[2]);  // + z3 and +- z2
+  return {four_bytes(_mm256_sub_ps(differ23, same01), _mm256_add_ps(differ23, differ01),
+                     _mm256_sub_ps(differ23, differ01), _mm256_add_ps(differ23, same01), units),
+          four_bytes(_mm256_sub_ps(same23, same01), _mm256_add_ps(same23, differ01), _mm256_sub_ps(same23, differ01),
+                     _mm256_add_ps(same23, same01), units)};
+}
+
+// The tables of 4 weight bytes. Only 8 of a group's 16 sums are computed: the sum of an inverted index is the negative
+// one, and rounding is symmetric.
+inline void store_tables(const Groups& g, __m256 units, uint8_t* table) {
+  const UpperSums upper = upper_sums(g, units);
+  const __m256i i0 = mirrored(upper.i12), i4 = mirrored(upper.i8);
+  // Lane g of i0, i4, i8, i12 are the 16 bytes of group g: a transpose of 4 x 4 within each half.
+  const __m256i low = _mm256_unpacklo_epi32(i0, i4), high = _mm256_unpackhi_epi32(i0, i4);
+  const __m256i low8 = _mm256_unpacklo_epi32(upper.i8, upper.i12), high8 = _mm256_unpackhi_epi32(upper.i8, upper.i12);
+  const __m256i bias = _mm256_set1_epi8(static_cast<char>(kTableBias));
+  const __m256i tables[4] = {_mm256_unpacklo_epi64(low, low8), _mm256_unpackhi_epi64(low, low8),
+                             _mm256_unpacklo_epi64(high, high8), _mm256_unpackhi_epi64(high, high8)};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + kLutEntries * i), _mm256_xor_si256(tables[i], bias));
+  }
+}
+
+// Of the same tables the upper 8 entries only: for each weight byte those of its low nibble, then of its high nibble.
+inline void store_halves(const Groups& g, __m256 units, uint8_t* table) {
+  const UpperSums upper = upper_sums(g, units);
+  const __m256i bias = _mm256_set1_epi8(static_cast<char>(kTableBias));
+  // 8 bytes for each group: 0 and 2 | 1 and 3, then 4 and 6 | 5 and 7
+  const __m256i first = _mm256_xor_si256(_mm256_unpacklo_epi32(upper.i8, upper.i12), bias);
+  const __m256i second = _mm256_xor_si256(_mm256_unpackhi_epi32(upper.i8, upper.i12), bias);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(table), _mm256_permute4x64_epi64(first, 0xd8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + 32), _mm256_permute4x64_epi64(second, 0xd8));
+}
+
+void build_lut(const float* x, const float* c, int64_t count, float pre, bool halves, uint8_t* table, float* scale) {
+  alignas(32) float z[kBlock];
+  scaled_activations(x, c, count, pre, z);
+  const float largest = largest_sum(z, count);
+  const bool zero = !(largest >= kTiniestSum);
+  const __m256 units = _mm256_set1_ps(zero ? 0.0f : kTableLimit / largest);
+  *scale = zero ? 0.0f : largest / kTableLimit;
+  const int64_t bytes = block_bytes(count);
+  if (halves) {
+    for (int64_t k = 0; k < bytes; k += kQuad) store_halves(load_groups(z + 8 * k), units, table + kHalfEntries * k);
+  } else {
+    for (int64_t k = 0; k < bytes; k += kQuad) store_tables(load_groups(z + 8 * k), units, table + kLutEntries * k);
+  }
+}
+
 // Sign masks by the bit of the lane's number: set bit keeps the sign, clear bit flips it.
 inline __m256 flip_bit0() { return _mm256_setr_ps(-0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f); }
 inline __m256 flip_bit1() { return _mm256_setr_ps(-0.f, -0.f, 0.f, 0.f, -0.f, -0.f, 0.f, 0.f); }
 inline __m256 flip_bit2() { return _mm256_setr_ps(-0.f, -0.f, -0.f, -0.f, 0.f, 0.f, 0.f, 0.f); }
-
-// Largest |z0| + |z1| + |z2| + |z3| over the groups of z; `bytes` weight bytes are 8 * bytes activations.
-float largest_sum(const float* z, int64_t bytes) {
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  __m256 largest = _mm256_setzero_ps();
-  for (int64_t k = 0; k < 8 * bytes; k += 32) {  // z is zero beyond its end: whole 32s may be read
-    const __m256 a = _mm256_and_ps(_mm256_load_ps(z + k), magnitude);
-    const __m256 b = _mm256_and_ps(_mm256_load_ps(z + k + 8), magnitude);
-    const __m256 d = _mm256_and_ps(_mm256_load_ps(z + k + 16), magnitude);
-    const __m256 e = _mm256_and_ps(_mm256_load_ps(z + k + 24), magnitude);
-    largest = _mm256_max_ps(largest, _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(d, e)));
-  }
-  alignas(32) float lanes[8];
-  _mm256_store_ps(lanes, largest);
-  float result = lanes[0];
-  for (int i = 1; i < 8; ++i) result = lanes[i] > result ? lanes[i] : result;
-  return result;
-}
-
-// The 16 rounded sums of one group as 16-bit lanes: sums 0-3, 8-11 in the low half, 4-7, 12-15 in the high half.
-inline __m256i group_sums(const float* z, __m256 units) {
-  const __m256 pair = _mm256_add_ps(_mm256_xor_ps(_mm256_broadcast_ss(z), flip_bit0()),
-                                    _mm256_xor_ps(_mm256_broadcast_ss(z + 1), flip_bit1()));
-  const __m256 third = _mm256_xor_ps(_mm256_broadcast_ss(z + 2), flip_bit2());
-  const __m256 fourth = _mm256_broadcast_ss(z + 3);
-  const __m256 low = _mm256_add_ps(pair, _mm256_sub_ps(third, fourth));   // sums 0 to 7: bit 3 clear
-  const __m256 high = _mm256_add_ps(pair, _mm256_add_ps(third, fourth));  // sums 8 to 15: bit 3 set
-  return _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(low, units)),
-                            _mm256_cvtps_epi32(_mm256_mul_ps(high, units)));
-}
-
-void build_lut(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale) {
-  alignas(32) float z[kBlock];
-  scaled_activations(x, c, count, pre, z);
-  const int64_t bytes = (count + 7) / 8;
-  const float largest = largest_sum(z, bytes);
-  const bool zero = !(largest >= kTiniestSum);
-  const __m256 units = _mm256_set1_ps(zero ? 0.0f : kTableLimit / largest);
-  *scale = zero ? 0.0f : largest / kTableLimit;
-  const __m256i bias = _mm256_set1_epi8(static_cast<char>(kTableBias));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the halves of the two packs
-  for (int64_t k = 0; k < bytes; ++k) {
-    const __m256i sums = _mm256_packs_epi16(group_sums(z + 8 * k, units), group_sums(z + 8 * k + 4, units));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + kLutEntries * k),
-                        _mm256_add_epi8(_mm256_permutevar8x32_epi32(sums, order), bias));
-  }
-}
 
 inline __m256 pair_sums(const float* z) {
   return _mm256_add_ps(_mm256_xor_ps(_mm256_broadcast_ss(z), flip_bit0()),
@@ -87,7 +180,7 @@ inline __m256 triple_sums(const float* z) {
 void build_exact(const float* x, const float* c, int64_t count, float pre, float* table) {
   alignas(32) float z[kBlock];
   scaled_activations(x, c, count, pre, z);
-  const int64_t bytes = (count + 7) / 8;
+  const int64_t bytes = block_bytes(count);
   for (int64_t k = 0; k < bytes; ++k) {
     _mm256_storeu_ps(table + kExactEntries * k, triple_sums(z + 8 * k));
     _mm256_storeu_ps(table + kExactEntries * k + 8, triple_sums(z + 8 * k + 3));
@@ -103,69 +196,256 @@ inline void add_scaled(__m128i units, __m256 scale, const float* factors, float*
   _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), value));
 }
 
-// One block, one row of activations, `Vectors` * 32 rows of weights.
-template <int Vectors, bool Factors>
-inline void add_lut_row(const TileBlock& block, const uint8_t* table, float scale_value, const float* factors,
-                        float* sum) {
+// Sums of 32 rows of weights. A 16-bit lane stands for an even and an odd row: `both` adds the picked bytes as whole
+// lanes, so it is even + 256 * odd modulo 2^16; `odd` adds the upper bytes alone.
+struct Sums {
+  __m256i both, odd;
+};
+
+// vpmaddubsw multiplies the even byte by 0 and the odd one by 1. A shift does the same, but on many processors it
+// takes the unit that shuffles, which is the busiest here.
+inline __m256i odd_bytes(__m256i bytes) { return _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0100)); }
+
+inline void pick(const uint8_t* entries, __m256i index, __m256i& both, __m256i& odd) {
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+  const __m256i bytes = _mm256_shuffle_epi8(table, index);
+  both = _mm256_add_epi16(both, bytes);
+  odd = _mm256_add_epi16(odd, odd_bytes(bytes));
+  // Says that the sums are needed here. Without it the compiler first adds up what is picked for several sums, runs
+  // out of registers and keeps sums in memory, which takes a third longer.
+  __asm__("" : "+x"(both), "+x"(odd));
+}
+
+// `factors` are read only where there are any; else they may be any pointer.
+template <bool Factors>
+inline void flush(const Sums& s, int64_t bytes, float scale_value, const float* factors, float* sum) {
+  const __m256i bias = _mm256_set1_epi16(static_cast<short>(2 * bytes * kTableBias));
+  const __m256 scale = _mm256_set1_ps(scale_value);
+  const __m256i e = _mm256_sub_epi16(_mm256_sub_epi16(s.both, _mm256_slli_epi16(s.odd, 8)), bias);
+  const __m256i o = _mm256_sub_epi16(s.odd, bias);
+  const __m256i first = _mm256_unpacklo_epi16(e, o);   // rows 0-7 and 16-23
+  const __m256i second = _mm256_unpackhi_epi16(e, o);  // rows 8-15 and 24-31
+  add_scaled<Factors>(_mm256_castsi256_si128(first), scale, factors, sum);
+  add_scaled<Factors>(_mm256_castsi256_si128(second), scale, factors + 8, sum + 8);
+  add_scaled<Factors>(_mm256_extracti128_si256(first, 1), scale, factors + 16, sum + 16);
+  add_scaled<Factors>(_mm256_extracti128_si256(second, 1), scale, factors + 24, sum + 24);
+}
+
+// Where the tables and sums of the rows of activations are (kernel.h, add_lut).
+struct Rows {
+  const uint8_t* tables;
+  int64_t stride;
+  const float* scales;
+  int64_t scale_stride;
+  float* sums;
+};
+
+// Asks for the cache line so far ahead to be brought to the second-level cache. At that distance, about 4 blocks of a
+// tile, reading keeps up with the memory; nearer, or into the first-level cache, it does not. The line may lie beyond
+// the weights: it is never read.
+inline void prefetch(const uint8_t* codes) {
+  constexpr uintptr_t kAhead = 16384;
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(codes) + kAhead), _MM_HINT_T1);
+}
+
+// The sums of one block for `Tokens` rows of activations and `Vectors` * 32 rows of weights, from row `first` of the
+// tile on. A function of its own, with its results in memory: GCC keeps the sums in registers only where the loop over
+// the bytes is all there is.
+template <int Vectors, int Tokens>
+__attribute__((noinline)) void add_bytes(const TileBlock& block, int64_t first, const uint8_t* tables, int64_t stride,
+                                         Sums* result) {
   const __m256i nibble = _mm256_set1_epi8(15);
-  // A 16-bit lane holds the bytes of an even and an odd row. `both` adds whole lanes, so it is even + 256 * odd
-  // modulo 2^16; `odd` adds the upper bytes alone.
-  __m256i both[Vectors], odd[Vectors];
-  for (int i = 0; i < Vectors; ++i) both[i] = odd[i] = _mm256_setzero_si256();
-  for (int64_t k = 0; k < block.bytes; ++k) {
-    const __m128i* entries = reinterpret_cast<const __m128i*>(table + kLutEntries * k);
-    const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128(entries));
-    const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128(entries + 1));
-    const uint8_t* codes = block.codes + k * (Vectors * kVectorRows);
+  __m256i both[Tokens][Vectors], odd[Tokens][Vectors];
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; ++i) both[t][i] = odd[t][i] = _mm256_setzero_si256();
+  }
+  const uint8_t* codes = block.codes + first;
+  const uint8_t* const end = codes + block.bytes * block.width;
+  do {
 #pragma GCC unroll 4
     for (int i = 0; i < Vectors; ++i) {
       const __m256i byte = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i * kVectorRows));
-      const __m256i a = _mm256_shuffle_epi8(low, _mm256_and_si256(byte, nibble));
-      const __m256i b = _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(byte, 4), nibble));
-      both[i] = _mm256_add_epi16(both[i], a);
-      odd[i] = _mm256_add_epi16(odd[i], _mm256_srli_epi16(a, 8));
-      both[i] = _mm256_add_epi16(both[i], b);
-      odd[i] = _mm256_add_epi16(odd[i], _mm256_srli_epi16(b, 8));
+      const __m256i low = _mm256_and_si256(byte, nibble);
+#pragma GCC unroll 4
+      for (int t = 0; t < Tokens; ++t) pick(tables + t * stride, low, both[t][i], odd[t][i]);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(byte, 4), nibble);
+#pragma GCC unroll 4
+      for (int t = 0; t < Tokens; ++t) pick(tables + t * stride + 16, high, both[t][i], odd[t][i]);
+    }
+    // One row of activations reads the weights once and from memory; several find them in the cache.
+    if (Tokens == 1) {
+      for (int64_t i = 0; i < Vectors; i += 2) prefetch(codes + i * kVectorRows);
+    }
+    codes += block.width;
+    tables += kLutEntries;
+  } while (codes != end);
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; ++i) result[t * Vectors + i] = {both[t][i], odd[t][i]};
+  }
+}
+
+template <int Vectors, int Tokens>
+inline void add_lut_part(const TileBlock& block, int64_t first, const Rows& r, const float* factors) {
+  Sums sums[Tokens * Vectors];
+  add_bytes<Vectors, Tokens>(block, first, r.tables, r.stride, sums);
+  for (int t = 0; t < Tokens; ++t) {
+    const float scale = r.scales[t * r.scale_stride];
+    for (int i = 0; i < Vectors; ++i) {
+      const int64_t row = first + i * kVectorRows;
+      float* sum = r.sums + t * kTileRows + row;
+      if (factors != nullptr) {
+        flush<true>(sums[t * Vectors + i], block.bytes, scale, factors + row, sum);
+      } else {
+        flush<false>(sums[t * Vectors + i], block.bytes, scale, sum, sum);
+      }
     }
   }
-  const __m256i bias = _mm256_set1_epi16(static_cast<short>(2 * block.bytes * kTableBias));
+}
+
+// --- Many rows of activations
+//
+// Then it pays to rewrite a block of weights first. A sum of 4 activations is +- (z3 +- z0 +- z1 +- z2): a sign and one
+// of 8 sums, so 16 entries hold the tables of both nibbles of a byte. A register of indices is 16 rows with both
+// nibbles of each beside each other, and vpmaddubsw multiplies the two picked bytes by their signs and adds them. That
+// is 3 operations for 128 weights, where `add_bytes` needs 4 and the making of indices. The bias of the bytes comes out
+// as 128 times the sum of a row's signs, which does not depend on the activations: it is where the sums start.
+
+constexpr int64_t kPairRows = 16;                         // rows of a register of indices
+constexpr int64_t kPairs = kTileRows / kPairRows;
+constexpr int64_t kFewestRows = 12;                      // rewriting costs what it saves on about 9 rows
+
+// A block of up to 128 rows rewritten: 16 KB, which with the tables of 4 rows of activations stay in a 32 KB L1.
+struct SignedBlock {
+  __m256i index[kBlockBytes * kPairs];  // [bytes][pairs]
+  __m256i sign[kBlockBytes * kPairs];   // -1 or 1
+  __m256i start[kPairs];                // - 128 * sum of the signs of a row, 16 bits
+};
+
+// Registers 2i and 2i + 1 are rows 32i to 32i + 31; the low one has 0-7 and 16-23, the high one 8-15 and 24-31.
+void rewrite(const TileBlock& block, SignedBlock& out) {
+  const __m256i nibble = _mm256_set1_epi8(15), bias = _mm256_set1_epi8(static_cast<char>(kTableBias));
+  // Of a nibble: bit 3 is the sign; where it is clear, the other bits are inverted.
+  const __m256i index = _mm256_broadcastsi128_si256(_mm_setr_epi8(7, 6, 5, 4, 3, 2, 1, 0, 0, 1, 2, 3, 4, 5, 6, 7));
+  const __m256i sign = _mm256_broadcastsi128_si256(_mm_set_epi64x(0x0101010101010101, -1));
+  const __m256i second = _mm256_set1_epi16(0x0800);  // the high nibble's entries are the last 8
+  const int64_t pairs = block.width / kPairRows;
+  for (int64_t i = 0; i < pairs; ++i) out.start[i] = _mm256_setzero_si256();
+  for (int64_t k = 0; k < block.bytes; ++k) {
+    const uint8_t* codes = block.codes + k * block.width;
+    for (int64_t i = 0; i < pairs; i += 2) {
+      const __m256i byte = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i * kPairRows));
+      const __m256i low = _mm256_and_si256(byte, nibble);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(byte, 4), nibble);
+      const __m256i both[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const __m256i signs = _mm256_shuffle_epi8(sign, both[j]);
+        out.index[k * kPairs + i + j] = _mm256_or_si256(_mm256_shuffle_epi8(index, both[j]), second);
+        out.sign[k * kPairs + i + j] = signs;
+        out.start[i + j] = _mm256_sub_epi16(out.start[i + j], _mm256_maddubs_epi16(bias, signs));
+      }
+    }
+  }
+}
+
+// The sums of 2 registers of indices for `Tokens` rows of activations, whose halved tables are `stride` bytes
+// apart.
+template <int Tokens>
+__attribute__((noinline)) void add_signed(const SignedBlock& block, int64_t bytes, int64_t pair, const uint8_t* tables,
+                                          int64_t stride, __m256i* result) {
+  __m256i sums[Tokens][2];
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) sums[t][i] = block.start[pair + i];
+  }
+  const __m256i* index = block.index + pair;
+  const __m256i* sign = block.sign + pair;
+  const __m256i* const end = index + bytes * kPairs;
+  do {
+    const __m256i index0 = index[0], index1 = index[1], sign0 = sign[0], sign1 = sign[1];
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) {
+      const __m256i table = _mm256_broadcastsi128_si256(
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(tables + t * stride)));
+      sums[t][0] = _mm256_add_epi16(sums[t][0], _mm256_maddubs_epi16(_mm256_shuffle_epi8(table, index0), sign0));
+      sums[t][1] = _mm256_add_epi16(sums[t][1], _mm256_maddubs_epi16(_mm256_shuffle_epi8(table, index1), sign1));
+      __asm__("" : "+x"(sums[t][0]), "+x"(sums[t][1]));  // as in `pick`
+    }
+    index += kPairs;
+    sign += kPairs;
+    tables += kHalfEntries;
+  } while (index != end);
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) result[2 * t + i] = sums[t][i];
+  }
+}
+
+template <bool Factors>
+inline void flush_pair(const __m256i* units, float scale_value, const float* factors, float* sum) {
   const __m256 scale = _mm256_set1_ps(scale_value);
-  for (int i = 0; i < Vectors; ++i) {
-    const __m256i e = _mm256_sub_epi16(_mm256_sub_epi16(both[i], _mm256_slli_epi16(odd[i], 8)), bias);
-    const __m256i o = _mm256_sub_epi16(odd[i], bias);
-    const __m256i first = _mm256_unpacklo_epi16(e, o);   // rows 0-7 and 16-23
-    const __m256i second = _mm256_unpackhi_epi16(e, o);  // rows 8-15 and 24-31
-    float* s = sum + i * kVectorRows;
-    const float* f = Factors ? factors + i * kVectorRows : s;  // s: never read, only so that f + 8 points somewhere
-    add_scaled<Factors>(_mm256_castsi256_si128(first), scale, f, s);
-    add_scaled<Factors>(_mm256_castsi256_si128(second), scale, f + 8, s + 8);
-    add_scaled<Factors>(_mm256_extracti128_si256(first, 1), scale, f + 16, s + 16);
-    add_scaled<Factors>(_mm256_extracti128_si256(second, 1), scale, f + 24, s + 24);
-  }
+  add_scaled<Factors>(_mm256_castsi256_si128(units[0]), scale, factors, sum);
+  add_scaled<Factors>(_mm256_castsi256_si128(units[1]), scale, factors + 8, sum + 8);
+  add_scaled<Factors>(_mm256_extracti128_si256(units[0], 1), scale, factors + 16, sum + 16);
+  add_scaled<Factors>(_mm256_extracti128_si256(units[1], 1), scale, factors + 24, sum + 24);
 }
 
-template <int Vectors>
-void add_lut_rows(const TileBlock& block, const uint8_t* tables, int64_t stride, const float* scales,
-                  int64_t scale_stride, const float* factors, int64_t rows, float* sums) {
-  for (int64_t m = 0; m < rows; ++m) {
-    const uint8_t* table = tables + m * stride;
-    const float scale = scales[m * scale_stride];
-    float* sum = sums + m * kTileRows;
-    if (factors != nullptr) {
-      add_lut_row<Vectors, true>(block, table, scale, factors, sum);
-    } else {
-      add_lut_row<Vectors, false>(block, table, scale, nullptr, sum);
+template <int Tokens>
+void add_signed_rows(const SignedBlock& block, int64_t bytes, int64_t width, const Rows& r, const float* factors) {
+  for (int64_t row = 0; row < width; row += kVectorRows) {
+    __m256i units[2 * Tokens];
+    add_signed<Tokens>(block, bytes, row / kPairRows, r.tables, r.stride, units);
+    for (int t = 0; t < Tokens; ++t) {
+      const float scale = r.scales[t * r.scale_stride];
+      float* sum = r.sums + t * kTileRows + row;
+      if (factors != nullptr) {
+        flush_pair<true>(units + 2 * t, scale, factors + row, sum);
+      } else {
+        flush_pair<false>(units + 2 * t, scale, sum, sum);
+      }
     }
   }
 }
 
-void add_lut(const TileBlock& block, const uint8_t* tables, int64_t stride, const float* scales, int64_t scale_stride,
-             const float* factors, int64_t rows, float* sums) {
+// One row of activations: 4 vectors of weights, so that a table is loaded once for all of them; 8 sums, 2 tables, 2
+// constants and 3 temporaries are 15 of the 16 registers. Two rows: 2 vectors of weights, 8 sums again. From 12 rows on
+// the weights are rewritten; 4 rows at a time, so that an index and a sign serve 4 tables: 8 sums, 2 of each, a table
+// and a temporary.
+void add_lut(const TileBlock& block, const uint8_t* tables, bool halves, int64_t stride, const float* scales,
+             int64_t scale_stride, const float* factors, int64_t rows, float* sums) {
+  Rows r{tables, stride, scales, scale_stride, sums};
+  const auto skip = [&](int64_t done) {
+    r.tables += done * stride;
+    r.scales += done * scale_stride;
+    r.sums += done * kTileRows;
+    rows -= done;
+  };
+  if (halves) {
+    SignedBlock rewritten;
+    rewrite(block, rewritten);
+    for (; rows >= 4; skip(4)) add_signed_rows<4>(rewritten, block.bytes, block.width, r, factors);
+    if (rows == 3) add_signed_rows<3>(rewritten, block.bytes, block.width, r, factors);
+    if (rows == 2) add_signed_rows<2>(rewritten, block.bytes, block.width, r, factors);
+    if (rows == 1) add_signed_rows<1>(rewritten, block.bytes, block.width, r, factors);
+    return;
+  }
+  for (; rows >= 2; skip(2)) {
+    int64_t n = 0;
+    for (; n + 2 * kVectorRows <= block.width; n += 2 * kVectorRows) add_lut_part<2, 2>(block, n, r, factors);
+    if (n < block.width) add_lut_part<1, 2>(block, n, r, factors);
+  }
+  if (rows == 0) return;
   switch (block.width / kVectorRows) {
-    case 4: return add_lut_rows<4>(block, tables, stride, scales, scale_stride, factors, rows, sums);
-    case 3: return add_lut_rows<3>(block, tables, stride, scales, scale_stride, factors, rows, sums);
-    case 2: return add_lut_rows<2>(block, tables, stride, scales, scale_stride, factors, rows, sums);
-    default: return add_lut_rows<1>(block, tables, stride, scales, scale_stride, factors, rows, sums);
+    case 4: return add_lut_part<4, 1>(block, 0, r, factors);
+    case 3: return add_lut_part<3, 1>(block, 0, r, factors);
+    case 2: return add_lut_part<2, 1>(block, 0, r, factors);
+    default: return add_lut_part<1, 1>(block, 0, r, factors);
   }
 }
 
@@ -213,6 +493,6 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", build_lut, build_exact, add_lut, add_exact};
+const Kernels kAvx2Kernels = {"avx2", Layout::kBytes, largest, kFewestRows, build_lut, build_exact, add_lut, add_exact};
 
 }  // namespace lit_binq

@@ -1,11 +1,24 @@
 // The kernels in plain C++: the reference for every other instruction set, and what runs where there is none.
 // Knows kernel.h only.
 #include <cmath>
+#include <cstring>
 
 #include "kernel.h"
 
 namespace lit_binq {
 namespace {
+
+Magnitudes largest(const float* x, const float* c, int64_t K) {
+  Magnitudes m = {0, 0};
+  for (int64_t k = 0; k < K; ++k) {
+    int32_t word;
+    std::memcpy(&word, x + k, sizeof word);
+    word &= 0x7fffffff;
+    if (word > m.all) m.all = word;
+    if (word > m.live && (c == nullptr || c[k] != 0.0f)) m.live = word;
+  }
+  return m;
+}
 
 // z of one block, zero up to whole groups.
 void scaled_activations(const float* x, const float* c, int64_t count, float pre, float* z) {
@@ -15,10 +28,10 @@ void scaled_activations(const float* x, const float* c, int64_t count, float pre
 
 float signed_by(float value, int64_t index, int bit) { return (index >> bit) & 1 ? value : -value; }
 
-void build_lut(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale) {
+void build_lut(const float* x, const float* c, int64_t count, float pre, bool, uint8_t* table, float* scale) {
   float z[kBlock];
   scaled_activations(x, c, count, pre, z);
-  const int64_t groups = 2 * ((count + 7) / 8);
+  const int64_t groups = 2 * block_bytes(count);
   // The magnitudes are added in the order of the signed sums: rounding is monotone, so no sum exceeds `largest`.
   float largest = 0.0f;
   for (int64_t g = 0; g < groups; ++g) {
@@ -41,7 +54,7 @@ void build_lut(const float* x, const float* c, int64_t count, float pre, uint8_t
 void build_exact(const float* x, const float* c, int64_t count, float pre, float* table) {
   float z[kBlock];
   scaled_activations(x, c, count, pre, z);
-  const int64_t bytes = (count + 7) / 8;
+  const int64_t bytes = block_bytes(count);
   for (int64_t k = 0; k < bytes; ++k) {
     const float* v = z + 8 * k;
     float* t = table + kExactEntries * k;
@@ -53,8 +66,8 @@ void build_exact(const float* x, const float* c, int64_t count, float pre, float
   }
 }
 
-void add_lut(const TileBlock& block, const uint8_t* tables, int64_t stride, const float* scales, int64_t scale_stride,
-             const float* factors, int64_t rows, float* sums) {
+void add_lut(const TileBlock& block, const uint8_t* tables, bool, int64_t stride, const float* scales,
+             int64_t scale_stride, const float* factors, int64_t rows, float* sums) {
   for (int64_t m = 0; m < rows; ++m) {
     const uint8_t* table = tables + m * stride;
     int32_t units[kTileRows] = {0};
@@ -97,6 +110,7 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", build_lut, build_exact, add_lut, add_exact};
+const Kernels kScalarKernels = {
+    "scalar", Layout::kBytes, largest, kNoHalves, build_lut, build_exact, add_lut, add_exact};
 
 }  // namespace lit_binq

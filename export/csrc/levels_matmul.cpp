@@ -37,7 +37,7 @@ class LevelsMatMul final : public MatrixOperator {
     expect_vector(column_bits, "column_bits", zones == 2 ? (K_ + 7) / 8 : 0);
     weights_ = std::make_unique<PackedMatrix>(
         PackedMatrix::levels(codes_.as<uint8_t>(), selector.as<uint8_t>(), levels.as<uint16_t>(),
-                             zones == 2 ? column_bits.as<uint8_t>() : nullptr, N_, K_, group));
+                             zones == 2 ? column_bits.as<uint8_t>() : nullptr, N_, K_, group, kernels_.layout));
   }
 };
 

@@ -13,15 +13,17 @@
 namespace lit_binq {
 namespace {
 
-// Rows of a panel. In LUT mode a tile's sums for 32 rows (32 * 128 floats = 16 KB) and the weight block (4 KB) stay
-// in a 32 KB L1 while tables stream through, and weights are read from memory once for 32 rows, when they no longer
-// matter. Exact mode has sums and tables of 2 and 3 times the size: half the rows. This also bounds the workspace:
-// 128 K bytes in LUT mode, 192 K bytes in exact mode; twice that with two zones.
-constexpr int64_t kLutPanel = 32;
+// Rows of a panel: whatever is done once for a block of weights (reading them from memory, rewriting them, making their
+// indices) is done once for so many rows. In LUT mode they use a weight block (4 KB, up to 20 KB rewritten) from L1; a
+// tile's sums (64 * 128 floats = 32 KB) and the block's tables (up to 64 KB) pass through L1 once for a block, in step,
+// and stay in L2. 32 rows lose up to 7% to rewriting, 128 win nothing more. Exact mode has sums and tables of 2 and 3
+// times the size and nothing to rewrite: a quarter of the rows. This also bounds the workspace: 256 K bytes in LUT
+// mode, 192 K bytes in exact mode; twice that with two zones.
+constexpr int64_t kLutPanel = 64;
 constexpr int64_t kExactPanel = 16;
 
-// Work that is not worth waking a thread for (a few microseconds): one core does about 80 signs a nanosecond in LUT
-// mode and a quarter of it in exact mode, and makes a table of 4096 activations in 3 microseconds.
+// Work that is not worth waking a thread for (a few microseconds): one core does 150 to 300 signs a nanosecond in
+// LUT mode and a quarter of it in exact mode, and makes the tables of 4096 activations in 1 to 2 microseconds.
 constexpr int64_t kLutGrain = int64_t{1} << 19;
 constexpr int64_t kExactGrain = int64_t{1} << 17;
 constexpr int64_t kSegmentColumns = 16 * kBlock;  // a task of table making
@@ -47,20 +49,13 @@ float power_of_two(int exponent) {
 
 // Chooses the power so that neither huge nor tiny activations leave the range of float32 on the way: the largest
 // magnitude of a column with c != 0 (of all columns, where c is nullptr) lands in [1, 4), or in [2^-23, 1) where it is
-// subnormal. Magnitudes are compared as integers, which orders them rightly and puts infinities and NaN on top.
-RowScale row_scale(const float* x, const float* c, int64_t K) {
-  int32_t all = 0, live = 0;
-  for (int64_t k = 0; k < K; ++k) {
-    int32_t word;
-    std::memcpy(&word, x + k, sizeof word);
-    word &= 0x7fffffff;
-    all = std::max(all, word);
-    live = std::max(live, c == nullptr || c[k] != 0.0f ? word : 0);
-  }
+// subnormal.
+RowScale row_scale(const Kernels& kernels, const float* x, const float* c, int64_t K) {
+  const Magnitudes largest = kernels.largest(x, c, K);
   constexpr int32_t kInfinity = 0x7f800000;
-  if (all >= kInfinity) return {0.0f, 0.0f, false};
-  if (live == 0) return {1.0f, 1.0f, true};
-  const int exponent = std::clamp(static_cast<int>(live >> 23) - 127, -126, 126);
+  if (largest.all >= kInfinity) return {0.0f, 0.0f, false};
+  if (largest.live == 0) return {1.0f, 1.0f, true};
+  const int exponent = std::clamp(static_cast<int>(largest.live >> 23) - 127, -126, 126);
   return {power_of_two(-exponent), power_of_two(exponent), true};
 }
 
@@ -73,6 +68,7 @@ struct Panel {
   const float* bias;  // (N,) or nullptr
   float* y;           // (rows, N)
   int64_t rows;
+  bool halves;        // form of the tables (kernel.h)
   RowScale scale[kLutPanel];
   uint8_t* lut;       // LUT: rows x table bytes x kLutEntries
   float* lut_scale;   // LUT: rows x blocks
@@ -97,7 +93,7 @@ void make_tables(void* argument, size_t task) {
     const float* c = w.col_scale() + b.scale;
     const int64_t table = m * w.table_bytes() + b.table;
     if (p.mode == Mode::kLut) {
-      p.kernels.build_lut(x, c, b.count, p.scale[m].down, p.lut + table * kLutEntries,
+      p.kernels.build_lut(x, c, b.count, p.scale[m].down, p.halves, p.lut + table * kLutEntries,
                           p.lut_scale + m * w.blocks() + i);
     } else {
       p.kernels.build_exact(x, c, b.count, p.scale[m].down, p.exact + table * kExactEntries);
@@ -142,7 +138,7 @@ void multiply_tile(void* argument, size_t task) {
     for (int64_t b = 0; b < w.blocks(); ++b) {
       for (int64_t plane = 0; plane < w.planes(); ++plane) {
         p.kernels.add_lut(w.tile_block(plane, tile, b, scratch),
-                          p.lut + (m0 * w.table_bytes() + w.block(b).table) * kLutEntries,
+                          p.lut + (m0 * w.table_bytes() + w.block(b).table) * kLutEntries, p.halves,
                           w.table_bytes() * kLutEntries, p.lut_scale + m0 * w.blocks() + b, w.blocks(),
                           w.factors(plane, tile, b), rows, sums);
       }
@@ -165,7 +161,7 @@ void multiply_tile(void* argument, size_t task) {
 void run_panel(Panel& p, Executor& executor) {
   const PackedMatrix& w = p.weights;
   SerialExecutor serial;
-  for (int64_t m = 0; m < p.rows; ++m) p.scale[m] = row_scale(p.x + m * w.cols(), w.live_scale(), w.cols());
+  for (int64_t m = 0; m < p.rows; ++m) p.scale[m] = row_scale(p.kernels, p.x + m * w.cols(), w.live_scale(), w.cols());
 
   // Blocks are of one size but for the ends of groups: as many of them as make kSegmentColumns columns.
   p.segment_blocks = std::max(kSegmentColumns / w.block(0).count, int64_t{1});
@@ -196,8 +192,10 @@ void multiply(const Kernels& kernels, const PackedMatrix& weights, Mode mode, co
   Workspace workspace(table_bytes + scale_bytes);  // table_bytes is a multiple of 32: the scales behind are aligned
   float* const behind = reinterpret_cast<float*>(workspace.data() + table_bytes);
   for (int64_t m = 0; m < M; m += panel) {
-    Panel p{kernels, weights, mode, x + m * weights.cols(), bias, y + m * weights.rows(), std::min(panel, M - m),
-            {},      workspace.data(), behind, reinterpret_cast<float*>(workspace.data()), 1, 1, 1};
+    const int64_t rows = std::min(panel, M - m);
+    Panel p{kernels, weights, mode, x + m * weights.cols(), bias, y + m * weights.rows(), rows,
+            rows >= kernels.rows_for_halves, {}, workspace.data(), behind, reinterpret_cast<float*>(workspace.data()),
+            1, 1, 1};
     run_panel(p, executor);
   }
 }

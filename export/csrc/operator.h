@@ -113,10 +113,8 @@ class MatrixOperator : public PackedOperator {
   MatrixOperator(const Signature& signature, const OrtKernelInfo* info);
   void run(const float* x, int64_t M, const float* bias, float* y, Executor& executor) const override;
 
-  std::unique_ptr<PackedMatrix> weights_;  // set by the derived class's constructor
-
- private:
   const Kernels& kernels_;
+  std::unique_ptr<PackedMatrix> weights_;  // set by the derived class's constructor, in the layout of kernels_
 };
 
 // Y has the shape of X with its last dimension replaced by N. Throws Failure.

@@ -10,8 +10,9 @@ const OrtCustomOp* binary_matmul_op();
 const OrtCustomOp* grouped_binary_matmul_op();
 const OrtCustomOp* levels_matmul_op();
 const OrtCustomOp* sparse8_matmul_op();
+const OrtCustomOp* two_plane_matmul_op();
 
 constexpr const OrtCustomOp* (*kOperators[])() = {binary_matmul_op, grouped_binary_matmul_op, levels_matmul_op,
-                                                   sparse8_matmul_op};
+                                                   sparse8_matmul_op, two_plane_matmul_op};
 
 }  // namespace lit_binq

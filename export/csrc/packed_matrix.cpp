@@ -33,14 +33,14 @@ int64_t first_non_finite(const uint16_t* scales, int64_t count) {
   return -1;
 }
 
-PackedMatrix::PackedMatrix(int64_t N, int64_t K, int64_t group, int64_t zones)
-    : N_(N), K_(K), group_(group), row_scale_(N, 1.0f), col_scale_(zones * K, 1.0f) {
+PackedMatrix::PackedMatrix(int64_t N, int64_t K, int64_t group, int64_t zones, Layout layout)
+    : layout_(layout), N_(N), K_(K), group_(group), row_scale_(N, 1.0f), col_scale_(zones * K, 1.0f) {
   const int64_t column_groups = (K + group - 1) / group;
   groups_ = zones * column_groups;
   for (int64_t g = 0; g < column_groups; ++g) {
     const int64_t end = std::min(K, (g + 1) * group);
     for (int64_t column = g * group; column < end; column += kBlock) {
-      const int64_t count = std::min(kBlock, end - column), bytes = (count + 7) / 8;
+      const int64_t count = std::min(kBlock, end - column), bytes = block_bytes(count);
       for (int64_t zone = 0; zone < zones; ++zone) {
         blocks_.push_back({column, count, bytes_, bytes, table_bytes_, zone * K + column, zones * g + zone});
         table_bytes_ += bytes;
@@ -51,16 +51,17 @@ PackedMatrix::PackedMatrix(int64_t N, int64_t K, int64_t group, int64_t zones)
 }
 
 PackedMatrix PackedMatrix::row_column(const uint8_t* codes, const uint16_t* row_scale, const uint16_t* col_scale,
-                                      int64_t N, int64_t K) {
-  PackedMatrix w(N, K, K, 1);
+                                      int64_t N, int64_t K, Layout layout) {
+  PackedMatrix w(N, K, K, 1, layout);
   w.codes_.push_back(w.transpose(codes));
   std::transform(row_scale, row_scale + N, w.row_scale_.begin(), half_to_float);
   std::transform(col_scale, col_scale + K, w.col_scale_.begin(), half_to_float);
   return w;
 }
 
-PackedMatrix PackedMatrix::grouped(const uint8_t* codes, const uint16_t* scales, int64_t N, int64_t K, int64_t group) {
-  PackedMatrix w(N, K, group, 1);
+PackedMatrix PackedMatrix::grouped(const uint8_t* codes, const uint16_t* scales, int64_t N, int64_t K, int64_t group,
+                                   Layout layout) {
+  PackedMatrix w(N, K, group, 1, layout);
   w.codes_.push_back(w.transpose(codes));
   w.allocate_factors(1);
   for (int64_t n = 0; n < N; ++n) {
@@ -70,8 +71,9 @@ PackedMatrix PackedMatrix::grouped(const uint8_t* codes, const uint16_t* scales,
 }
 
 PackedMatrix PackedMatrix::levels(const uint8_t* codes, const uint8_t* selector, const uint16_t* levels,
-                                  const uint8_t* column_bits, int64_t N, int64_t K, int64_t group) {
-  PackedMatrix w(N, K, group, column_bits != nullptr ? 2 : 1);
+                                  const uint8_t* column_bits, int64_t N, int64_t K, int64_t group,
+                                  Layout layout) {
+  PackedMatrix w(N, K, group, column_bits != nullptr ? 2 : 1, layout);
   w.codes_.push_back(w.transpose(codes));
   w.codes_.push_back(w.transpose(selector));
   w.allocate_factors(4);
@@ -102,9 +104,9 @@ static uint8_t byte_at(const uint8_t* row, int64_t row_bytes, int64_t column) {
   return static_cast<uint8_t>((row[byte] | next << 8) >> shift);
 }
 
-AlignedBytes PackedMatrix::transpose(const uint8_t* codes) const {
+LayerBytes PackedMatrix::transpose(const uint8_t* codes) const {
   const int64_t row_bytes = (K_ + 7) / 8;
-  AlignedBytes result = allocate_aligned(std::max<size_t>(code_bytes(), 1));
+  LayerBytes result = allocate_for_layer(code_bytes());
   std::memset(result.get(), 0, code_bytes());
   for (int64_t tile = 0; tile < tiles(); ++tile) {
     const int64_t width = tile_width(tile), first = tile * kTileRows, last = std::min(N_, first + kTileRows);
@@ -113,8 +115,11 @@ AlignedBytes PackedMatrix::transpose(const uint8_t* codes) const {
       if (b.scale >= K_) continue;  // the same columns for the second zone
       for (int64_t n = first; n < last; ++n) {
         const uint8_t* row = codes + n * row_bytes;
-        for (int64_t k = 0; k < b.bytes; ++k) {
-          out[(b.byte + k) * width + (n - first)] = byte_at(row, row_bytes, b.column + 8 * k);
+        for (int64_t k = 0; 8 * k < b.count; ++k) {
+          const int64_t quad = k / kQuad * kQuad;
+          const int64_t place = layout_ == Layout::kBytes ? k * width + (n - first)
+                                                          : quad * width + (n - first) * kQuad + (k - quad);
+          out[b.byte * width + place] = byte_at(row, row_bytes, b.column + 8 * k);
         }
       }
     }

@@ -28,7 +28,7 @@ int64_t first_non_finite(const uint16_t* scales, int64_t count);
 // At most kBlock columns that share tables and factors.
 struct ColumnBlock {
   int64_t column, count;  // columns of x
-  int64_t byte, bytes;    // of a row of codes, bytes = ceil(count / 8)
+  int64_t byte, bytes;    // of a row of codes, bytes = block_bytes(count)
   int64_t table;          // where its tables start, in bytes of codes
   int64_t scale;          // where its column scales start
   int64_t group;          // of its factors
@@ -36,16 +36,18 @@ struct ColumnBlock {
 
 class PackedMatrix {
  public:
-  // All pointers are as in the file; nothing of them is kept. Throw std::bad_alloc.
+  // All pointers are as in the file; nothing of them is kept. `layout` is that of the kernels that will multiply. Throw
+  // std::bad_alloc.
   // codes (N, ceil(K / 8)), row_scale (N,), col_scale (K,).
   static PackedMatrix row_column(const uint8_t* codes, const uint16_t* row_scale, const uint16_t* col_scale, int64_t N,
-                                 int64_t K);
+                                 int64_t K, Layout layout);
   // scales (N, ceil(K / group)); any group size.
-  static PackedMatrix grouped(const uint8_t* codes, const uint16_t* scales, int64_t N, int64_t K, int64_t group);
+  static PackedMatrix grouped(const uint8_t* codes, const uint16_t* scales, int64_t N, int64_t K, int64_t group,
+                              Layout layout);
   // levels (N, zones * ceil(K / group), 4); column_bits (ceil(K / 8),) says which columns are of the second zone, or
   // is nullptr for one zone.
   static PackedMatrix levels(const uint8_t* codes, const uint8_t* selector, const uint16_t* levels,
-                             const uint8_t* column_bits, int64_t N, int64_t K, int64_t group);
+                             const uint8_t* column_bits, int64_t N, int64_t K, int64_t group, Layout layout);
 
   int64_t rows() const { return N_; }
   int64_t cols() const { return K_; }
@@ -65,17 +67,18 @@ class PackedMatrix {
   const float* factors(int64_t plane, int64_t tile, int64_t block) const;
 
  private:
-  PackedMatrix(int64_t N, int64_t K, int64_t group, int64_t zones);
-  AlignedBytes transpose(const uint8_t* codes) const;  // tile after tile, each [bytes][width]
+  PackedMatrix(int64_t N, int64_t K, int64_t group, int64_t zones, Layout layout);
+  LayerBytes transpose(const uint8_t* codes) const;  // tile after tile, block after block, as layout_ says
   int64_t tile_width(int64_t tile) const;
   int64_t padded_rows() const { return (N_ + kVectorRows - 1) / kVectorRows * kVectorRows; }
   size_t code_bytes() const { return static_cast<size_t>(padded_rows() * bytes_); }
   void allocate_factors(int64_t planes);
   float& factor(int64_t plane, int64_t row, int64_t group);
 
+  Layout layout_;
   int64_t N_, K_, group_, groups_ = 0, bytes_ = 0, table_bytes_ = 0, planes_ = 1;
   std::vector<ColumnBlock> blocks_;
-  std::vector<AlignedBytes> codes_;  // of the stored planes
+  std::vector<LayerBytes> codes_;  // of the stored planes
   std::vector<float> row_scale_, col_scale_;
   std::vector<float> factors_;       // plane after plane, tile after tile, each [groups][width]
 };

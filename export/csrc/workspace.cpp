@@ -1,9 +1,14 @@
-// The pool of workspace.h: a stack of free buffers behind a mutex.
+// The memory of workspace.h. The pool is a stack of free buffers behind a mutex.
 #include "workspace.h"
 
+#include <algorithm>
 #include <mutex>
 #include <utility>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace lit_binq {
 namespace {
@@ -19,7 +24,50 @@ Pool& pool() {
   return *instance;
 }
 
+// Large pages of x86-64 and, mostly, of aarch64.
+constexpr size_t kLargePage = size_t{2} << 20;
+// A piece of memory for layers. Only what is written to becomes resident, large page by large page.
+constexpr size_t kPiece = 16 * kLargePage;
+
+size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
+
+struct PieceDelete {
+  void operator()(uint8_t* p) const noexcept { ::operator delete(p, std::align_val_t{kLargePage}); }
+};
+
+// The piece that is being filled. It belongs to its layers; the last one frees it.
+struct Layers {
+  std::mutex mutex;
+  std::weak_ptr<uint8_t> piece;
+  size_t used = 0, size = 0;
+};
+
+Layers& layers() {
+  static Layers* const instance = new Layers;  // never destroyed, as the pool
+  return *instance;
+}
+
 }  // namespace
+
+LayerBytes allocate_for_layer(size_t size) {
+  size = round_up(std::max<size_t>(size, 1), kAlignment);
+  Layers& l = layers();
+  std::lock_guard<std::mutex> lock(l.mutex);
+  LayerBytes piece = l.piece.lock();
+  if (piece == nullptr || l.size - l.used < size) {
+    const size_t fresh = std::max(kPiece, round_up(size, kLargePage));
+    piece = LayerBytes(static_cast<uint8_t*>(::operator new(fresh, std::align_val_t{kLargePage})), PieceDelete{});
+#if defined(__linux__)
+    (void)madvise(piece.get(), fresh, MADV_HUGEPAGE);  // a wish: small pages work too
+#endif
+    l.piece = piece;
+    l.used = 0;
+    l.size = fresh;
+  }
+  uint8_t* const start = piece.get() + l.used;
+  l.used += size;
+  return LayerBytes(std::move(piece), start);
+}
 
 Workspace::Workspace(size_t size) {
   {

@@ -4,6 +4,8 @@
     lit-binq-planes          the same and a second one on an eighth of the columns (two BinaryMatMul, Gather, Add)
     lit-binq-grouped         GroupedBinaryMatMul, one scale for 128 columns
     lit-binq-levels          LevelsMatMul, 2 bits as one of four levels for 128 columns
+    lit-binq-two-plane       TwoPlaneMatMul, two planes of signs with a size each for 128 columns
+    lit-binq-a4              the same with activations rounded to four binary planes: AND and popcount
     ort-fp32                 MatMul
     ort-8bit, -4bit, -2bit   MatMulNBits at accuracy_level 4: activations rounded to int8
     ort-2bit-lut             MatMulNBits with the session option `mlas.use_lut_gemm`
@@ -37,6 +39,9 @@ FLOAT_ERROR = 1e-4
 INT8_ERROR = 3e-2
 """Largest relative error with which a contestant is timed: one that computes something else is no contestant. Sums of
 float32 err by 1e-6; int8 activations or tables by 5e-3 to 1e-2."""
+
+A4_ERROR = 0.25
+"""The same where activations are rounded to 16 levels of their row's range: 0.14 on Gaussian ones with 4096 columns."""
 
 LUT_KEY = "mlas.use_lut_gemm"
 
@@ -179,6 +184,34 @@ def levels_layer(rng: np.random.Generator, K: int, N: int, copy: int) -> Layer:
     return Layer([node], tensors, dense)
 
 
+def two_plane_maker(activation_bits: int) -> Callable[[np.random.Generator, int, int, int], Layer]:
+    """Makes layers of TwoPlaneMatMul: W = +-a1 +- a2, a1 and a2 for each row and group."""
+
+    def make(rng: np.random.Generator, K: int, N: int, copy: int) -> Layer:
+        codes, selector = _bits(rng, N, K), _bits(rng, N, K)
+        levels = (rng.random((N, -(-K // GROUP), 2)) * (1.0, 0.5)).astype(np.float16)
+        scales = (np.array([0, 1, 2, 4, 8]) / 15).astype(np.float16)
+        tensors = {
+            f"codes{copy}": codes,
+            f"selector{copy}": selector,
+            f"levels{copy}": levels,
+            f"outliers{copy}": np.zeros(0, np.uint8),
+            f"scales{copy}": scales if activation_bits == 4 else np.zeros(0, np.float16),
+            f"range{copy}": np.zeros(0, np.float32),
+        }
+        numbers = {"K": K, "group": GROUP, "activation_bits": activation_bits, "outliers": 0}
+        node = _product("TwoPlaneMatMul", "x", tensors, f"y{copy}", **numbers)
+
+        def dense(n: slice) -> np.ndarray:
+            a = np.repeat(levels[n].astype(np.float64), GROUP, axis=1)[:, :K]
+            W: np.ndarray = _signs(codes[n], K) * a[:, :, 0] + _signs(selector[n], K) * a[:, :, 1]
+            return W
+
+        return Layer([node], tensors, dense)
+
+    return make
+
+
 def float_layer(rng: np.random.Generator, K: int, N: int, copy: int) -> Layer:
     """MatMul, float32; its tensor is (K, N), as torch's exporters and ONNX Runtime want it."""
     W = rng.standard_normal((K, N), np.float32)
@@ -224,6 +257,8 @@ def our_kernels() -> list[Kernel]:
         Kernel("lit-binq-planes", planes_layer, INT8_ERROR, "lut"),
         Kernel("lit-binq-grouped", grouped_layer, INT8_ERROR, "lut", rows=1),
         Kernel("lit-binq-levels", levels_layer, INT8_ERROR, "lut", rows=1),
+        Kernel("lit-binq-two-plane", two_plane_maker(0), INT8_ERROR, "lut"),
+        Kernel("lit-binq-a4", two_plane_maker(4), A4_ERROR, "lut"),
     ]
 
 

@@ -30,6 +30,7 @@ from onnx import TensorProto, helper
 from transformers import PreTrainedModel
 
 from lit_binq.formats import PackedLinear
+from lit_binq.kv_cache import kv_bits
 from lit_binq_onnx.graph import HALF_STORAGE_ELEMENTS
 from lit_binq_onnx.head import ACCURACY, MICROSOFT, QuantizedTable, Tables
 from lit_binq_onnx.session import LOGITS_START, cache_names
@@ -60,6 +61,8 @@ def misfit(model: PreTrainedModel) -> str | None:
         return f"rotary embedding {rope!r}, expected one of {', '.join(STATIC_ROPE)}"
     if getattr(config, "max_position_embeddings", None) is None:
         return "no max_position_embeddings in the configuration"
+    if kv_bits(model):
+        return f"keys and values of {kv_bits(model)} bits"
     for number, block in enumerate(model.model.layers):
         for name in _PROJECTIONS:
             if not isinstance(block.get_submodule(name), PackedLinear):

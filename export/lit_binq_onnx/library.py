@@ -122,6 +122,8 @@ class NativeLibrary:
             self.handle = ctypes.CDLL(str(self.path))
             self.handle.lit_binq_calls.restype = ctypes.c_int64
             self.handle.lit_binq_isa.restype = ctypes.c_char_p
+            self.handle.lit_binq_isa_name.argtypes = [ctypes.c_int]
+            self.handle.lit_binq_isa_name.restype = ctypes.c_char_p
             self.handle.lit_binq_force_isa.argtypes = [ctypes.c_char_p]
             self.handle.lit_binq_force_isa.restype = ctypes.c_int
             self.handle.lit_binq_force_mode.argtypes = [ctypes.c_int]
@@ -134,22 +136,29 @@ class NativeLibrary:
         return int(self.handle.lit_binq_calls())
 
     def isa(self) -> str:
-        """Instruction set of operators created from now on: "scalar" or "avx2"."""
+        """Instruction set of operators created from now on: one of `isas`."""
         return str(self.handle.lit_binq_isa().decode())
+
+    def isas(self) -> list[str]:
+        """Instruction sets that this machine has, the best one first: of "avx512", "avx2", "neon", and "scalar"."""
+        found: list[str] = []
+        while (name := self.handle.lit_binq_isa_name(len(found))) is not None:
+            found.append(str(name.decode()))
+        return found
 
     def force_isa(self, name: str) -> None:
         """Choose the instruction set of operators created from now on.
 
         Args:
-            name: "scalar" or "avx2".
+            name: one of `isas`.
 
         Raises:
             LitBinqError: the name is unknown or this machine lacks it.
         """
         if self.handle.lit_binq_force_isa(name.encode()) != 0:
             raise LitBinqError(
-                f"force_isa: got {name!r}, expected an instruction set that this machine has "
-                f"('scalar' or 'avx2'); the choice stays {self.isa()!r}"
+                f"force_isa: got {name!r}, expected an instruction set that this machine has, "
+                f"one of {', '.join(self.isas())}; the choice stays {self.isa()!r}"
             )
 
     @contextmanager

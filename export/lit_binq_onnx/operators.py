@@ -115,6 +115,19 @@ OPERATORS = (
         ),
         {"in_features": "K"},
     ),
+    Operator(
+        "TwoPlaneMatMul",
+        "two_plane_matmul",
+        (
+            ("codes", "uint8"),
+            ("selector", "uint8"),
+            ("levels", "float16"),
+            ("outlier_bits", "uint8"),
+            ("input_scales", "float16"),
+            ("input_range", "float32"),
+        ),
+        {"in_features": "K", "group": "group", "activation_bits": "activation_bits", "outliers": "outliers"},
+    ),
 )
 """Every operator that a packed linear may call."""
 

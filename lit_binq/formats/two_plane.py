@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_binq.errors import LitBinqError
+from lit_binq.formats import two_plane_device
 from lit_binq.formats.activations import plain_scales, quantize
 from lit_binq.formats.base import PackedLinear, half_scales
 from lit_binq.formats.grouped import check_group, group_count
@@ -69,6 +70,20 @@ def two_plane_matmul(
     """
     if outliers:
         x = x.index_select(-1, marked_first(unpack_signs(outlier_bits[None], in_features)[0] > 0))
+    if two_plane_device.usable(x, group, activation_bits, outliers):
+        return two_plane_device.matmul(
+            x,
+            codes,
+            selector,
+            levels,
+            input_scales,
+            input_range,
+            bias,
+            in_features,
+            group,
+            activation_bits,
+            outliers,
+        )
     if activation_bits:
         x = quantize(x, bits=activation_bits, outliers=outliers, scales=input_scales, input_range=input_range)
     code = (unpack_signs(codes, in_features) > 0).long() + 2 * (unpack_signs(selector, in_features) > 0).long()

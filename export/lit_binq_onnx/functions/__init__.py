@@ -18,12 +18,14 @@ from lit_binq_onnx.functions.bodies import (
     levels_matmul_function,
     sparse8_matmul_function,
 )
+from lit_binq_onnx.functions.two_plane import two_plane_matmul_function
 
 BODIES: dict[str, Callable[[], FunctionProto]] = {
     "BinaryMatMul": binary_matmul_function,
     "GroupedBinaryMatMul": grouped_binary_matmul_function,
     "LevelsMatMul": levels_matmul_function,
     "Sparse8MatMul": sparse8_matmul_function,
+    "TwoPlaneMatMul": two_plane_matmul_function,
 }
 """Every operator of the domain, by its name."""
 
@@ -51,4 +53,5 @@ __all__ = [
     "grouped_binary_matmul_function",
     "levels_matmul_function",
     "sparse8_matmul_function",
+    "two_plane_matmul_function",
 ]

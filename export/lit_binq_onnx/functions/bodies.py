@@ -13,6 +13,7 @@ from onnx import FunctionProto, NodeProto, TensorProto, helper
 
 from lit_binq_onnx.functions.pieces import (
     attribute,
+    bitmap,
     bits,
     column_blocks,
     column_of,
@@ -29,15 +30,24 @@ OPSET = 18
 """BitwiseAnd on integers is standard from opset 18 on."""
 
 
-def _function(
-    name: str, tensors: list[str], body: list[NodeProto], attributes: tuple[str, ...] = ("K",)
+def linear_function(
+    name: str, tensors: list[str], body: list[NodeProto], attributes: tuple[str, ...] = ("K",), x: str = "X"
 ) -> FunctionProto:
+    """An operator of the domain.
+
+    Args:
+        name: of the operator.
+        tensors: names of the weight's inputs, in order.
+        body: nodes that make W, and x if that is not X itself.
+        attributes: whole numbers that a node must have.
+        x: the value that W is multiplied by.
+    """
     return helper.make_function(
         DOMAIN,
         name,
         ["X", *tensors, "bias"],
         ["Y"],
-        [*shared(), *body, *product()],
+        [*shared(), *body, *product(x)],
         [helper.make_opsetid("", OPSET)],
         attributes=list(attributes),
         attribute_protos=[helper.make_attribute("exact", 0)],
@@ -58,7 +68,7 @@ def binary_matmul_function() -> FunctionProto:
         node("Mul", ["B", "r"], ["scaled_rows"]),
         node("Mul", ["scaled_rows", "c"], ["W"]),
     ]
-    return _function("BinaryMatMul", ["codes", "row_scale", "col_scale"], body)
+    return linear_function("BinaryMatMul", ["codes", "row_scale", "col_scale"], body)
 
 
 def grouped_binary_matmul_function() -> FunctionProto:
@@ -73,7 +83,7 @@ def grouped_binary_matmul_function() -> FunctionProto:
         node("Gather", ["s", "blocks"], ["s_columns"], axis=1),
         node("Mul", ["B", "s_columns"], ["W"]),
     ]
-    return _function("GroupedBinaryMatMul", ["codes", "scales"], body, ("K", "group"))
+    return linear_function("GroupedBinaryMatMul", ["codes", "scales"], body, ("K", "group"))
 
 
 def levels_matmul_function() -> FunctionProto:
@@ -87,21 +97,8 @@ def levels_matmul_function() -> FunctionProto:
         *bits("codes", "A"),
         *bits("selector", "S"),
         *column_blocks(),
-        # z: an empty bitmap is filled up with clear bits to K, a full one is cut there
-        constant("one_row", np.array([1, -1], np.int64)),
-        constant("no_byte", np.array([0], np.uint8)),
-        constant("seven", np.array([7], np.int64)),
-        constant("eight", np.array([8], np.int64)),
+        *bitmap("column_bits", "z"),
         constant("four", np.array(4, np.int64)),
-        node("Add", ["columns", "seven"], ["columns_up"]),
-        node("Div", ["columns_up", "eight"], ["width"]),
-        node("Expand", ["no_byte", "width"], ["clear"]),
-        node("Concat", ["column_bits", "clear"], ["bitmap"], axis=0),
-        node("Slice", ["bitmap", "axis_0", "width", "axis_0"], ["zone_bytes"]),
-        node("Reshape", ["zone_bytes", "one_row"], ["zone_row"]),
-        *bits("zone_row", "z_row"),
-        node("Squeeze", ["z_row", "axis_0"], ["z_bits"]),
-        node("Cast", ["z_bits"], ["z"], to=TensorProto.INT64),
         # the place of every weight's level among the 4 G of its row
         attribute("zones_scalar", "zones"),
         node("Mul", ["blocks", "zones_scalar"], ["zone_blocks"]),
@@ -116,7 +113,9 @@ def levels_matmul_function() -> FunctionProto:
         node("Flatten", ["L"], ["L_rows"], axis=1),
         node("GatherElements", ["L_rows", "index"], ["W"], axis=1),
     ]
-    return _function("LevelsMatMul", ["codes", "selector", "levels", "column_bits"], body, ("K", "group", "zones"))
+    return linear_function(
+        "LevelsMatMul", ["codes", "selector", "levels", "column_bits"], body, ("K", "group", "zones")
+    )
 
 
 def sparse8_matmul_function() -> FunctionProto:
@@ -150,4 +149,4 @@ def sparse8_matmul_function() -> FunctionProto:
         node("Cast", ["M"], ["chosen"], to=TensorProto.BOOL),
         node("Where", ["chosen", "W_values", "W_signs"], ["W"]),
     ]
-    return _function("Sparse8MatMul", ["codes", "mask", "values", "row_scale", "value_scale"], body)
+    return linear_function("Sparse8MatMul", ["codes", "mask", "values", "row_scale", "value_scale"], body)

@@ -72,6 +72,27 @@ def column_of(source: str, result: str) -> list[NodeProto]:
     ]
 
 
+def bitmap(source: str, result: str) -> list[NodeProto]:
+    """Packed bits (ceil(K / 8),) uint8, or (0,) for all clear, to (K,) int64 of 0 and 1."""
+    p = f"{result}_"
+    return [
+        # an empty bitmap is filled up with clear bits to K, a full one is cut there
+        constant(f"{p}shape", np.array([1, -1], np.int64)),
+        constant(f"{p}no_byte", np.array([0], np.uint8)),
+        constant(f"{p}seven", np.array([7], np.int64)),
+        constant(f"{p}eight", np.array([8], np.int64)),
+        node("Add", ["columns", f"{p}seven"], [f"{p}columns_up"]),
+        node("Div", [f"{p}columns_up", f"{p}eight"], [f"{p}width"]),
+        node("Expand", [f"{p}no_byte", f"{p}width"], [f"{p}clear"]),
+        node("Concat", [source, f"{p}clear"], [f"{p}filled"], axis=0),
+        node("Slice", [f"{p}filled", "axis_0", f"{p}width", "axis_0"], [f"{p}cut"]),
+        node("Reshape", [f"{p}cut", f"{p}shape"], [f"{p}row"]),
+        *bits(f"{p}row", f"{p}row_bits"),
+        node("Squeeze", [f"{p}row_bits", "axis_0"], [f"{p}bits"]),
+        node("Cast", [f"{p}bits"], [result], to=TensorProto.INT64),
+    ]
+
+
 def column_blocks() -> list[NodeProto]:
     """`blocks` (K,) int64: the number j // group of every column; reads the attribute `group`."""
     return [
@@ -83,11 +104,15 @@ def column_blocks() -> list[NodeProto]:
     ]
 
 
-def product() -> list[NodeProto]:
-    """Y = X W^T + bias, Gemm being used for its optional third input: a node without bias leaves it empty."""
+def product(x: str = "X") -> list[NodeProto]:
+    """Y = x W^T + bias, Gemm being used for its optional third input: a node without bias leaves it empty.
+
+    Args:
+        x: the value that is multiplied, of X's shape.
+    """
     return [
         # (..., K) -> (M, K) -> (M, N) -> (..., N); allowzero keeps empty dimensions empty
-        node("Flatten", ["X"], ["X_rows"], axis=-1),
+        node("Flatten", [x], ["X_rows"], axis=-1),
         node("Gemm", ["X_rows", "W", "bias"], ["Y_rows"], transB=1),
         node("Shape", ["X"], ["leading"], start=0, end=-1),
         node("Shape", ["codes"], ["rows"], start=0, end=1),

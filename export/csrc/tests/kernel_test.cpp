@@ -1,0 +1,161 @@
+// Every instruction set of this machine against plain C++: tables, products and whole multiplications must be equal bit
+// for bit, at shapes that leave tails everywhere, and close to float64. Needs no ONNX Runtime and no Python, so that it
+// also runs cross-compiled, under an emulator. Prints the sets it compared; status 1 and a line for each difference.
+//
+// Legend: as in kernel.h.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu.h"
+#include "multiply.h"
+#include "packed_matrix.h"
+
+using namespace lit_binq;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool equal, const char* set, const std::string& what) {
+  if (equal) return;
+  std::printf("%s differs: %s\n", set, what.c_str());
+  ++failures;
+}
+
+template <typename T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+struct Random {
+  std::mt19937 engine{7};
+  std::vector<uint8_t> bytes(int64_t count) {
+    std::vector<uint8_t> values(static_cast<size_t>(count));
+    for (auto& v : values) v = static_cast<uint8_t>(engine());
+    return values;
+  }
+  std::vector<float> normal(int64_t count) {
+    std::normal_distribution<float> distribution;
+    std::vector<float> values(static_cast<size_t>(count));
+    for (auto& v : values) v = distribution(engine);
+    return values;
+  }
+  // float16 bits: 0.5 to 2, of both signs; some are zero, some subnormal
+  std::vector<uint16_t> halves(int64_t count) {
+    std::vector<uint16_t> values(static_cast<size_t>(count));
+    for (auto& v : values) {
+      const unsigned kind = engine() % 16;
+      v = kind == 0 ? 0 : static_cast<uint16_t>((engine() & 0x83ffu) | (kind == 1 ? 0u : kind < 8 ? 0x3800u : 0x3c00u));
+    }
+    return values;
+  }
+};
+
+std::vector<float> product(const Kernels& kernels, const PackedMatrix& w, Mode mode, const std::vector<float>& x,
+                           int64_t M, const std::vector<float>& bias) {
+  std::vector<float> y(static_cast<size_t>(M * w.rows()), 12345.0f);
+  SerialExecutor serial;
+  multiply(kernels, w, mode, x.data(), M, bias.empty() ? nullptr : bias.data(), y.data(), serial);
+  return y;
+}
+
+void compare_tables(const Kernels& kernels, Random& random) {
+  for (int64_t count = 1; count <= kBlock; ++count) {
+    std::vector<float> x = random.normal(count), c = random.normal(count);
+    for (int64_t k = 0; k < count; k += 5) c[static_cast<size_t>(k)] = 0.0f;
+    if (count % 7 == 0) x.assign(x.size(), 1.0f), c.assign(c.size(), 1.0f);
+    if (count % 11 == 0) x.assign(x.size(), 0.0f);
+    const size_t bytes = static_cast<size_t>(block_bytes(count));
+    std::vector<uint8_t> want(bytes * kLutEntries, 1), got(bytes * kLutEntries, 2);
+    float want_scale = 0.0f, got_scale = 1.0f;
+    kScalarKernels.build_lut(x.data(), c.data(), count, 0.5f, false, want.data(), &want_scale);
+    kernels.build_lut(x.data(), c.data(), count, 0.5f, false, got.data(), &got_scale);
+    if (kernels.layout == Layout::kQuads) {
+      std::vector<uint8_t> turned(got.size());
+      for (size_t g = 0; g < 2 * bytes; ++g) {
+        const size_t place = g / 8 * 8 + 4 * (g % 2) + g % 8 / 2;
+        std::memcpy(&turned[16 * g], &got[16 * place], 16);
+      }
+      got = turned;
+    }
+    const std::string what = std::to_string(count) + " columns";
+    expect(same_bits(want, got) && want_scale == got_scale, kernels.name, "byte tables of " + what);
+    // Sums of zeros have either sign: compare values.
+    std::vector<float> want_exact(bytes * kExactEntries, 1.0f), got_exact(bytes * kExactEntries, 2.0f);
+    kScalarKernels.build_exact(x.data(), c.data(), count, 0.5f, want_exact.data());
+    kernels.build_exact(x.data(), c.data(), count, 0.5f, got_exact.data());
+    expect(want_exact == got_exact, kernels.name, "float tables of " + what);
+    for (const float* scales : {static_cast<const float*>(c.data()), static_cast<const float*>(nullptr)}) {
+      const Magnitudes a = kScalarKernels.largest(x.data(), scales, count);
+      const Magnitudes b = kernels.largest(x.data(), scales, count);
+      expect(a.all == b.all && a.live == b.live, kernels.name, "magnitudes of " + what);
+    }
+  }
+}
+
+void compare_products(const Kernels& kernels, Random& random) {
+  const int64_t shapes[][3] = {{1, 1, 1},     {1, 128, 256}, {1, 40, 13},    {1, 500, 1100}, {2, 33, 31},  {3, 95, 257},
+                               {4, 129, 300}, {5, 64, 512},  {7, 200, 520},  {8, 300, 700},  {13, 70, 290},
+                               {15, 31, 100}, {18, 129, 70}, {19, 97, 300},  {42, 97, 264},  {65, 33, 40}};
+  for (const auto& shape : shapes) {
+    const int64_t M = shape[0], N = shape[1], K = shape[2], width = (K + 7) / 8;
+    const std::string size = std::to_string(M) + " x " + std::to_string(K) + " x " + std::to_string(N);
+    const std::vector<uint8_t> codes = random.bytes(N * width), selector = random.bytes(N * width);
+    const std::vector<uint16_t> r = random.halves(N), c = random.halves(K);
+    const int64_t group = 24, groups = (K + group - 1) / group;
+    const std::vector<uint16_t> scales = random.halves(N * groups), levels = random.halves(N * 2 * groups * 4);
+    const std::vector<uint8_t> zones = random.bytes(width);
+    const std::vector<float> x = random.normal(M * K), bias = M % 2 ? random.normal(N) : std::vector<float>{};
+    const auto matrices = [&](Layout layout) {
+      std::vector<PackedMatrix> all;
+      all.push_back(PackedMatrix::row_column(codes.data(), r.data(), c.data(), N, K, layout));
+      all.push_back(PackedMatrix::grouped(codes.data(), scales.data(), N, K, group, layout));
+      all.push_back(PackedMatrix::levels(codes.data(), selector.data(), levels.data(), zones.data(), N, K, group,
+                                         layout));
+      return all;
+    };
+    const std::vector<PackedMatrix> reference = matrices(Layout::kBytes), own = matrices(kernels.layout);
+    const char* const names[] = {"row x column", "grouped", "levels"};
+    for (size_t i = 0; i < own.size(); ++i) {
+      for (const Mode mode : {Mode::kLut, Mode::kExact}) {
+        const std::vector<float> want = product(kScalarKernels, reference[i], mode, x, M, bias);
+        const std::vector<float> got = product(kernels, own[i], mode, x, M, bias);
+        expect(same_bits(want, got), kernels.name,
+               std::string(names[i]) + (mode == Mode::kLut ? ", LUT, " : ", exact, ") + size);
+      }
+    }
+    // And the reference itself, exact mode of row x column, against the definition.
+    const std::vector<float> y = product(kScalarKernels, reference[0], Mode::kExact, x, M, bias);
+    for (int64_t m = 0; m < M; ++m) {
+      for (int64_t n = 0; n < N; ++n) {
+        double sum = 0.0, magnitude = 0.0;
+        for (int64_t k = 0; k < K; ++k) {
+          const double z = static_cast<double>(x[static_cast<size_t>(m * K + k)]) *
+                           static_cast<double>(half_to_float(c[static_cast<size_t>(k)]));
+          sum += codes[static_cast<size_t>(n * width + k / 8)] >> (k % 8) & 1 ? z : -z;
+          magnitude += std::fabs(z);
+        }
+        const double scale = half_to_float(r[static_cast<size_t>(n)]);
+        const double b = bias.empty() ? 0.0 : static_cast<double>(bias[static_cast<size_t>(n)]);
+        const double error = std::fabs(static_cast<double>(y[static_cast<size_t>(m * N + n)]) - (sum * scale + b));
+        expect(error <= 3e-6 * (magnitude * std::fabs(scale) + std::fabs(b)) + 3e-45, "scalar", "float64, " + size);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int i = 0; const Kernels* kernels = available_kernels(i); ++i) {
+    Random random;
+    compare_tables(*kernels, random);
+    compare_products(*kernels, random);
+    std::printf("%s\n", kernels->name);
+  }
+  return failures != 0;
+}
