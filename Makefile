@@ -1,4 +1,5 @@
-# make demo    everything once, on a real model: fetch, calibrate, export, check, write text, measure
+# make demo    everything once, on a real model: fetch, calibrate (three planes; one bit beside), export, check,
+#              write text, measure
 # make test    the tests;  make lint   ruff and mypy
 #
 # Both start on a machine with Python 3.11 and a C++17 compiler and install into .venv.
@@ -7,6 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 CONFIG := configs/smollm2-135m-demo.yaml
+ONE_BIT := configs/smollm2-135m-demo-1bit.yaml
 READY := .venv/ready
 
 .PHONY: demo test lint install clean
@@ -23,10 +25,11 @@ $(READY): pyproject.toml constraints.txt $(wildcard export/csrc/*)
 demo: $(READY)
 	$(BIN)/python -m lit_binq.demo fetch --out $(DEMO)/source
 	$(BIN)/litbinq fit --config $(CONFIG)
+	$(BIN)/litbinq fit --config $(ONE_BIT)
 	rm -rf $(DEMO)/onnx
 	$(BIN)/litbinq export $(DEMO)/packed $(DEMO)/onnx
 	$(BIN)/litbinq generate $(DEMO)/onnx --prompt "The history of the city begins" --max_new_tokens 32
-	$(BIN)/python -m lit_binq.demo summarize --recipe $(CONFIG) --onnx $(DEMO)/onnx --out $(DEMO)/summary.json
+	$(BIN)/python -m lit_binq.demo summarize --recipe $(CONFIG) --beside $(ONE_BIT) --onnx $(DEMO)/onnx --out $(DEMO)/summary.json
 
 test: $(READY)
 	LIT_BINQ_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n 2

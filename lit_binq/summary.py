@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import GenerationMixin
 
 from lit_binq.data import CalibrationData
 from lit_binq.errors import LitBinqError
 from lit_binq.files import write_json
+from lit_binq.hub import load_packed, packed_linears
 from lit_binq.models import load_model, load_tokenizer
 from lit_binq.texts import TextSource
 
@@ -64,13 +66,41 @@ def onnx_tokens_per_second(folder: Path, prompt: str, new_tokens: int) -> tuple[
     return statistics.median(rates), text
 
 
-def summarize(recipe: str, onnx: str, out: str) -> None:
+@torch.no_grad()
+def torch_text(folder: str, prompt: str, new_tokens: int) -> str:
+    """What a packed folder writes after a prompt, in torch (greedy)."""
+    model, tokenizer = load_packed(folder)
+    for name, layer in packed_linears(model).items():  # unpacked once, not at every token
+        dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        dense.weight.copy_(layer.dequantize())
+        if layer.bias is not None:
+            dense.bias.copy_(layer.bias)
+        model.set_submodule(name, dense)
+    ids = tokenizer(prompt, return_tensors="pt")
+    written: Any = GenerationMixin.generate(model, **ids, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[arg-type]  # a causal model has the mixin
+    return str(tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _fitted(recipe: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a fit's YAML file and the results it wrote."""
+    options = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    results = Path(options["results"])
+    if not results.is_file():
+        raise LitBinqError(
+            f"summary: no such file {str(results)!r}, expected the results of `litbinq fit`: run it first"
+        )
+    return options, json.loads(results.read_text(encoding="utf-8"))
+
+
+def summarize(recipe: str, onnx: str, out: str, beside: str | None = None) -> None:
     """Measure an exported run and write its summary.
 
     Args:
         recipe: the YAML file of the fit; its `results` file must exist.
         onnx: the exported folder.
         out: JSON file to write.
+        beside: the YAML file of another fit of the same model on the same data, whose bits, perplexity and text are to
+            stand beside; nothing of it needs to be exported.
 
     Raises:
         LitBinqError: the fit has left no results, or the evaluation sets differ.
@@ -78,13 +108,8 @@ def summarize(recipe: str, onnx: str, out: str) -> None:
     from lit_binq_onnx.perplexity import onnx_perplexity
     from lit_binq_onnx.session import OnnxModel
 
-    options = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
-    results = Path(options["results"])
-    if not results.is_file():
-        raise LitBinqError(
-            f"summary: no such file {str(results)!r}, expected the results of `litbinq fit`: run it first"
-        )
-    fit = json.loads(results.read_text(encoding="utf-8"))
+    options, fit = _fitted(recipe)
+    other = None if beside is None else _fitted(beside)
     source = options["model"]["model"]
     (name, windows), *_ = evaluation_windows(options["data"], source).items()
     perplexity = {}
@@ -110,6 +135,14 @@ def summarize(recipe: str, onnx: str, out: str) -> None:
         "onnx_megabytes": sum(f.stat().st_size for f in Path(onnx).glob("model.onnx*")) / 1e6,
         "text": PROMPT + text,
     }
+    if other is not None:
+        log.info("text of the recipe beside")
+        summary["beside"] = {
+            "true_bits": other[1]["true_bits"],
+            "ppl_torch": other[1]["perplexity"][name]["packed"],
+            "calibration_seconds": other[1]["calibration_seconds"],
+            "text": PROMPT + torch_text(other[0]["model"]["packed"], PROMPT, NEW_TOKENS),
+        }
     write_json(Path(out), summary)
     print(table(summary))
 
@@ -134,5 +167,9 @@ def table(s: dict[str, Any]) -> str:
         (f"decoding, torch float32, {s['threads']} threads", f"{s['tokens_per_second_torch_fp32']:.0f} tokens/s"),
         ("ONNX files", f"{s['onnx_megabytes']:.0f} MB"),
     ]
+    written = [f"It writes: {s['text']!r}"]
+    if other := s.get("beside"):
+        rows.append((f"beside it, {other['true_bits']:.3f} bits, torch", f"{other['ppl_torch']:.2f}"))
+        written.append(f"With {other['true_bits']:.3f} bits: {other['text']!r}")
     lines = [f"| {s['model'].rpartition('/')[2]} | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
-    return "\n".join([*lines, "", f"It writes: {s['text']!r}"])
+    return "\n".join([*lines, "", *written])
