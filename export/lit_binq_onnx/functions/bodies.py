@@ -59,16 +59,19 @@ def binary_matmul_function() -> FunctionProto:
 
     Tensors: codes uint8 (N, ceil(K / 8)), row_scale float16 (N,), col_scale float16 (K,).
 
-    A product of two float16 scales has 22 bits of mantissa: W is exact in float32.
+    Computed as (X diag(c)) (diag(r) B)^T: what the runtime folds when it loads a model stays in memory until all is
+    folded, so there is one float matrix in it rather than five.
     """
     body = [
-        *signs("codes", "B"),
+        *bits("codes", "B_bits"),
+        node("Cast", ["B_bits"], ["B_positive"], to=TensorProto.BOOL),
         *column_of("row_scale", "r"),
+        node("Neg", ["r"], ["r_negative"]),
+        node("Where", ["B_positive", "r", "r_negative"], ["W"]),
         node("Cast", ["col_scale"], ["c"], to=TensorProto.FLOAT),
-        node("Mul", ["B", "r"], ["scaled_rows"]),
-        node("Mul", ["scaled_rows", "c"], ["W"]),
+        node("Mul", ["X", "c"], ["X_scaled"]),
     ]
-    return linear_function("BinaryMatMul", ["codes", "row_scale", "col_scale"], body)
+    return linear_function("BinaryMatMul", ["codes", "row_scale", "col_scale"], body, x="X_scaled")
 
 
 def grouped_binary_matmul_function() -> FunctionProto:
