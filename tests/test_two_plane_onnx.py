@@ -1,5 +1,6 @@
 """Two-plane layers in ONNX: the body against torch on a stock runtime, exported models on both routes, generation."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from test_two_plane_native import Problem, activations, model, problem
 from torch import nn
 from transformers import PreTrainedModel
 
+from lit_binq.errors import LitBinqError
 from lit_binq.formats import InputFormat, PackedLinear, TwoPlane, two_plane_matmul
 from lit_binq.hub import packed_linears
+from lit_binq_onnx.check import check_onnx
 from lit_binq_onnx.export import export_onnx
 from lit_binq_onnx.functions import add_functions
 from lit_binq_onnx.generate import generate
@@ -198,3 +201,15 @@ def test_generation(exported: tuple[PreTrainedModel, Path]) -> None:
         written = generate(opened, byte_tokenizer(), "The cat", 8)
         assert "".join(written)
         assert written.token_ids == want[len(ids) :]
+
+
+def test_the_check_allows_rounding_and_nothing_else(exported: tuple[PreTrainedModel, Path]) -> None:
+    """Rounded inputs are judged by how far torch is from itself; a model with other codes is still found out."""
+    made, folder = exported
+    report = check_onnx(folder, made, byte_tokenizer())
+    assert all(case.passed for case in report.cases)
+    other = copy.deepcopy(made)
+    for layer in packed_linears(other).values():
+        layer.get_buffer("codes").bitwise_not_()
+    with pytest.raises(LitBinqError, match=r"differs from torch: .* expected rms <= 0\.\d"):
+        check_onnx(folder, other, byte_tokenizer())

@@ -6,6 +6,11 @@ Each case runs three ways where the native library is installed, else one:
     lut     native operators, activations rounded to int8 tables: the default for running
     stock   the function bodies in standard operators, no library
 
+Where a model rounds its inputs, or keys and values, to a few levels, two programs that add in another order cannot
+agree closely: a value that lies at a threshold falls on the other side, moves by a whole level, and others follow.
+There torch is also compared with itself, its embeddings changed by a ten-millionth, and ONNX Runtime may differ as
+much.
+
 The fused graph, where there is one, is compared in the same ways but "stock", without padding and with a batch instead.
 Where embedding and head were rounded, torch computes with the rounded ones: no bound is wider for it.
 
@@ -22,6 +27,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_binq.errors import LitBinqError
+from lit_binq.hub import activation_bits, load_packed
+from lit_binq.kv_cache import kv_bits
 from lit_binq_onnx.head import rounded_tables
 from lit_binq_onnx.library import library_path
 from lit_binq_onnx.session import Mode, OnnxModel, Route, cache_arrays, positions, read_facts
@@ -42,6 +49,12 @@ LUT_TOLERANCE = 0.2
 One multiplication errs by about 0.7% and the errors of all linears add up as noise: 0.01 measured on random
 models of 2 blocks, 0.02 of 30. Nothing in common with torch would be 1.4. How good the mode is the figures of
 the report tell; this bound tells that it works.
+"""
+
+ROUNDED_FACTOR = 3.0
+"""How many times the relative RMS error of torch against itself a model with rounded inputs may have.
+
+Measured on SmolLM2-135M with inputs of 4 bits: torch against itself 0.21, ONNX Runtime against torch 0.22.
 """
 
 DECODE_STEPS = 4
@@ -111,10 +124,17 @@ class _Step:
 
 @dataclass
 class Reference:
-    """What torch computes in every case; see `torch_reference`."""
+    """What torch computes in every case; see `torch_reference`.
+
+    Attributes:
+        generic, fused: by case of the two graphs.
+        bound: largest relative RMS error where the model rounds values to a few levels; None where it does not, and
+            results must be equal.
+    """
 
     generic: dict[str, list[_Step]]
     fused: dict[str, list[_Step]]
+    bound: float | None = None
 
 
 @torch.no_grad()
@@ -159,7 +179,7 @@ def _prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) 
     return rows, mask
 
 
-def _compare(way: str, name: str, steps: list[_Step], onnx_model: OnnxModel) -> Case:
+def _compare(way: str, name: str, steps: list[_Step], onnx_model: OnnxModel, bound: float | None) -> Case:
     """Run the steps in ONNX Runtime, its own cache carried from step to step."""
     past = onnx_model.empty_past(len(steps[0].ids))
     ours, theirs, cache_error = [], [], 0.0
@@ -173,7 +193,7 @@ def _compare(way: str, name: str, steps: list[_Step], onnx_model: OnnxModel) -> 
             a, b = mine.transpose(0, 2, 1, 3)[seen], reference.transpose(0, 2, 1, 3)[seen]
             cache_error = max(cache_error, _relative(a, b))
     a, b = np.concatenate(ours).astype(np.float64), np.concatenate(theirs).astype(np.float64)
-    return _figures(way, name, a, b, cache_error)
+    return _figures(way, name, a, b, cache_error, bound)
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:
@@ -181,15 +201,18 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-30))
 
 
-def _figures(way: str, name: str, a: np.ndarray, b: np.ndarray, cache_error: float) -> Case:
-    """All figures of a case. a, b: (positions, V) float64 logits of ONNX Runtime and torch."""
+def _figures(way: str, name: str, a: np.ndarray, b: np.ndarray, cache_error: float, bound: float | None) -> Case:
+    """All figures of a case. a, b: (positions, V) float64 logits of ONNX Runtime and torch; see `Reference.bound`."""
     a_centred, b_centred = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
     rms = float(np.linalg.norm(a_centred - b_centred) / max(float(np.linalg.norm(b_centred)), 1e-30))
     log_a, log_b = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
     divergence = float((np.exp(log_b) * (log_b - log_a)).sum(-1).mean())
     largest = _relative(a, b)
     # comparisons with NaN are false, so a NaN fails
-    passed = rms <= LUT_TOLERANCE if way == "lut" else max(largest, cache_error) <= FLOAT_TOLERANCE
+    if bound is not None:
+        passed = rms <= bound
+    else:
+        passed = rms <= LUT_TOLERANCE if way == "lut" else max(largest, cache_error) <= FLOAT_TOLERANCE
     if not np.isfinite([largest, cache_error, rms]).all():
         passed = False
     agreement = float((a.argmax(-1) == b.argmax(-1)).mean())
@@ -220,27 +243,46 @@ def torch_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         "decode": _torch_steps(model, ids[1:, :5], np.ones_like(ids[1:, :5]), DECODE_STEPS),
         "left-padded": _torch_steps(model, ids, mask, 2),
     }
+    bound = _rounding_bound(model, ids[1:])
     if not fused:
-        return Reference(generic, {})
+        return Reference(generic, {}, bound)
     batch = _torch_steps(model, ids[:, :7], np.ones_like(ids[:, :7]), 2)
     return Reference(
-        generic, {"fused prefill": generic["prefill"], "fused decode": generic["decode"], "fused batch": batch}
+        generic, {"fused prefill": generic["prefill"], "fused decode": generic["decode"], "fused batch": batch}, bound
     )
 
 
+@torch.no_grad()
+def _rounding_bound(model: PreTrainedModel, ids: np.ndarray) -> float | None:
+    """See `Reference.bound`; ids (1, n)."""
+    if activation_bits(model) == 16 and not kv_bits(model):
+        return None
+    embedded = model.get_input_embeddings()(torch.from_numpy(ids))
+    noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(0))
+    a, b = (model(inputs_embeds=x).logits[0].double().numpy() for x in (embedded, embedded * (1 + 1e-7 * noise)))
+    return max(LUT_TOLERANCE, ROUNDED_FACTOR * _figures("exact", "torch", a, b, 0.0, None).rms)
+
+
 def _run_cases(
-    out_dir: str | Path, cases: dict[str, list[_Step]], way: str, native: bool, mode: Mode, route: Route
+    out_dir: str | Path,
+    cases: dict[str, list[_Step]],
+    bound: float | None,
+    way: str,
+    native: bool,
+    mode: Mode,
+    route: Route,
 ) -> list[Case]:
     """All cases in one session, which is closed then: on function bodies it holds the weights unpacked."""
     onnx_model = OnnxModel(out_dir, native=native, mode=mode, route=route)
-    return [_compare(way, name, steps, onnx_model) for name, steps in cases.items()]
+    return [_compare(way, name, steps, onnx_model, bound) for name, steps in cases.items()]
 
 
 def fused_failure(out_dir: str | Path, reference: Reference) -> str | None:
     """Why a fused graph must not be used: what differs from torch in float32, or None."""
     native = library_path() is not None
     try:
-        cases = _run_cases(out_dir, reference.fused, "exact" if native else "stock", native, "exact", "fused")
+        way = "exact" if native else "stock"
+        cases = _run_cases(out_dir, reference.fused, reference.bound, way, native, "exact", "fused")
     except LitBinqError as error:  # the graph does not run at all
         return str(error)
     failed = next((case for case in cases if not case.passed), None)
@@ -281,12 +323,13 @@ def check_onnx(
     report = CheckReport()
     ways = list(_ways(report))
     for way, native, mode in ways:
-        report.cases += _run_cases(out_dir, reference.generic, way, native, mode, "generic")
+        report.cases += _run_cases(out_dir, reference.generic, reference.bound, way, native, mode, "generic")
     for way, native, mode in ways[:2] if facts.get("fused") else []:
-        report.cases += _run_cases(out_dir, reference.fused, way, native, mode, "fused")
+        report.cases += _run_cases(out_dir, reference.fused, reference.bound, way, native, mode, "fused")
     if failed := [case for case in report.cases if not case.passed]:
         worst = failed[0]
-        bound = f"rms <= {LUT_TOLERANCE}" if worst.way == "lut" else f"max and cache <= {FLOAT_TOLERANCE}"
+        limit = reference.bound or (LUT_TOLERANCE if worst.way == "lut" else None)
+        bound = f"max and cache <= {FLOAT_TOLERANCE}" if limit is None else f"rms <= {limit:.2g}"
         raise LitBinqError(
             f"check: {worst.case} ({worst.way}) differs from torch: max {worst.largest:.1e}, "
             f"cache {worst.cache:.1e}, rms {worst.rms:.1e}, expected {bound} "
@@ -300,8 +343,6 @@ def _load_source(
     out_dir: Path, recorded: str | None, given: str | Path | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The packed model an export was made from."""
-    from lit_binq.hub import load_packed
-
     if given is None and recorded is None:
         raise LitBinqError(
             f"exported folder {str(out_dir)!r}: does not say which packed folder it was made from; give `--packed`"
