@@ -7,6 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
+MODEL := $(DEMO)/source/SmolLM2-135M-Instruct
 CONFIG := configs/smollm2-135m-demo.yaml
 ONE_BIT := configs/smollm2-135m-demo-1bit.yaml
 READY := .venv/ready
@@ -24,6 +25,7 @@ $(READY): pyproject.toml constraints.txt $(wildcard export/csrc/*)
 
 demo: $(READY)
 	$(BIN)/python -m lit_binq.demo fetch --out $(DEMO)/source
+	$(BIN)/python -m lit_binq.demo convert --model $(MODEL).Q4_1.gguf --out $(MODEL)
 	$(BIN)/litbinq fit --config $(CONFIG)
 	$(BIN)/litbinq fit --config $(ONE_BIT)
 	rm -rf $(DEMO)/onnx

@@ -82,10 +82,15 @@ class OnnxEngine:
             self._past.lengths = np.array([self._n], np.int64)
 
     def decode(self, steps: int) -> list[int]:
-        """One pass each."""
+        """One pass each, as `lit_binq_onnx.generate` does it."""
+        from lit_binq_onnx.cache import StaticCache
+
         token, past, chosen = self._next, self._past, []
         for i in range(steps):
-            token, past = self._pass([token], self._n + i, past)
+            if isinstance(past, StaticCache):
+                token = int(self._model.step(np.array([token]), past)[0].argmax())
+            else:
+                token, past = self._pass([token], self._n + i, past)
             chosen.append(token)
         return chosen
 

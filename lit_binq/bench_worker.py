@@ -3,9 +3,9 @@
 SETTING is a `Setting` as JSON. Requests come as lines of JSON on standard input, each is answered by one on standard
 output:
 
-    (at the start)                          {"load_seconds", "import_seconds", "rss", "peak"}
-    {"do": "prefill", "ids": [...]}         {"seconds", "rss", "peak"}      an empty cache first, not timed
-    {"do": "decode", "steps": 32}           {"seconds", "rss", "peak", "tokens"}      from the context's end, always
+    (at the start)                          {"load_seconds", "import_seconds", "rss", "peak", "anon"}
+    {"do": "prefill", "ids": [...]}         {"seconds", "rss", "peak", "anon"}      an empty cache first, not timed
+    {"do": "decode", "steps": 32}           {"seconds", ..., "tokens"}      from the context's end, always
 
 The process ends with its input. What fails is answered with {"error": one line}, and ends it too. Whatever an engine
 prints goes to standard error.
@@ -30,12 +30,13 @@ from lit_binq.bench_engines import ENGINES, IMPORTS, Engine, Setting
 
 
 def resident_memory(status: Path = Path("/proc/self/status")) -> dict[str, int | None]:
-    """What this process holds, bytes: `rss` now, `peak` at most; None where the system does not say.
+    """What this process holds, bytes: `rss` now, `peak` at most, `anon` of rss; None where the system does not say.
 
-    Pages of files that are mapped (weights that were not copied) count once they were read, as all others.
+    Pages of files that are mapped (weights that were not copied, code) count in `rss` once they were read, until they
+    are dropped; `anon` is what no file is behind, which the system could not drop either.
     """
-    found: dict[str, int | None] = {"rss": None, "peak": None}
-    names = {"VmRSS:": "rss", "VmHWM:": "peak"}
+    found: dict[str, int | None] = {"rss": None, "peak": None, "anon": None}
+    names = {"VmRSS:": "rss", "VmHWM:": "peak", "RssAnon:": "anon"}
     try:
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
             word, *rest = line.split() or [""]

@@ -1,6 +1,6 @@
 """The command `litbinq`.
 
-    fit, validate, test      Lightning's command line over BinQCalibration and CalibrationData
+    fit, validate, test      Lightning's command line over BinQCalibration and CalibrationData (cli_lightning)
     compare                  a table of fits, each a process of its own
     report                   pictures and one page of a run's diagnostics
     export, check, generate  plain functions over an exported folder (package lit_binq_onnx)
@@ -14,12 +14,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
-from lit_binq import __version__
 from lit_binq.errors import LitBinqError
-from lit_binq.files import write_json
 
 log = logging.getLogger("lit_binq")
 
@@ -70,9 +67,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     try:
         if command in commands:
-            from jsonargparse import auto_cli
+            from lit_binq.command_line import run
 
-            auto_cli(commands[command], args=rest, as_positional=True, prog=f"litbinq {command}")
+            run(commands[command], rest, f"litbinq {command}")
         elif command == "compare":
             _compare(rest)
         elif command == "bench":
@@ -80,7 +77,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
             return bench(rest)
         else:
-            _lightning(arguments)
+            from lit_binq.cli_lightning import lightning
+
+            lightning(arguments)
     except LitBinqError as error:
         print(f"litbinq {command}: error: {error}", file=sys.stderr)
         return 1
@@ -131,134 +130,18 @@ def _set_up_output() -> None:
     hf_logging.disable_progress_bar()
 
 
-def _lightning(arguments: list[str]) -> None:
-    """fit, validate and test through LightningCLI."""
-    from jsonargparse import ActionConfigFile
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-
-    for name in (
-        "lightning",
-        "lightning.pytorch",
-        "lightning.fabric",
-        "lightning.pytorch.utilities.rank_zero",
-    ):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-    from lit_binq.calibration import BinQCalibration
-    from lit_binq.checkpoint import StageCheckpoint
-    from lit_binq.data import CalibrationData
-    from lit_binq.trainer_checks import refuse_sharding
-
-    class OneLineParser(LightningArgumentParser):
-        """A wrong option is one line, not a page of usage."""
-
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            line = " ".join(message.split())
-            print(
-                f"litbinq: error: {line} (litbinq {arguments[0]} --help explains every option)",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-
-    class LitBinqCLI(LightningCLI):
-        """Lightning's command line with the project's defaults and three of its commands."""
-
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            return {
-                "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-                "validate": {"model", "dataloaders", "datamodule"},
-                "test": {"model", "dataloaders", "datamodule"},
-            }
-
-        def init_parser(self, **options: Any) -> LightningArgumentParser:
-            options.setdefault("dump_header", [f"lit_binq {__version__}"])
-            parser = OneLineParser(**options)
-            parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with options, see configs/")
-            return parser
-
-        def instantiate_trainer(self, **options: Any) -> Any:
-            refuse_sharding(str(self._get(self.config_init, "trainer.strategy")))
-            try:
-                return super().instantiate_trainer(**options)
-            except (ValueError, MisconfigurationException) as error:
-                raise LitBinqError(f"trainer: {' '.join(str(error).split())}") from error
-
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.link_arguments("model.model", "data.tokenizer")
-            parser.link_arguments("model.revision", "data.revision")
-            parser.add_lightning_class_args(StageCheckpoint, "checkpoint")
-            parser.add_argument(
-                "--evaluate",
-                type=bool,
-                default=True,
-                help="measure perplexity after the fit, on data.evaluation",
-            )
-            parser.add_argument(
-                "--results", type=str | None, default=None, help="JSON file the perplexities are written to"
-            )
-
-        def _parse_ckpt_path(self) -> None:
-            """Lightning would look for hyper-parameters in the checkpoint; ours has none, so only check the file."""
-            subcommand = self.config.get("subcommand")
-            path = self.config[subcommand].get("ckpt_path") if subcommand else None
-            if path and subcommand == "fit":
-                require_checkpoint(Path(path))
-
-        def before_validate(self) -> None:
-            if self._get(self.config, "ckpt_path"):
-                raise LitBinqError(
-                    "ckpt_path: got one, expected none: validate and test read the folder `model.packed`"
-                )
-
-        before_test = before_validate
-
-        def after_fit(self) -> None:
-            if not self.model.finished:
-                raise LitBinqError(
-                    f"the fit ended after {self.model.stage_index} of its stages, expected all (trainer.max_steps, "
-                    "max_time or fast_dev_run?): go on with --ckpt_path and without that option"
-                )
-            if self._get(self.config, "evaluate"):
-                self.model.release()
-                self.trainer.validate(self.model, self.datamodule, verbose=False)
-                self.after_validate()
-
-        def after_validate(self) -> None:
-            path = self._get(self.config, "results")
-            if path and self.trainer.is_global_zero:
-                write_json(Path(path), self.model.summary())
-
-        after_test = after_validate
-
-    LitBinqCLI(
-        BinQCalibration,
-        CalibrationData,
-        args=None if arguments == sys.argv[1:] else arguments,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_callback=None,
-        parser_kwargs={"prog": "litbinq"},
-        trainer_defaults={
-            "max_epochs": -1,
-            "num_sanity_val_steps": 0,
-            "use_distributed_sampler": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": False,
-        },
-    )
-
-
 def _compare(arguments: list[str]) -> None:
     """compare: run the rows of a YAML file and print the table."""
     import argparse
 
     from lit_binq import compare_plan
+    from lit_binq.command_line import OneLine
     from lit_binq.compare import compare
 
-    parser = argparse.ArgumentParser(
+    class Parser(OneLine, argparse.ArgumentParser):
+        pass
+
+    parser = Parser(
         prog="litbinq compare",
         description="A table of methods: true bits, perplexity on several corpora with its ratio to full precision, "
         "calibration seconds and peak memory. Every row is one `litbinq fit`; rows that are done are not run again.",
@@ -277,26 +160,6 @@ def _compare(arguments: list[str]) -> None:
             f"no result for {', '.join(map(repr, failed))}: the reasons stand under the table; the same command tries "
             "again what is not done"
         )
-
-
-def require_checkpoint(path: Path) -> None:
-    """Refuse a `--ckpt_path` that is no checkpoint file.
-
-    Raises:
-        LitBinqError: no such file, or a file of another kind.
-    """
-    import torch
-
-    if not path.is_file():
-        raise LitBinqError(
-            f"ckpt_path: no such file {str(path)!r}, expected DIRPATH/last.ckpt of `--checkpoint.dirpath`"
-        )
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling makes of a file of another kind
-        raise LitBinqError(
-            f"ckpt_path: {str(path)!r} is no checkpoint, expected DIRPATH/last.ckpt of `--checkpoint.dirpath`"
-        ) from error
 
 
 def report(run: str, out: str | None = None, beside: list[str] | str | None = None) -> None:
@@ -319,6 +182,8 @@ def export(
     out: str,
     check: bool = True,
     head_bits: Literal[0, 4, 8] = 0,
+    head_block: Literal[16, 32, 64, 128] | None = None,
+    head_text: str | None = None,
     fused: Literal["auto", "off"] = "auto",
     target: Literal["ort", "genai"] = "ort",
 ) -> None:
@@ -331,7 +196,10 @@ def export(
         packed: folder written by `litbinq fit`.
         out: folder to write.
         check: compare prefill, decode and left-padded batches with torch; a failed check leaves nothing behind.
-        head_bits: round embedding and head to 4 or 8 bits, which most of a small model's time goes into; 0 leaves them.
+        head_bits: round the head, which much of a small model's time goes into, to 4 or 8 bits, and the embedding to 8;
+            0 leaves both.
+        head_block: how many weights of the head share a scale: 32 if not given, or 16 where the width demands it.
+        head_text: a text file; a head of 4 bits errs less on texts like it. Random tokens if not given.
         fused: `auto` adds model_fused.onnx, faster, for LLaMA-like models (LLaMA, Mistral, Qwen 2 and 3) once its
             logits equal torch's; `off` writes the traced graph only.
         target: `genai` also writes what onnxruntime-genai needs to run the folder: genai_config.json and our library.
@@ -341,7 +209,16 @@ def export(
 
     model, tokenizer = load_packed(packed)
     onnx_export.export_onnx(
-        model, tokenizer, out, packed=packed, check=check, head_bits=head_bits, fused=fused, target=target
+        model,
+        tokenizer,
+        out,
+        packed=packed,
+        check=check,
+        head_bits=head_bits,
+        head_block=head_block,
+        head_text=head_text,
+        fused=fused,
+        target=target,
     )
 
 

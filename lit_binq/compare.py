@@ -32,9 +32,9 @@ from typing import Any
 import yaml
 
 from lit_binq.compare_plan import Plan, Run, merge, read_plan
-from lit_binq.compare_table import Record, build, finite, markdown, perplexity_text, ratio_text
+from lit_binq.compare_table import Record, build, markdown, perplexity_text, ratio_text
 from lit_binq.errors import LitBinqError
-from lit_binq.files import write_json
+from lit_binq.files import numbers, write_json
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,16 @@ def _read_record(path: Path) -> Record | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and "state" in record else None
+    if not isinstance(record, dict) or "state" not in record:
+        return None
+    try:
+        if "results" in record:
+            _restore(record["results"])
+        if record.get("full_precision"):
+            record["full_precision"] = numbers(record["full_precision"])
+    except (KeyError, TypeError, AttributeError):  # JSON of another shape
+        return None
+    return record
 
 
 def _known(run: Run) -> Record | None:
@@ -175,9 +184,15 @@ def fit(options: Path, output: Path) -> int:
 
 def _read_results(path: Path) -> Record | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _restore(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or JSON of another shape
         return None
+
+
+def _restore(results: Record) -> Record:
+    """Results with perplexities that are numbers again where JSON has null."""
+    results["perplexity"] = {name: numbers(values) for name, values in results["perplexity"].items()}
+    return results
 
 
 def _reason(path: Path, code: int) -> str:
@@ -197,7 +212,7 @@ def _write(plan: Plan, records: dict[Run, Record | None], command: str) -> str:
     """Write both tables; returns the Markdown one."""
     table = build(plan, records, command)
     text = markdown(table)
-    write_json(plan.out / "table.json", finite(table))
+    write_json(plan.out / "table.json", table)
     _write_text(plan.out / "table.md", text)
     return text
 

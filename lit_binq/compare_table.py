@@ -3,7 +3,6 @@
 May touch: the plan. Computes means, spreads and ratios, nothing else.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -217,12 +216,3 @@ def _notes(table: dict[str, Any]) -> list[str]:
             if seed["state"] == "failed":
                 notes.append(f"{cell(row['method'])}, seed {seed['seed']}, failed: {seed['error']}")
     return [paragraph for note in notes for paragraph in (note, "")][:-1]
-
-
-def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not know, for readers other than Python."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,6 @@
 """Perplexity of a packed model beside its full-precision source: `litbinq validate` and `litbinq test`.
 
-May touch: models, hub, metrics, data's batches.
+May touch: models, hub, bits, metrics, data's batches.
 """
 
 import logging
@@ -13,10 +13,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lit_binq.bits import activation_bits, file_bits, true_bits
 from lit_binq.blocks import move, require_fitting
 from lit_binq.formats.activations import FULL_BITS
-from lit_binq.hub import activation_bits, file_bits, load_packed, read_marker, true_bits
+from lit_binq.hub import load_packed
 from lit_binq.kv_cache import kv_bits
+from lit_binq.marker import read_marker
 from lit_binq.metrics import TokenPerplexity
 from lit_binq.models import load_model
 

@@ -4,6 +4,7 @@ Touches nothing but the file system; every other room may import this file.
 """
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -47,8 +48,22 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def finite(value: Any) -> Any:
+    """A JSON value with None for every number that is not finite: JSON knows none, Python's `Infinity` is its own."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def numbers(figures: dict[str, float | None]) -> dict[str, float]:
+    """Figures as numbers again, where `finite` left None: infinite ones."""
+    return {name: math.inf if value is None else value for name, value in figures.items()}
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, indented, as UTF-8.
+    """Write JSON, indented, as UTF-8; a number that is not finite becomes null.
 
     Raises:
         LitBinqError: the place cannot be written to.
@@ -56,7 +71,7 @@ def write_json(path: Path, value: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise LitBinqError(

@@ -2,29 +2,12 @@
 
 A packed folder holds
 
-    lit_binq.json            what is packed how, see below
+    lit_binq.json            what is packed how, see lit_binq.marker
     model.safetensors        every tensor of the model once
     config.json, generation_config.json, tokenizer files    as Hugging Face writes them
 
-lit_binq.json has these keys:
-
-    version        2
-    linears        {module name: {"format": name, layout...}}, e.g. {"model.layers.0.mlp.up_proj": {"format":
-                   "planes", "columns1": 58}}
-    tied           {tensor name: name of the tensor it shares its memory with}; the former is not stored
-    rest_dtype     dtype of every floating-point tensor outside the packed weights
-    true_bits      stored bits for each weight of the packed linears
-    kv_bits        bits of keys and values (lit_binq.kv_cache); 0, or no such key, leaves them as they are
-    dense_weights  weights of the dense model, a tied embedding counted once
-    facts          whatever the caller wants to keep: source, data, method
-
 What is stored is what is computed with: packed weights are the very buffers of their modules, and everything
 else (embeddings, norms, head, biases: "the rest") is rounded to `rest_dtype` in the model before writing.
-
-Two figures say how large a model is:
-
-    true_bits   bits of all stored tensors of the packed weights (codes, padding, scales) / their N K weights
-    file_bits   bits of all files of the folder / weights of the whole dense model
 """
 
 import copy
@@ -49,101 +32,19 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from lit_binq.bits import dense_weights, true_bits
 from lit_binq.errors import LitBinqError
-from lit_binq.files import new_folder
+from lit_binq.files import finite, new_folder
 from lit_binq.formats import FORMATS, PackedLinear
-from lit_binq.formats.activations import mean_bits
-from lit_binq.formats.base import parse_layout
 from lit_binq.kv_cache import KV_BITS, kv_bits, set_kv_bits
+from lit_binq.marker import VERSION, read_marker
 from lit_binq.models import PACKED_MARKER, first_line
+from lit_binq.packed_layers import describe_layer, empty_layer, packed_linears
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
 WEIGHTS = "model.safetensors"
 REST_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
-    """Every packed linear of the model, by module name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-
-
-def describe_layer(layer: PackedLinear) -> dict[str, Any]:
-    """The entry of a packed linear in lit_binq.json: its format and what fixes the shapes of its tensors."""
-    return {"format": layer.kind, **layer.layout()}
-
-
-def empty_layer(linear: nn.Linear, entry: Any) -> PackedLinear:
-    """A packed linear of the shape of `linear` with zeroed buffers, as `entry` (see `describe_layer`) says.
-
-    Raises:
-        LitBinqError: an unknown format, or a layout that does not belong to it.
-    """
-    kind, layout = parse_layout(entry)
-    if kind not in FORMATS:
-        raise LitBinqError(f"format {kind!r}, expected one of {sorted(FORMATS)}")
-    bias = linear.bias is not None
-    try:
-        return FORMATS[kind].empty(linear.in_features, linear.out_features, bias, linear.weight.dtype, **layout)
-    except (TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise LitBinqError(f"layout {layout} does not belong to format {kind!r} ({first_line(error)})") from error
-
-
-def block_linear_weights(model: nn.Module) -> int:
-    """Number of weights (sum of N K) of all packed linears."""
-    return sum(m.in_features * m.out_features for m in packed_linears(model).values())
-
-
-def true_bits(model: nn.Module) -> float:
-    """Stored bits for each weight of the packed linears: codes with their padding and scales, not the bias.
-
-    Raises:
-        LitBinqError: the model has no packed linear.
-    """
-    linears = packed_linears(model).values()
-    if not linears:
-        raise LitBinqError("true_bits: the model has no packed linear; expected a calibrated model")
-    return sum(m.stored_bits() for m in linears) / block_linear_weights(model)
-
-
-def activation_bits(model: nn.Module) -> float:
-    """Bits of a value that enters a packed linear: the mean over all of them, each counted by its K inputs.
-
-    Inputs that are not quantized count as 16; of others, outlier channels count as 8.
-
-    Raises:
-        LitBinqError: the model has no packed linear.
-    """
-    linears = packed_linears(model).values()
-    if not linears:
-        raise LitBinqError("activation_bits: the model has no packed linear; expected a calibrated model")
-    total = sum(layer_activation_bits(m) * m.in_features for m in linears)
-    return total / sum(m.in_features for m in linears)
-
-
-def layer_activation_bits(layer: PackedLinear) -> float:
-    """The same of one layer."""
-    layout = layer.layout()
-    return mean_bits(layer.in_features, layout.get("activation_bits", 0), layout.get("outliers", 0))
-
-
-def dense_weights(model: nn.Module) -> int:
-    """Number of parameters of the dense model behind `model`; shared ones count once, buffers do not."""
-    packed = packed_linears(model).values()
-    biases = sum(m.bias.numel() for m in packed if m.bias is not None)
-    return block_linear_weights(model) + biases + sum(p.numel() for p in model.parameters())
-
-
-def file_bits(folder: str | Path) -> float:
-    """Bits of all files of a packed folder, for each weight of the dense model.
-
-    Raises:
-        LitBinqError: not a packed folder.
-    """
-    folder = Path(folder)
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    return 8 * size / int(read_marker(folder)["dense_weights"])
 
 
 def _distinct_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -275,7 +176,8 @@ def save_packed(
         tokenizer.save_pretrained(work)
         save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
         (work / WEIGHTS).chmod(0o644)  # safetensors leaves 0600, which other users could not read
-        (work / PACKED_MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(finite(marker), indent=1, allow_nan=False)
+        (work / PACKED_MARKER).write_text(text + "\n", encoding="utf-8")
 
 
 def _save_configuration(model: PreTrainedModel, folder: Path) -> None:
@@ -291,41 +193,6 @@ def _save_configuration(model: PreTrainedModel, folder: Path) -> None:
             ValueError
         ) as error:  # some published checkpoints contradict themselves, e.g. temperature without sampling
             log.warning("generation_config.json is left out: %s", first_line(error))
-
-
-def read_marker(folder: str | Path) -> dict[str, Any]:
-    """lit_binq.json of a packed folder, checked; its keys are in this file's head.
-
-    Raises:
-        LitBinqError: no such folder, not a packed one, damaged, or of another format version.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise LitBinqError(f"packed folder {str(folder)!r}: no such folder; check the path")
-    path = folder / PACKED_MARKER
-    if not path.is_file():
-        raise LitBinqError(
-            f"{str(folder)!r} is not a packed folder: it has no {PACKED_MARKER}; expected the output folder "
-            "of `litbinq fit`"
-        )
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LitBinqError(
-            f"packed folder {str(folder)!r}: {PACKED_MARKER} is damaged ({first_line(error)}); write the folder again"
-        ) from error
-    version = marker.get("version") if isinstance(marker, dict) else None
-    if version != VERSION:
-        raise LitBinqError(
-            f"packed folder {str(folder)!r}: format version {version!r}, expected {VERSION}; "
-            "it was written by another version of this program"
-        )
-    missing = {"linears", "tied", "rest_dtype", "true_bits", "dense_weights"} - marker.keys()
-    if missing:
-        raise LitBinqError(
-            f"packed folder {str(folder)!r}: {PACKED_MARKER} lacks {sorted(missing)[0]!r}; write the folder again"
-        )
-    return marker
 
 
 def load_packed(

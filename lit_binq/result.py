@@ -1,6 +1,6 @@
 """What a fit hands over: one line of progress a stage, the packed folder with its facts, the diagnostics.
 
-May touch: workspace, hub, memory, records. Knows neither stages nor trainers.
+May touch: workspace, hub, bits, memory, records. Knows neither stages nor trainers.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ import lightning
 import torch
 import transformers
 
+from lit_binq.bits import file_bits, true_bits
 from lit_binq.errors import LitBinqError
-from lit_binq.hub import file_bits, save_packed, true_bits
+from lit_binq.hub import save_packed
 from lit_binq.memory import peak_memory
 from lit_binq.models import load_tokenizer
 from lit_binq.records import DIAGNOSTICS, BlockMeasures, read_diagnostics, write_diagnostics

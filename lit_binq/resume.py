@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_binq.blocks import find_layers, replace_module
 from lit_binq.formats import PackedLinear
-from lit_binq.hub import describe_layer, empty_layer
+from lit_binq.packed_layers import describe_layer, empty_layer
 from lit_binq.workspace import Workspace
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_binq.errors import LitBinqError
-from lit_binq.hub import read_marker
+from lit_binq.marker import read_marker
 from lit_binq.models import PACKED_MARKER
 from lit_binq.records import DIAGNOSTICS, BlockMeasures, parse_as, read_diagnostics
 

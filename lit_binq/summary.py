@@ -8,6 +8,7 @@ May touch everything below cli; nothing but the demo imports it.
 import gc
 import json
 import logging
+import math
 import statistics
 import time
 from pathlib import Path
@@ -52,6 +53,32 @@ def torch_tokens_per_second(source: str, prompt: str, new_tokens: int) -> float:
     for _ in range(new_tokens):
         out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
     return new_tokens / (time.perf_counter() - began)
+
+
+def onnx_perplexities(folder: Path, windows: torch.Tensor) -> dict[str, float]:
+    """Perplexities of an exported model on windows (n, T), by the way it runs.
+
+    Keys: "onnx" and "onnx_exact", the two modes of the library; "onnx_exact_few" and "onnx_stock_few", the first
+    `STOCK_WINDOWS` windows with it and without.
+    """
+    from lit_binq_onnx.perplexity import onnx_perplexity
+    from lit_binq_onnx.session import OnnxModel
+
+    few, rest = windows[:STOCK_WINDOWS], windows[STOCK_WINDOWS:]
+    log.info("perplexity of ONNX Runtime, LUT mode")
+    perplexity = {"onnx": onnx_perplexity(OnnxModel(folder, native=True, mode="lut"), windows).ppl}
+    log.info("perplexity of ONNX Runtime, exact mode")
+    model = OnnxModel(folder, native=True, mode="exact")
+    # In two parts, of which the first is compared below: nothing is computed twice.
+    parts = [onnx_perplexity(model, part) for part in (few, rest) if len(part)]
+    perplexity["onnx_exact"] = math.exp(sum(p.nll for p in parts) / sum(p.tokens for p in parts))
+    perplexity["onnx_exact_few"] = parts[0].ppl
+    del model  # a session holds the weights; the next one unpacks them
+    gc.collect()
+    log.info("perplexity of ONNX Runtime without the library, on %d windows", len(few))
+    perplexity["onnx_stock_few"] = onnx_perplexity(OnnxModel(folder, native=False), few).ppl
+    gc.collect()
+    return perplexity
 
 
 def onnx_tokens_per_second(folder: Path, prompt: str, new_tokens: int) -> tuple[float, str]:
@@ -107,24 +134,11 @@ def summarize(recipe: str, onnx: str, out: str, beside: str | None = None) -> No
     Raises:
         LitBinqError: the fit has left no results, or the evaluation sets differ.
     """
-    from lit_binq_onnx.perplexity import onnx_perplexity
-    from lit_binq_onnx.session import OnnxModel
-
     options, fit = _fitted(recipe)
     other = None if beside is None else _fitted(beside)
     source = options["model"]["model"]
     (name, windows), *_ = evaluation_windows(options["data"], source).items()
-    perplexity = {}
-    few = windows[:STOCK_WINDOWS]
-    for key, native, mode, chosen in (
-        ("onnx", True, "lut", windows),
-        ("onnx_exact", True, "exact", windows),
-        ("onnx_exact_few", True, "exact", few),
-        ("onnx_stock_few", False, "exact", few),
-    ):
-        log.info("perplexity of ONNX Runtime, %s", key)
-        perplexity[key] = onnx_perplexity(OnnxModel(onnx, native=native, mode=mode), chosen).ppl  # type: ignore[arg-type]  # a literal from the tuple
-        gc.collect()
+    perplexity = onnx_perplexities(Path(onnx), windows)
     log.info("decoding speed")
     rate, text = onnx_tokens_per_second(Path(onnx), PROMPT, NEW_TOKENS)
     summary = {

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from comparing import BASE, Fits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+
+from lit_binq import compare
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -173,3 +177,21 @@ def make_source(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[
         return folder
 
     return make
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that commands run in, with a base file and the texts it names."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.txt", "wiki.txt", "c4.txt", "model.gguf"):
+        Path(name).write_text(name)
+    Path("base.yaml").write_text(yaml.safe_dump(BASE, sort_keys=False))
+    return tmp_path
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> Fits:
+    """A stand-in for the fits that a comparison runs."""
+    stand_in = Fits()
+    monkeypatch.setattr(compare, "fit", stand_in)
+    return stand_in

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lit_binq.calibration import BinQCalibration
 from lit_binq.checkpoint import StageCheckpoint
 from lit_binq.data import CalibrationData, TextSource
-from lit_binq.hub import packed_linears
+from lit_binq.packed_layers import packed_linears
 from lit_binq.stages import Tuning
 
 T = 48

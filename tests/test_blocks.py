@@ -23,7 +23,7 @@ from lit_binq.blocks import (
     run_block,
 )
 from lit_binq.errors import LitBinqError
-from lit_binq.hub import empty_layer
+from lit_binq.packed_layers import empty_layer
 
 WINDOWS, TOKENS = 3, 12
 

@@ -12,12 +12,15 @@ from conftest import tiny_model
 from fitting import KeepEach, Remember, T, assert_same, fit, make_data, make_trainer, stored, two_processes
 from torch import Tensor
 
+from lit_binq.bits import true_bits
 from lit_binq.block_stage import BlockStage
 from lit_binq.calibration import BinQCalibration
 from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PackedLinear, Solution
-from lit_binq.hub import load_packed, packed_linears, read_marker, true_bits
+from lit_binq.hub import load_packed
+from lit_binq.marker import read_marker
+from lit_binq.packed_layers import packed_linears
 from lit_binq.records import read_diagnostics
 from lit_binq.solvers import ARBX, CGB, PBLLM, GroupedSolver, LowRankSolver, PlanesSolver, RowColumnSolver, Solver
 from lit_binq.stages import ClosedForm, Tuning

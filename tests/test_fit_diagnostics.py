@@ -13,8 +13,9 @@ from lit_binq import cli
 from lit_binq.blocks import find_blocks
 from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
-from lit_binq.hub import load_packed, packed_linears
+from lit_binq.hub import load_packed
 from lit_binq.models import load_model
+from lit_binq.packed_layers import packed_linears
 from lit_binq.records import DIAGNOSTICS, read_diagnostics
 from lit_binq.result import diagnostics_path
 from lit_binq.runs import load_run

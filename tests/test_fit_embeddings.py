@@ -6,7 +6,8 @@ from fitting import KeepEach, Remember, assert_same, fit, stored
 
 from lit_binq.calibration import BinQCalibration
 from lit_binq.errors import LitBinqError
-from lit_binq.hub import load_packed, read_marker
+from lit_binq.hub import load_packed
+from lit_binq.marker import read_marker
 from lit_binq.models import load_model
 from lit_binq.stages import Tuning
 

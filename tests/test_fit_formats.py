@@ -1,15 +1,19 @@
 """Fits with every solver, and with a bit budget: what is stored, what it counts, what a checkpoint gives back."""
 
 import inspect
+import re
 
 import pytest
 import torch
 from fitting import KeepEach, Remember, assert_same, fit, stored
 
 from lit_binq import solvers
+from lit_binq.bits import true_bits
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PlanesLinear
-from lit_binq.hub import load_packed, packed_linears, read_marker, true_bits
+from lit_binq.hub import load_packed
+from lit_binq.marker import read_marker
+from lit_binq.packed_layers import packed_linears
 from lit_binq.solvers import GroupedSolver, LowRankSolver, PlanesSolver, RowColumnSolver, Solver
 from lit_binq.stages import ClosedForm, Tuning
 
@@ -140,6 +144,18 @@ def test_a_budget_too_small_for_the_signs_is_one_line_and_leaves_nothing(make_so
         fit(make_source(), text_file, tmp_path / "packed", closed_form=form)
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["llama-model"]
+
+
+def test_a_budget_above_what_all_planes_take_is_one_line_and_leaves_nothing(make_source, text_file, tmp_path):
+    source, off = make_source(blocks=1), {"tuning": OFF, "finish": OFF}
+    with pytest.raises(LitBinqError, match=r"closed_form\.bits: got 9\.0, expected at most \d\.\d+") as caught:
+        fit(source, text_file, tmp_path / "packed", closed_form=ClosedForm(solver=PlanesSolver(), bits=9.0), **off)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["llama-model"]
+    most = float(re.search(r"at most (\d\.\d+)", str(caught.value))[1])
+    form = ClosedForm(solver=PlanesSolver(rounds=0), bits=most)
+    fit(source, text_file, tmp_path / "packed", closed_form=form, **off)
+    assert most - 1e-4 < counted_bits(tmp_path / "packed") <= most
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear, RowColumn, binary_matmul, packed_width
-from lit_binq.hub import empty_layer
+from lit_binq.packed_layers import empty_layer
 
 
 def random_solution(N: int, K: int, seed: int, *, signed: bool = False) -> RowColumn:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import Grouped, GroupedLinear, grouped_binary_matmul
 from lit_binq.formats.grouped import group_count, spread
-from lit_binq.hub import describe_layer, empty_layer
+from lit_binq.packed_layers import describe_layer, empty_layer
 from lit_binq.solvers import GroupedSolver, RowColumnSolver, objective_value
 from lit_binq.solvers import grouped as module
 from lit_binq.solvers.grouped import start, update_scales

@@ -25,7 +25,8 @@ from lit_binq.formats import (
     packed_width,
     sparse8_matmul,
 )
-from lit_binq.hub import describe_layer, empty_layer, load_packed, save_packed
+from lit_binq.hub import load_packed, save_packed
+from lit_binq.packed_layers import describe_layer, empty_layer
 
 KINDS = ("levels", "two zones", "scaled", "row_mean", "sparse8")
 

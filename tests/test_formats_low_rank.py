@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import LowRank, LowRankLinear
 from lit_binq.formats.low_rank import stored_bits
-from lit_binq.hub import describe_layer, empty_layer
+from lit_binq.packed_layers import describe_layer, empty_layer
 from lit_binq.solvers import LowRankSolver, objective_value
 from lit_binq.solvers.low_rank import most_rank, rotate_to_signs, svd_start, update_left, update_right, update_scales
 

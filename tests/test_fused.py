@@ -1,22 +1,25 @@
 """The fused graph: torch's numbers in every kind of pass, in place, and never where it does not fit."""
 
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import byte_tokenizer
 from exporting import FUSED_KINDS, fusable_model, packed_model
-from formats import packed_variant
+from formats import packed_variant, random_solution
 from native import require_native
 from transformers import DynamicCache, PreTrainedModel
 
 import lit_binq_onnx.export as export_module
 from lit_binq.errors import LitBinqError
+from lit_binq.formats import BinaryLinear
 from lit_binq_onnx.cache import StaticCache
 from lit_binq_onnx.check import check_onnx
 from lit_binq_onnx.export import export_onnx
@@ -176,17 +179,66 @@ def test_both_graphs_share_one_data_file(exported: Exported) -> None:
     kinds = [node.op_type for node in proto.graph.node]
     assert kinds.count("GroupQueryAttention") == 2
     assert kinds.count("SkipSimplifiedLayerNormalization") == 4
-    assert kinds.count("BinaryMatMul") == 14
     stored = sum(t.nbytes for t in exported.model.state_dict().values())
     angles = 4 * 128 * 16
     # written twice, the packed weights and tables would double it
     assert (exported.folder / DATA).stat().st_size < stored + angles + 8192
 
 
+def operators(model: PreTrainedModel, folder: Path) -> Counter[str]:
+    """How often each operator of ours is in the fused graph of a model."""
+    with DataFile(folder / "data") as data:
+        graph = build_fused(model, None, data).graph
+    return Counter(node.op_type for node in graph.node if node.domain == "lit_binq")
+
+
+def test_linears_that_share_an_input_are_one_node(exported: Exported, tmp_path: Path) -> None:
+    """Per block: q, k and v one node unless heads are normalized between them and attention; the MLP one node."""
+    normalized = exported.model.config.model_type == "qwen3"
+    attention = {"BinaryMatMul": 8} if normalized else {"BinaryMatMul": 2, "BinaryMatMulQKV": 2}
+    assert operators(exported.model, tmp_path) == attention | {"BinaryGatedMLP": 2}
+    proto = onnx.load(exported.folder / FUSED, load_external_data=False)
+    assert not {node.op_type for node in proto.graph.node} & {"Sigmoid", "Mul"}
+    attentions = [node for node in proto.graph.node if node.op_type == "GroupQueryAttention"]
+    assert all((not node.input[1] and not node.input[2]) != normalized for node in attentions)
+
+
+def test_one_linear_that_does_not_fit_keeps_nodes_apart(tmp_path: Path) -> None:
+    """A bias in an MLP, another format in an attention: only where they are, and logits stay torch's."""
+    model = fusable_model("llama")
+    up, k = model.model.layers[0].mlp.up_proj, model.model.layers[1].self_attn.k_proj
+    model.model.layers[0].mlp.up_proj = BinaryLinear.from_solution(up.solution(), torch.ones(up.out_features))
+    model.model.layers[1].self_attn.k_proj = random_solution(
+        "grouped-8", k.dequantize(), torch.Generator().manual_seed(0)
+    ).pack()
+    assert operators(model, tmp_path) == {
+        "BinaryMatMulQKV": 1,
+        "BinaryGatedMLP": 1,
+        "BinaryMatMul": 2 + 2 + 3,
+        "GroupedBinaryMatMul": 1,
+    }
+    facts = export_onnx(model, byte_tokenizer(), tmp_path / "out", check=False)
+    assert facts["fused"]
+    mixed = Exported(model, tmp_path / "out")
+    session = mixed.open()
+    close(feed(session, IDS, 0, 12, session.empty_past(3)), mixed.logits(IDS[:, :12]))
+
+
+def test_the_native_session_runs_the_fused_operators(exported: Exported, tmp_path: Path) -> None:
+    """Function bodies would give the same numbers, one BinaryMatMul after the other: nothing else would show it."""
+    library = require_native()
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library.path))
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(exported.folder / FUSED, options, providers=["CPUExecutionProvider"])
+    proto = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
+    assert Counter(n.op_type for n in proto.graph.node if n.domain == "lit_binq") == operators(exported.model, tmp_path)
+
+
 @pytest.mark.parametrize("variant", ["mixed"])
 def test_every_format_has_a_fused_form(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads of 8 do not run in GroupQueryAttention, so the linears are compared one by one."""
-    import onnxruntime
     from onnx import TensorProto, helper
 
     from lit_binq.hub import packed_linears

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from lit_binq.errors import LitBinqError
 from lit_binq_onnx.check import check_onnx
 from lit_binq_onnx.export import export_onnx
-from lit_binq_onnx.head import _pack, _unpack, quantize_table, rounded_tables
+from lit_binq_onnx.head import read_tables, rounded_tables
+from lit_binq_onnx.head_rounding import _pack, _unpack, head_gram, quantize_table, random_windows
 from lit_binq_onnx.session import DATA, FACTS, FUSED, MODEL, OnnxModel, read_facts
 
 
@@ -83,7 +84,7 @@ def test_the_model_gets_its_tables_back() -> None:
                 assert tables is not None
                 np.testing.assert_array_equal(model.get_input_embeddings().weight.numpy(), tables.embedding.dense())
                 np.testing.assert_array_equal(model.lm_head.weight.numpy(), tables.head.dense())
-                assert len(tables.distinct()) == (1 if model.config.tie_word_embeddings else 2)
+                assert len(tables.distinct()) == 2
                 raise RuntimeError
 
         with torch.no_grad(), pytest.raises(RuntimeError):
@@ -91,19 +92,27 @@ def test_the_model_gets_its_tables_back() -> None:
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     with rounded_tables(model, 0) as tables:
         assert tables is None
+    tied = fusable_model("llama")
+    with rounded_tables(tied, 8) as tables:
+        assert tables is not None
+        assert len(tables.distinct()) == 1
+    with rounded_tables(tied, 4):
+        assert tied.lm_head.weight is not tied.get_input_embeddings().weight
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("llama", 8), ("qwen2", 4), ("opt", 8)])
+@pytest.mark.parametrize(("kind", "bits"), [("llama", 8), ("llama", 4), ("qwen2", 4), ("opt", 8), ("opt", 4)])
 def test_rounded_exports_equal_rounded_torch(kind: str, bits: int, tmp_path: Path) -> None:
     """Both graphs, tied (LLaMA, OPT) and not: within 1e-4 of torch on the rounded tables, visibly off the others."""
     model = packed_model(kind) if kind == "opt" else fusable_model(kind)
     ids = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        plain = model(input_ids=ids).logits.numpy()
-        with rounded_tables(model, bits):
-            expected = model(input_ids=ids).logits.numpy()
     facts = export_onnx(model, byte_tokenizer(), tmp_path / "out", head_bits=bits, check=False)
     assert facts["head_bits"] == bits
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits.numpy()
+        # a head of 4 bits was rounded with what export knows of its inputs: not the same without
+        with rounded_tables(model, bits, stored=tmp_path / "out" if bits == 4 else None):
+            expected = model(input_ids=ids).logits.numpy()
     scale, where = np.abs(expected).max(), np.broadcast_to(np.arange(9), (2, 9))
     assert np.abs(plain - expected).max() > 1e-3 * scale
     for route in ("generic", "fused") if kind != "opt" else ("generic",):
@@ -126,7 +135,8 @@ def test_tied_tables_share_their_bytes(tmp_path: Path) -> None:
     with rounded_tables(model, 8) as tables:
         assert tables is not None
         codes = tables.embedding.codes.tobytes()
-    export_onnx(model, byte_tokenizer(), tmp_path / "out", head_bits=8, check=False)
+    facts = export_onnx(model, byte_tokenizer(), tmp_path / "out", head_bits=8, check=False)
+    assert facts["token_bytes"] == facts["data_bytes"]
     assert (tmp_path / "out" / DATA).read_bytes().count(codes) == 1
     places = set()
     for name in (MODEL, FUSED):
@@ -144,6 +154,116 @@ def test_the_check_knows_the_rounding(tmp_path: Path) -> None:
     (out / FACTS).write_text(json.dumps({**read_facts(out), "head_bits": 0}))
     with pytest.raises(LitBinqError, match="check: prefill"):
         check_onnx(out, model)
+
+
+def correlated(rows: int, width: int, rank: int) -> torch.Tensor:
+    """Inputs with a few strong directions and a mean, as those of a head have."""
+    g = torch.Generator().manual_seed(7)
+    strong = torch.randn(rows, rank, generator=g) @ torch.randn(rank, width, generator=g)
+    return strong + 0.3 * torch.randn(rows, width, generator=g) + torch.randn(width, generator=g)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_error_feedback_lowers_the_error_of_the_products(block: int) -> None:
+    W, x = table(300, 128, 3, 0.1), correlated(1000, 128, 9)
+    H = x.T @ x / len(x)
+
+    def error(gram: torch.Tensor | None) -> float:
+        dense = torch.from_numpy(quantize_table(W, 4, block=block, gram=gram).dense())
+        return float((x @ (dense - torch.from_numpy(W)).T).norm() / (x @ torch.from_numpy(W).T).norm())
+
+    assert error(H) < 0.35 * error(None)
+    # nothing to gain where inputs are all alike: the same as rounding to the nearest
+    plain = quantize_table(W, 4, block=block)
+    same = quantize_table(W, 4, block=block, gram=torch.eye(128))
+    np.testing.assert_array_equal(same.codes, plain.codes)
+
+
+def test_searched_grids_beat_the_whole_range() -> None:
+    """Against w^ = lo + s q of the whole range, which is what 16 levels do without a search."""
+    W = table(400, 64, 5)
+    blocks = W.reshape(400, 2, 32)
+    low, high = np.minimum(blocks.min(2), 0)[..., None], np.maximum(blocks.max(2), 0)[..., None]
+    s = (high - low) / 15
+    z = np.rint(-low / s)
+    plain = (np.clip(np.rint(blocks / s) + z, 0, 15) - z) * s
+    searched = quantize_table(W, 4).dense().reshape(blocks.shape)
+    error = [np.square(q - blocks).sum(2) for q in (searched, plain)]
+    assert (error[0] <= error[1] * 1.0001).all()
+    assert error[0].sum() < 0.95 * error[1].sum()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 999), st.floats(1e-6, 1e6), st.booleans())
+def test_codes_scales_and_zeros_say_what_was_rounded(rows: int, groups: int, seed: int, size: float, fed: bool) -> None:
+    """Any size, more weights than inputs, blocks of zeros and of one sign: finite, and near enough to be a rounding."""
+    W = table(rows, 32 * groups, seed, size)
+    W[0, :32] = 0
+    W[-1] = np.abs(W[-1])
+    x = torch.from_numpy(table(5, 32 * groups, seed + 1))
+    H = x.T @ x + 0.1 * torch.eye(32 * groups)
+    rounded = quantize_table(W, 4, gram=H if fed else None)
+    dense = rounded.dense()
+    assert np.isfinite(dense).all()
+    assert (np.linalg.norm(dense - W, axis=1) <= 0.6 * np.linalg.norm(W, axis=1) + 1e-9 * size).all()
+
+
+def test_gram_of_the_heads_inputs() -> None:
+    model = fusable_model("qwen2")
+    windows = random_windows(model, 5)
+    assert windows.shape == (5, 128)  # as many positions as it has
+    with torch.no_grad():
+        x = model.model(input_ids=windows).last_hidden_state.reshape(-1, 64)
+    H = x.T @ x / len(x)
+    torch.testing.assert_close(head_gram(model, windows, damping=0.0), H, rtol=1e-4, atol=1e-5)
+    damped = head_gram(model, windows, damping=0.5)
+    torch.testing.assert_close(damped - H, 0.5 * H.diagonal().mean() * torch.eye(64), rtol=1e-3, atol=1e-4)
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_a_text_changes_the_head_and_the_check_reads_it(tmp_path: Path) -> None:
+    model, text = fusable_model("llama"), tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat and the dog saw it. " * 40)
+    found = {}
+    for name, options in (("random", {}), ("text", {"head_text": str(text)}), ("block", {"head_block": 64})):
+        out = tmp_path / name
+        facts = export_onnx(model, byte_tokenizer(), out, head_bits=4, check=False, **options)
+        found[name] = read_tables(out, 4)
+        assert facts["head_text"] == ("text.txt" if name == "text" else None)
+        assert facts["data_bytes"] - facts["token_bytes"] == 260 * 64 + 260 * 2 * 4  # the embedding
+    assert [t.head.block for t in found.values()] == [32, 32, 64]
+    assert [t.embedding.bits for t in found.values()] == [8] * 3
+    assert (found["random"].head.codes != found["text"].head.codes).any()
+    assert all(case.passed for case in check_onnx(tmp_path / "text", model).cases)
+    other = fusable_model("llama")
+    with torch.no_grad():
+        other.get_input_embeddings().weight.copy_(torch.randn(260, 64))
+    with pytest.raises(LitBinqError, match="the stored embedding"):
+        check_onnx(tmp_path / "text", other)
+    (tmp_path / "text" / DATA).write_bytes(b"")
+    with pytest.raises(LitBinqError, match="its rounded embedding and head cannot be read"):
+        read_tables(tmp_path / "text", 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_bits": 8, "head_text": "a.txt"}, "head_text: got 'a.txt' with 8 head_bits, expected 4"),
+        ({"head_block": 32}, "head_block: got 32 with 0 head_bits"),
+        (
+            {"head_bits": 4, "head_block": 128},
+            "head_block: got 128, expected one that divides the width 64: 16, 32, 64",
+        ),
+        ({"head_bits": 4, "head_block": 48}, "head_block: got 48"),
+        ({"head_bits": 4, "head_text": "nowhere.txt"}, "nowhere.txt"),
+    ],
+)
+def test_wrong_options_of_the_head(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(LitBinqError, match=message):
+        export_onnx(
+            fusable_model("llama"), byte_tokenizer(), tmp_path / "out", **options  # type: ignore[arg-type]  # mixed
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_number_of_bits(tmp_path: Path) -> None:

@@ -10,19 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lit_binq.bits import block_linear_weights, dense_weights, file_bits, true_bits
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear, RowColumn
-from lit_binq.hub import (
-    block_linear_weights,
-    dense_weights,
-    file_bits,
-    load_packed,
-    packed_linears,
-    read_marker,
-    round_rest,
-    save_packed,
-    true_bits,
-)
+from lit_binq.hub import load_packed, round_rest, save_packed
+from lit_binq.marker import read_marker
+from lit_binq.packed_layers import packed_linears
+from lit_binq.records import DIAGNOSTICS
 
 
 def pack(model: PreTrainedModel) -> PreTrainedModel:
@@ -102,8 +96,17 @@ def test_bit_counts_equal_the_bytes_on_disk(any_model, tokenizer, tmp_path):
     assert read_marker(folder)["true_bits"] == true_bits(model)
     assert dense_weights(model) == dense
     assert file_bits(folder) == 8 * sum(f.stat().st_size for f in folder.iterdir()) / dense
+    before = file_bits(folder)
+    (folder / DIAGNOSTICS).write_text("{}")  # the fit's, not the model's
+    assert file_bits(folder) == before
     others = {t.dtype for name, t in stored.items() if name.rpartition(".")[2] not in ("codes",)}
     assert others == {torch.float16}
+
+
+def test_the_marker_is_json_for_every_reader(llama, tokenizer, tmp_path):
+    save_packed(pack(llama), tokenizer, tmp_path / "p", facts={"loss": float("inf")})
+    text = (tmp_path / "p" / "lit_binq.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["facts"] == {"loss": None}
 
 
 def test_other_users_can_read_the_folder(packed_folder):

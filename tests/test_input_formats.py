@@ -14,11 +14,12 @@ from problems import f, problem
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_binq.bits import activation_bits
 from lit_binq.block_stage import BlockStage
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.activations import plain_scales
 from lit_binq.formats.two_plane import InputFormat, TwoPlaneLinear
-from lit_binq.hub import activation_bits, load_packed, packed_linears
+from lit_binq.hub import load_packed
 from lit_binq.input_formats import (
     Activations,
     by_credit,
@@ -28,6 +29,7 @@ from lit_binq.input_formats import (
     output_error,
     quantized_input,
 )
+from lit_binq.packed_layers import packed_linears
 from lit_binq.solvers import PlanesSolver, Solver, TwoPlaneSolver
 from lit_binq.solvers.rtn2 import UniformTwoBitSolver
 from lit_binq.stages import ClosedForm, Tuning

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import Planes, PlanesLinear, RowColumn
+from lit_binq.formats import Planes, PlanesLinear, RowColumn, planes_matmul
 from lit_binq.formats.planes import stored_bits
 from lit_binq.hub import describe_layer, empty_layer
 from lit_binq.solvers import PlanesSolver, RowColumnSolver, objective_value
@@ -63,6 +63,47 @@ def test_stored_and_loaded_bit_for_bit(shape: tuple[int, int, tuple[int, ...]], 
         assert torch.equal(mine, theirs)
     reference = x.double() @ s.dense().double().T + (0 if layer.bias is None else layer.bias.double())
     torch.testing.assert_close(layer(x).double(), reference, rtol=1e-5, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shape=shapes(), seed=st.integers(0, 100), bias=st.booleans())
+def test_one_operator_multiplies_by_all_planes(shape: tuple[int, int, tuple[int, ...]], seed: int, bias: bool) -> None:
+    """In float64 nothing but the stored values decides; narrower inputs keep their dtype."""
+    N, K, counts = shape
+    s = several(N, K, counts, seed)
+    layer = s.pack(torch.randn(N) if bias else None)
+    x = torch.randn(2, 3, K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    reference = x @ s.dense().double().T + (0 if layer.bias is None else layer.bias.double())
+    torch.testing.assert_close(layer(x), reference, rtol=1e-6, atol=1e-5)  # `dense` is float32
+    for dtype in (torch.float32, torch.bfloat16):
+        assert layer(x.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("counts", [(11,), (11, 7), (6, 6, 1)])
+def test_the_custom_operator_is_well_formed(counts: tuple[int, ...]) -> None:
+    layer = several(5, 11, counts).pack(torch.ones(5))
+    planes = range(1 + len(counts))
+    stored = [[layer.get_buffer(f"{name}{p}") for p in planes] for name in ("codes", "row_scale", "col_scale")]
+    columns = [layer.get_buffer(f"columns{p}") for p in range(1, 1 + len(counts))]
+    torch.library.opcheck(
+        planes_matmul,
+        (torch.randn(2, 11), *stored, columns, layer.bias, [11, *counts]),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_tracing_passes_a_layer_once() -> None:
+    program = torch.export.export(several(5, 11, (11, 7)).pack(torch.ones(5)), (torch.randn(2, 11),))
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.lit_binq.planes_matmul.default]
+
+
+def test_the_smaller_planes_survive_half_precision() -> None:
+    """Their sum is rounded once. Planes that cancel but for 2^-11 show it."""
+    one = torch.ones(1)
+    stack = [RowColumn(one, one, torch.ones(1, 1)), RowColumn(one * (1 - 2.0**-11), one, -torch.ones(1, 1))]
+    layer = Planes(stack, [torch.tensor([0])]).pack()
+    assert float(layer(torch.ones(1, 1, dtype=torch.bfloat16))) == 2.0**-11
 
 
 @settings(deadline=None, max_examples=60)

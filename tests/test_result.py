@@ -6,7 +6,7 @@ import re
 import pytest
 from fitting import T, fit
 
-from lit_binq.hub import read_marker
+from lit_binq.marker import read_marker
 from lit_binq.stages import Tuning
 
 

@@ -19,7 +19,7 @@ from lit_binq.block_stage import BlockStage
 from lit_binq.blocks import linear_input
 from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
-from lit_binq.hub import read_marker
+from lit_binq.marker import read_marker
 from lit_binq.objectives import GramAccumulator, Statistics, target_and_metric
 from lit_binq.records import read_diagnostics
 from lit_binq.shrinkage import GRID, choose_shrinkage, pooled, split, true_target_error

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import problem
 from torch import Tensor
 
 from lit_binq.errors import LitBinqError
@@ -18,15 +19,6 @@ from lit_binq.solvers.row_column import (
     update_column_scales,
     update_row_scales,
 )
-
-
-def problem(N: int, K: int, seed: int, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
-    """A well-conditioned pair (T, H) in float64, so that no decision hangs on rounding."""
-    g = torch.Generator().manual_seed(seed)
-    X = torch.randn(2 * K + 1, K, generator=g, dtype=torch.float64) @ torch.randn(K, K, generator=g).double()
-    H = X.T @ X / len(X)
-    H = (H + H.T) / 2 + ridge * H.diagonal().mean() * torch.eye(K, dtype=torch.float64)
-    return torch.randn(N, K, generator=g, dtype=torch.float64), H
 
 
 def random_start(N: int, K: int, seed: int) -> RowColumn:

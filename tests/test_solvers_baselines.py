@@ -10,7 +10,8 @@ from problems import f, problem
 
 from lit_binq import cli
 from lit_binq.errors import LitBinqError
-from lit_binq.hub import load_packed, packed_linears
+from lit_binq.hub import load_packed
+from lit_binq.packed_layers import packed_linears
 from lit_binq.solvers import (
     ARB,
     ARBRC,

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import byte_tokenizer
-from exporting import packed_model
+from exporting import export, packed_model
+from native import require_native
 
 from lit_binq.errors import LitBinqError
 from lit_binq.hub import save_packed
-from lit_binq.summary import summarize, table, torch_text
+from lit_binq.summary import STOCK_WINDOWS, onnx_perplexities, summarize, table, torch_text
+from lit_binq_onnx.perplexity import onnx_perplexity
+from lit_binq_onnx.session import OnnxModel
 
 FIGURES = {
     "model": "folder/model.gguf",
@@ -42,6 +45,21 @@ def test_text_is_greedy(tmp_path: Path) -> None:
         for _ in range(5):
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     assert torch_text(str(tmp_path / "packed"), "ab", 5) == tokenizer.decode(ids[0, 2:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_perplexities_in_two_parts_are_those_of_the_whole(extra: int, tmp_path: Path) -> None:
+    require_native()
+    export("llama", tmp_path / "onnx")
+    windows = torch.randint(0, 256, (STOCK_WINDOWS + extra, 17), generator=torch.Generator().manual_seed(0))
+    ppl = onnx_perplexities(tmp_path / "onnx", windows)
+    lut, exact = (OnnxModel(tmp_path / "onnx", native=True, mode=mode) for mode in ("lut", "exact"))
+    assert ppl["onnx"] == pytest.approx(onnx_perplexity(lut, windows).ppl, rel=1e-9)
+    assert ppl["onnx_exact"] == pytest.approx(onnx_perplexity(exact, windows).ppl, rel=1e-6)
+    assert ppl["onnx_exact_few"] == pytest.approx(onnx_perplexity(exact, windows[:STOCK_WINDOWS]).ppl, rel=1e-6)
+    assert ppl["onnx_stock_few"] == pytest.approx(ppl["onnx_exact_few"], rel=1e-4)
+    assert ppl["onnx"] != ppl["onnx_exact"]
+    assert (ppl["onnx_exact"] == ppl["onnx_exact_few"]) == (extra == 0)
 
 
 def test_a_fit_beside_has_its_own_lines() -> None:

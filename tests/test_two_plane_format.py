@@ -15,7 +15,8 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import FORMATS, InputFormat, TwoPlaneLinear, packed_width, two_plane_matmul
 from lit_binq.formats.activations import plain_scales
 from lit_binq.formats.packing import unpack_signs
-from lit_binq.hub import describe_layer, empty_layer, load_packed, save_packed
+from lit_binq.hub import load_packed, save_packed
+from lit_binq.packed_layers import describe_layer, empty_layer
 
 
 @st.composite

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import InputFormat, PackedLinear, TwoPlane, two_plane_matmul
-from lit_binq.hub import packed_linears
+from lit_binq.packed_layers import packed_linears
 from lit_binq_onnx.check import check_onnx
 from lit_binq_onnx.export import export_onnx
 from lit_binq_onnx.functions import add_functions

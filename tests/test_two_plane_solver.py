@@ -13,7 +13,8 @@ from torch import Tensor
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import InputFormat, TwoPlane, TwoPlaneLinear
 from lit_binq.formats.two_plane_solution import RANK, stored_order, swapped
-from lit_binq.hub import load_packed, packed_linears
+from lit_binq.hub import load_packed
+from lit_binq.packed_layers import packed_linears
 from lit_binq.solvers import PlanesSolver, TwoPlaneSolver, objective_value
 from lit_binq.solvers.four_means import by_rank, canonical
 from lit_binq.solvers.two_plane import descend_ranks, reordered, update_levels

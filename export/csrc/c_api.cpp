@@ -39,6 +39,11 @@ LIT_BINQ_EXPORT int lit_binq_matmul(const float* x, int64_t M, int64_t K, int64_
   }
 }
 
+// gate_i = silu(gate_i) * up_i for i < count, as the operator BinaryGatedMLP computes it between its products.
+LIT_BINQ_EXPORT void lit_binq_apply_gate(float* gate, const float* up, int64_t count) {
+  current_kernels().apply_gate(gate, up, count);
+}
+
 // The tables that LUT mode makes of one row, K <= 256: ceil(K / 8) * 32 bytes, the 16 sums of 4 columns after those of
 // the 4 columns before, whatever the layout; and their scale.
 LIT_BINQ_EXPORT void lit_binq_build_lut(const float* x, const float* c, int64_t K, uint8_t* table, float* scale) {

@@ -108,6 +108,9 @@ struct Kernels {
   // float64 across blocks: the error is at most 36 * 2^-24 = 2.2e-6 of sum |z|, whatever K.
   void (*add_exact)(const TileBlock& block, const float* tables, int64_t stride, const float* factors, int64_t rows,
                     double* sums);
+
+  // gate_i = silu(gate_i) * up_i (silu.h).
+  void (*apply_gate)(float* gate, const float* up, int64_t count);
 };
 
 extern const Kernels kScalarKernels;

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "kernel.h"
+#include "silu.h"
 
 namespace lit_binq {
 namespace {
@@ -493,6 +494,7 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Layout::kBytes, largest, kFewestRows, build_lut, build_exact, add_lut, add_exact};
+const Kernels kAvx2Kernels = {"avx2",      Layout::kBytes, largest,   kFewestRows, build_lut,
+                              build_exact, add_lut,        add_exact, apply_gate};
 
 }  // namespace lit_binq

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include "kernel.h"
+#include "silu.h"
 
 namespace lit_binq {
 namespace {
@@ -349,6 +350,6 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
 }  // namespace
 
 const Kernels kAvx512Kernels = {
-    "avx512", Layout::kQuads, largest, kNoHalves, build_lut, build_exact, add_lut, add_exact};
+    "avx512", Layout::kQuads, largest, kNoHalves, build_lut, build_exact, add_lut, add_exact, apply_gate};
 
 }  // namespace lit_binq

@@ -8,6 +8,7 @@
 #include <arm_neon.h>
 
 #include "kernel.h"
+#include "silu.h"
 
 namespace lit_binq {
 namespace {
@@ -232,6 +233,7 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon", Layout::kBytes, largest, kNoHalves, build_lut, build_exact, add_lut, add_exact};
+const Kernels kNeonKernels = {"neon",      Layout::kBytes, largest,   kNoHalves, build_lut,
+                              build_exact, add_lut,        add_exact, apply_gate};
 
 }  // namespace lit_binq

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernel.h"
+#include "silu.h"
 
 namespace lit_binq {
 namespace {
@@ -111,6 +112,6 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
 }  // namespace
 
 const Kernels kScalarKernels = {
-    "scalar", Layout::kBytes, largest, kNoHalves, build_lut, build_exact, add_lut, add_exact};
+    "scalar", Layout::kBytes, largest, kNoHalves, build_lut, build_exact, add_lut, add_exact, apply_gate};
 
 }  // namespace lit_binq

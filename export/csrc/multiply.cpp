@@ -1,7 +1,9 @@
 // The driver: rows of x in panels; for each panel first the tables of all its rows, then all tiles of the weights.
+// Several matrices that read the same x, each with column scales and hence tables of its own, are one panel.
 // Allocates from the workspace pool only.
 //
-// Legend: as in kernel.h. M rows of x, "panel" a run of rows whose tables exist at the same time.
+// Legend: as in kernel.h. M rows of x, "panel" a run of rows whose tables exist at the same time, "part" one matrix of
+// a panel.
 #include "multiply.h"
 
 #include <algorithm>
@@ -18,7 +20,7 @@ namespace {
 // tile's sums (64 * 128 floats = 32 KB) and the block's tables (up to 64 KB) pass through L1 once for a block, in step,
 // and stay in L2. 32 rows lose up to 7% to rewriting, 128 win nothing more. Exact mode has sums and tables of 2 and 3
 // times the size and nothing to rewrite: a quarter of the rows. This also bounds the workspace: 256 K bytes in LUT
-// mode, 192 K bytes in exact mode; twice that with two zones.
+// mode, 192 K bytes in exact mode, for each part; twice that with two zones.
 constexpr int64_t kLutPanel = 64;
 constexpr int64_t kExactPanel = 16;
 
@@ -59,144 +61,272 @@ RowScale row_scale(const Kernels& kernels, const float* x, const float* c, int64
   return {power_of_two(-exponent), power_of_two(exponent), true};
 }
 
-// What the tasks of one panel share.
-struct Panel {
-  const Kernels& kernels;
-  const PackedMatrix& weights;
-  Mode mode;
-  const float* x;     // (rows, K)
+// One matrix in a panel.
+struct Part {
+  const PackedMatrix* weights;
   const float* bias;  // (N,) or nullptr
-  float* y;           // (rows, N)
-  int64_t rows;
-  bool halves;        // form of the tables (kernel.h)
+  float* y;           // of the panel's first row
+  int64_t stride;     // of y
   RowScale scale[kLutPanel];
   uint8_t* lut;       // LUT: rows x table bytes x kLutEntries
   float* lut_scale;   // LUT: rows x blocks
   float* exact;       // exact: rows x table bytes x kExactEntries
   int64_t segments;   // table tasks for each row
   int64_t segment_blocks;
-  int64_t row_parts;  // multiplication tasks for each tile
-};
-static_assert(kExactPanel <= kLutPanel, "Panel::scale holds either");
 
-// Task: the tables of one segment of one row.
+  // A product from row m on.
+  void set(const Product& product, int64_t m) {
+    weights = product.weights;
+    bias = product.bias;
+    y = product.y + m * product.stride;
+    stride = product.stride;
+  }
+};
+static_assert(kExactPanel <= kLutPanel, "Part::scale holds either");
+
+// What the tasks of one panel share. Large, so only what is read is written: parts are set by the caller, the rest of
+// them and the counts of tasks by run_panel.
+struct Panel {
+  Panel(const Kernels& kernels, Mode mode, bool gated, size_t count, const float* x, int64_t rows)
+      : kernels(kernels), mode(mode), gated(gated), count(count), x(x), rows(rows),
+        halves(rows >= kernels.rows_for_halves) {}
+
+  const Kernels& kernels;
+  Mode mode;
+  bool gated;         // parts 0 and 1 are gate and up of an MLP: y of part 0 takes silu(gate) * up
+  size_t count;       // of parts
+  const float* x;     // (rows, K)
+  int64_t rows;
+  bool halves;        // form of the tables (kernel.h)
+  int64_t segments;   // table tasks for each row, of all parts
+  int64_t row_parts;  // multiplication tasks for each tile
+  Part parts[kMaxProducts];
+};
+
+size_t aligned(int64_t bytes) { return (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Workspace for the tables of `rows` rows.
+size_t lut_bytes(const PackedMatrix& w, int64_t rows) { return aligned(rows * w.table_bytes() * kLutEntries); }
+size_t exact_bytes(const PackedMatrix& w, int64_t rows) {
+  return aligned(rows * w.table_bytes() * kExactEntries * static_cast<int64_t>(sizeof(float)));
+}
+size_t table_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
+  if (mode == Mode::kExact) return exact_bytes(w, rows);
+  return lut_bytes(w, rows) + aligned(rows * w.blocks() * static_cast<int64_t>(sizeof(float)));
+}
+
+// Gives a part its tables at `memory`; returns what is behind them.
+uint8_t* place_tables(Part& part, Mode mode, int64_t rows, uint8_t* memory) {
+  const PackedMatrix& w = *part.weights;
+  part.lut = memory;
+  part.lut_scale = reinterpret_cast<float*>(memory + lut_bytes(w, rows));
+  part.exact = reinterpret_cast<float*>(memory);
+  return memory + table_bytes(w, mode, rows);
+}
+
+int64_t panel_rows(Mode mode, int64_t M) { return std::min(M, mode == Mode::kLut ? kLutPanel : kExactPanel); }
+
+// Task: the tables of one segment of one row, for one part.
 void make_tables(void* argument, size_t task) {
   Panel& p = *static_cast<Panel*>(argument);
-  const int64_t m = static_cast<int64_t>(task) / p.segments, segment = static_cast<int64_t>(task) % p.segments;
-  const PackedMatrix& w = p.weights;
-  const int64_t first = segment * p.segment_blocks, last = std::min(w.blocks(), first + p.segment_blocks);
+  const int64_t m = static_cast<int64_t>(task) / p.segments;
+  int64_t segment = static_cast<int64_t>(task) % p.segments;
+  Part* part = p.parts;
+  for (; segment >= part->segments; ++part) segment -= part->segments;
+  const PackedMatrix& w = *part->weights;
+  const int64_t first = segment * part->segment_blocks, last = std::min(w.blocks(), first + part->segment_blocks);
   // A row that is not finite gets the tables of a zero row; its result is written as NaN in the end.
   static constexpr float kZeros[kBlock] = {0.0f};
+  const RowScale& scale = part->scale[m];
   for (int64_t i = first; i < last; ++i) {
     const ColumnBlock& b = w.block(i);
-    const float* x = p.scale[m].finite ? p.x + m * w.cols() + b.column : kZeros;
+    const float* x = scale.finite ? p.x + m * w.cols() + b.column : kZeros;
     const float* c = w.col_scale() + b.scale;
     const int64_t table = m * w.table_bytes() + b.table;
     if (p.mode == Mode::kLut) {
-      p.kernels.build_lut(x, c, b.count, p.scale[m].down, p.halves, p.lut + table * kLutEntries,
-                          p.lut_scale + m * w.blocks() + i);
+      p.kernels.build_lut(x, c, b.count, scale.down, p.halves, part->lut + table * kLutEntries,
+                          part->lut_scale + m * w.blocks() + i);
     } else {
-      p.kernels.build_exact(x, c, b.count, p.scale[m].down, p.exact + table * kExactEntries);
+      p.kernels.build_exact(x, c, b.count, scale.down, part->exact + table * kExactEntries);
     }
   }
 }
 
-// Writes row m of y from a tile's sums. Row scale and bias come last, the power of two in between: the product
-// overflows only where the result does.
+// A tile's sums for `rows` rows from m0 on. Blocks are the outer loop: a weight block stays in L1 while the rows pass
+// over it.
+void add_blocks(const Panel& p, const Part& part, int64_t tile, int64_t m0, int64_t rows, float* sums) {
+  const PackedMatrix& w = *part.weights;
+  alignas(kAlignment) uint8_t scratch[kTileRows * kBlockBytes];
+  std::fill_n(sums, rows * kTileRows, 0.0f);
+  for (int64_t b = 0; b < w.blocks(); ++b) {
+    for (int64_t plane = 0; plane < w.planes(); ++plane) {
+      p.kernels.add_lut(w.tile_block(plane, tile, b, scratch),
+                        part.lut + (m0 * w.table_bytes() + w.block(b).table) * kLutEntries, p.halves,
+                        w.table_bytes() * kLutEntries, part.lut_scale + m0 * w.blocks() + b, w.blocks(),
+                        w.factors(plane, tile, b), rows, sums);
+    }
+  }
+}
+
+void add_blocks(const Panel& p, const Part& part, int64_t tile, int64_t m0, int64_t rows, double* sums) {
+  const PackedMatrix& w = *part.weights;
+  alignas(kAlignment) uint8_t scratch[kTileRows * kBlockBytes];
+  std::fill_n(sums, rows * kTileRows, 0.0);
+  for (int64_t b = 0; b < w.blocks(); ++b) {
+    for (int64_t plane = 0; plane < w.planes(); ++plane) {
+      p.kernels.add_exact(w.tile_block(plane, tile, b, scratch),
+                          part.exact + (m0 * w.table_bytes() + w.block(b).table) * kExactEntries,
+                          w.table_bytes() * kExactEntries, w.factors(plane, tile, b), rows, sums);
+    }
+  }
+}
+
+// Writes columns `first` to `last` of row m to `y` from a tile's sums. Row scale and bias come last, the power of two
+// in between: the product overflows only where the result does.
 template <typename Sum>
-void write_row(const Panel& p, int64_t m, int64_t first, int64_t last, const Sum* sums) {
-  const float* r = p.weights.row_scale();
-  float* y = p.y + m * p.weights.rows();
-  if (!p.scale[m].finite) {
-    std::fill(y + first, y + last, std::numeric_limits<float>::quiet_NaN());
+void write_row(const Part& part, int64_t m, int64_t first, int64_t last, const Sum* sums, float* y) {
+  const float* r = part.weights->row_scale() + first;
+  const int64_t count = last - first;
+  if (!part.scale[m].finite) {
+    std::fill_n(y, count, std::numeric_limits<float>::quiet_NaN());
     return;
   }
-  const Sum up = p.scale[m].up;
-  if (p.bias != nullptr) {
-    for (int64_t n = first; n < last; ++n) {
-      y[n] = static_cast<float>((sums[n - first] * static_cast<Sum>(r[n])) * up + static_cast<Sum>(p.bias[n]));
+  const Sum up = part.scale[m].up;
+  if (part.bias != nullptr) {
+    const float* bias = part.bias + first;
+    for (int64_t n = 0; n < count; ++n) {
+      y[n] = static_cast<float>((sums[n] * static_cast<Sum>(r[n])) * up + static_cast<Sum>(bias[n]));
     }
   } else {
-    for (int64_t n = first; n < last; ++n) {
-      y[n] = static_cast<float>((sums[n - first] * static_cast<Sum>(r[n])) * up);
-    }
+    for (int64_t n = 0; n < count; ++n) y[n] = static_cast<float>((sums[n] * static_cast<Sum>(r[n])) * up);
   }
 }
 
-// Task: one tile for one part of the panel's rows. Blocks are the outer loop: a weight block stays in L1 while the
-// rows pass over it.
+// One tile of one part, or the same tile of gate and up, for `rows` rows from m0 on. `sums` takes rows * kTileRows.
+template <typename Sum>
+void multiply_rows(const Panel& p, const Part& part, int64_t tile, int64_t m0, int64_t rows, Sum* sums) {
+  const int64_t first = tile * kTileRows, last = std::min(part.weights->rows(), first + kTileRows);
+  add_blocks(p, part, tile, m0, rows, sums);
+  for (int64_t m = 0; m < rows; ++m) {
+    write_row(part, m0 + m, first, last, sums + m * kTileRows, part.y + (m0 + m) * part.stride + first);
+  }
+  if (!p.gated) return;
+  const Part& up = p.parts[1];
+  add_blocks(p, up, tile, m0, rows, sums);
+  for (int64_t m = 0; m < rows; ++m) {
+    float y[kTileRows];
+    write_row(up, m0 + m, first, last, sums + m * kTileRows, y);
+    p.kernels.apply_gate(part.y + (m0 + m) * part.stride + first, y, last - first);
+  }
+}
+
+// Task: one tile for one range of the panel's rows.
 void multiply_tile(void* argument, size_t task) {
-  Panel& p = *static_cast<Panel*>(argument);
-  const PackedMatrix& w = p.weights;
-  const int64_t tile = static_cast<int64_t>(task) / p.row_parts, part = static_cast<int64_t>(task) % p.row_parts;
-  const int64_t m0 = p.rows * part / p.row_parts, rows = p.rows * (part + 1) / p.row_parts - m0;
-  const int64_t first = tile * kTileRows, last = std::min(w.rows(), first + kTileRows);
-  alignas(kAlignment) uint8_t scratch[kTileRows * kBlockBytes];
+  const Panel& p = *static_cast<Panel*>(argument);
+  int64_t tile = static_cast<int64_t>(task) / p.row_parts;
+  const int64_t range = static_cast<int64_t>(task) % p.row_parts;
+  const Part* part = p.parts;
+  for (; tile >= part->weights->tiles(); ++part) tile -= part->weights->tiles();
+  const int64_t m0 = p.rows * range / p.row_parts, rows = p.rows * (range + 1) / p.row_parts - m0;
   if (p.mode == Mode::kLut) {
     alignas(kAlignment) float sums[kLutPanel * kTileRows];
-    std::fill_n(sums, rows * kTileRows, 0.0f);
-    for (int64_t b = 0; b < w.blocks(); ++b) {
-      for (int64_t plane = 0; plane < w.planes(); ++plane) {
-        p.kernels.add_lut(w.tile_block(plane, tile, b, scratch),
-                          p.lut + (m0 * w.table_bytes() + w.block(b).table) * kLutEntries, p.halves,
-                          w.table_bytes() * kLutEntries, p.lut_scale + m0 * w.blocks() + b, w.blocks(),
-                          w.factors(plane, tile, b), rows, sums);
-      }
-    }
-    for (int64_t m = 0; m < rows; ++m) write_row(p, m0 + m, first, last, sums + m * kTileRows);
+    multiply_rows(p, *part, tile, m0, rows, sums);
   } else {
     alignas(kAlignment) double sums[kExactPanel * kTileRows];
-    std::fill_n(sums, rows * kTileRows, 0.0);
-    for (int64_t b = 0; b < w.blocks(); ++b) {
-      for (int64_t plane = 0; plane < w.planes(); ++plane) {
-        p.kernels.add_exact(w.tile_block(plane, tile, b, scratch),
-                            p.exact + (m0 * w.table_bytes() + w.block(b).table) * kExactEntries,
-                            w.table_bytes() * kExactEntries, w.factors(plane, tile, b), rows, sums);
-      }
+    multiply_rows(p, *part, tile, m0, rows, sums);
+  }
+}
+
+// The scales of all rows. Parts without dead columns find the same one.
+void find_scales(Panel& p) {
+  for (size_t i = 0; i < p.count; ++i) {
+    const PackedMatrix& w = *p.parts[i].weights;
+    const bool known = i > 0 && w.live_scale() == nullptr && p.parts[i - 1].weights->live_scale() == nullptr;
+    for (int64_t m = 0; m < p.rows; ++m) {
+      p.parts[i].scale[m] =
+          known ? p.parts[i - 1].scale[m] : row_scale(p.kernels, p.x + m * w.cols(), w.live_scale(), w.cols());
     }
-    for (int64_t m = 0; m < rows; ++m) write_row(p, m0 + m, first, last, sums + m * kTileRows);
   }
 }
 
 void run_panel(Panel& p, Executor& executor) {
-  const PackedMatrix& w = p.weights;
   SerialExecutor serial;
-  for (int64_t m = 0; m < p.rows; ++m) p.scale[m] = row_scale(p.kernels, p.x + m * w.cols(), w.live_scale(), w.cols());
+  find_scales(p);
 
-  // Blocks are of one size but for the ends of groups: as many of them as make kSegmentColumns columns.
-  p.segment_blocks = std::max(kSegmentColumns / w.block(0).count, int64_t{1});
-  p.segments = (w.blocks() + p.segment_blocks - 1) / p.segment_blocks;
+  int64_t tables = 0, signs = 0, tiles = 0;  // of a row; columns of tables
+  p.segments = 0;
+  for (size_t i = 0; i < p.count; ++i) {
+    Part& part = p.parts[i];
+    const PackedMatrix& w = *part.weights;
+    // Blocks are of one size but for the ends of groups: as many of them as make kSegmentColumns columns.
+    part.segment_blocks = std::max(kSegmentColumns / w.block(0).count, int64_t{1});
+    part.segments = (w.blocks() + part.segment_blocks - 1) / part.segment_blocks;
+    p.segments += part.segments;
+    tables += 8 * w.table_bytes();
+    signs += w.rows() * w.cols() * w.planes();
+    if (i == 0 || !p.gated) tiles += w.tiles();
+  }
   const int64_t table_tasks = p.rows * p.segments;
-  const bool share_tables = p.rows * 8 * w.table_bytes() >= kMinSegments * kSegmentColumns;
+  const bool share_tables = p.rows * tables >= kMinSegments * kSegmentColumns;
   (share_tables ? executor : serial).run(table_tasks, table_tasks, make_tables, &p);
 
-  const int64_t pieces = p.rows * w.rows() * w.cols() * w.planes() / (p.mode == Mode::kLut ? kLutGrain : kExactGrain);
+  const int64_t pieces = p.rows * signs / (p.mode == Mode::kLut ? kLutGrain : kExactGrain);
   const bool share = pieces >= 2;
   const int64_t wanted = share ? std::min(pieces, kWantedTasks) : 1;
   const int64_t most_parts = std::max(p.rows / kMinTaskRows, int64_t{1});
-  p.row_parts = std::clamp((wanted + w.tiles() - 1) / w.tiles(), int64_t{1}, most_parts);
-  const int64_t tasks = w.tiles() * p.row_parts;
+  p.row_parts = std::clamp((wanted + tiles - 1) / tiles, int64_t{1}, most_parts);
+  const int64_t tasks = tiles * p.row_parts;
   (share ? executor : serial).run(tasks, std::min(tasks, std::max(pieces, int64_t{1})), multiply_tile, &p);
 }
 
 }  // namespace
 
+void multiply_all(const Kernels& kernels, const Product* products, size_t count, Mode mode, const float* x, int64_t M,
+                  Executor& executor) {
+  int64_t N = 0;
+  for (size_t i = 0; i < count; ++i) N += products[i].weights->rows();
+  if (M == 0 || N == 0) return;
+  const int64_t panel = panel_rows(mode, M), K = products[0].weights->cols();
+  size_t size = 0;
+  for (size_t i = 0; i < count; ++i) size += table_bytes(*products[i].weights, mode, panel);
+  Workspace workspace(size);
+  for (int64_t m = 0; m < M; m += panel) {
+    Panel p(kernels, mode, false, count, x + m * K, std::min(panel, M - m));
+    uint8_t* memory = workspace.data();
+    for (size_t i = 0; i < count; ++i) {
+      p.parts[i].set(products[i], m);
+      memory = place_tables(p.parts[i], mode, panel, memory);
+    }
+    run_panel(p, executor);
+  }
+}
+
 void multiply(const Kernels& kernels, const PackedMatrix& weights, Mode mode, const float* x, int64_t M,
               const float* bias, float* y, Executor& executor) {
-  if (M == 0 || weights.rows() == 0) return;
-  const int64_t panel = std::min(M, mode == Mode::kLut ? kLutPanel : kExactPanel);
-  const size_t table_bytes =
-      mode == Mode::kLut ? static_cast<size_t>(panel * weights.table_bytes() * kLutEntries)
-                         : static_cast<size_t>(panel * weights.table_bytes() * kExactEntries) * sizeof(float);
-  const size_t scale_bytes = mode == Mode::kLut ? static_cast<size_t>(panel * weights.blocks()) * sizeof(float) : 0;
-  Workspace workspace(table_bytes + scale_bytes);  // table_bytes is a multiple of 32: the scales behind are aligned
-  float* const behind = reinterpret_cast<float*>(workspace.data() + table_bytes);
+  const Product product = {&weights, bias, y, weights.rows()};
+  multiply_all(kernels, &product, 1, mode, x, M, executor);
+}
+
+void multiply_gated(const Kernels& kernels, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
+                    Mode mode, const float* x, int64_t M, float* y, Executor& executor) {
+  if (M == 0 || down.rows() == 0) return;
+  const int64_t panel = panel_rows(mode, M), K = gate.cols(), H = gate.rows(), N = down.rows();
+  const size_t opened_bytes = aligned(panel * H * static_cast<int64_t>(sizeof(float)));
+  const size_t first_tables = table_bytes(gate, mode, panel) + table_bytes(up, mode, panel);
+  Workspace workspace(opened_bytes + std::max(first_tables, table_bytes(down, mode, panel)));
+  float* const opened = reinterpret_cast<float*>(workspace.data());  // (rows, H)
+  uint8_t* const memory = workspace.data() + opened_bytes;
   for (int64_t m = 0; m < M; m += panel) {
     const int64_t rows = std::min(panel, M - m);
-    Panel p{kernels, weights, mode, x + m * weights.cols(), bias, y + m * weights.rows(), rows,
-            rows >= kernels.rows_for_halves, {}, workspace.data(), behind, reinterpret_cast<float*>(workspace.data()),
-            1, 1, 1};
-    run_panel(p, executor);
+    Panel first(kernels, mode, true, 2, x + m * K, rows);
+    first.parts[0].set({&gate, nullptr, opened, H}, 0);
+    first.parts[1].set({&up, nullptr, nullptr, 0}, 0);
+    place_tables(first.parts[1], mode, panel, place_tables(first.parts[0], mode, panel, memory));
+    run_panel(first, executor);
+    Panel second(kernels, mode, false, 1, opened, rows);
+    second.parts[0].set({&down, nullptr, y, N}, m);
+    place_tables(second.parts[0], mode, panel, memory);
+    run_panel(second, executor);
   }
 }
 

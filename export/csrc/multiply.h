@@ -33,4 +33,24 @@ class SerialExecutor final : public Executor {
 void multiply(const Kernels& kernels, const PackedMatrix& weights, Mode mode, const float* x, int64_t M,
               const float* bias, float* y, Executor& executor);
 
+// A product whose row m goes to y + m * stride.
+struct Product {
+  const PackedMatrix* weights;
+  const float* bias;  // (N,) or nullptr
+  float* y;
+  int64_t stride;
+};
+
+constexpr size_t kMaxProducts = 3;
+
+// 1 to kMaxProducts products of the same x (M, K), bit for bit what as many calls of `multiply` give, with one region
+// of parallel work for the tables of all and one for the rows of all.
+void multiply_all(const Kernels& kernels, const Product* products, size_t count, Mode mode, const float* x, int64_t M,
+                  Executor& executor);
+
+// y = D (silu(G x) * (U x)), each of the three products bit for bit what `multiply` gives: gate G and up U (H, K),
+// down D (N, H), x (M, K), y (M, N).
+void multiply_gated(const Kernels& kernels, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
+                    Mode mode, const float* x, int64_t M, float* y, Executor& executor);
+
 }  // namespace lit_binq

@@ -11,18 +11,14 @@
 namespace lit_binq {
 namespace {
 
-// The thread pool of the session. The first failure ends it: later runs do nothing.
-class PoolExecutor final : public Executor {
- public:
-  explicit PoolExecutor(const OrtKernelContext* context) : context_(context) {}
-  void run(size_t tasks, size_t batches, void (*task)(void*, size_t), void* argument) override {
-    if (status == nullptr) status = ort().KernelContext_ParallelFor(context_, task, tasks, batches, argument);
+Mode read_mode(const OrtKernelInfo* info, int64_t* exact) {
+  if (OrtStatus* status = ort().KernelInfoGetAttribute_int64(info, "exact", exact)) {
+    ort().ReleaseStatus(status);
+    *exact = 0;  // not given: the default
   }
-  OrtStatus* status = nullptr;
-
- private:
-  const OrtKernelContext* context_;
-};
+  const int forced = forced_mode().load();
+  return static_cast<Mode>(forced < 0 ? static_cast<int>(*exact) : forced);
+}
 
 }  // namespace
 
@@ -55,19 +51,13 @@ std::string shape_text(const Tensor& t) {
   return text + (t.rank == 1 ? ",)" : ")");
 }
 
-PackedOperator::PackedOperator(const Signature& signature, const OrtKernelInfo* info) : signature_(signature) {
-  K_ = required_attribute(info, "K", "the number of columns (in_features)");
-  codes_ = constant(info, kCodes);
-  const int64_t width = (K_ + 7) / 8;
-  if (codes_.rank != 2 || codes_.dims[1] != width) {
-    fail("codes has shape %s, expected (N, %lld) for attribute K = %lld", shape_text(codes_).c_str(),
-         static_cast<long long>(width), static_cast<long long>(K_));
-  }
-  N_ = codes_.dims[0];
-  mode_ = read_mode(info);
+Operator::Operator(const Signature& signature, const OrtKernelInfo* info) : signature_(signature) {
+  int64_t exact = 0;
+  mode_ = read_mode(info, &exact);
+  if (exact != 0 && exact != 1) fail("attribute exact is %lld, expected 0 or 1", static_cast<long long>(exact));
 }
 
-void PackedOperator::fail(const char* format, ...) const {
+void Operator::fail(const char* format, ...) const {
   char text[400];
   va_list arguments;
   va_start(arguments, format);
@@ -77,7 +67,7 @@ void PackedOperator::fail(const char* format, ...) const {
   throw Failure(ort().CreateStatus(kOrtInvalidArgument, message.c_str()));
 }
 
-int64_t PackedOperator::required_attribute(const OrtKernelInfo* info, const char* name, const char* meaning) const {
+int64_t Operator::required_attribute(const OrtKernelInfo* info, const char* name, const char* meaning) const {
   int64_t value = 0;
   if (OrtStatus* status = ort().KernelInfoGetAttribute_int64(info, name, &value)) {
     ort().ReleaseStatus(status);
@@ -87,18 +77,7 @@ int64_t PackedOperator::required_attribute(const OrtKernelInfo* info, const char
   return value;
 }
 
-Mode PackedOperator::read_mode(const OrtKernelInfo* info) const {
-  int64_t exact = 0;
-  if (OrtStatus* status = ort().KernelInfoGetAttribute_int64(info, "exact", &exact)) {
-    ort().ReleaseStatus(status);
-    exact = 0;  // not given: the default
-  }
-  if (exact != 0 && exact != 1) fail("attribute exact is %lld, expected 0 or 1", static_cast<long long>(exact));
-  const int forced = forced_mode().load();
-  return static_cast<Mode>(forced < 0 ? static_cast<int>(exact) : forced);
-}
-
-Tensor PackedOperator::read(const OrtValue* value, const Input& input) const {
+Tensor Operator::read(const OrtValue* value, const Input& input) const {
   Tensor t;
   OrtTensorTypeAndShapeInfo* raw = nullptr;
   check(ort().GetTensorTypeAndShape(value, &raw));
@@ -116,7 +95,7 @@ Tensor PackedOperator::read(const OrtValue* value, const Input& input) const {
   return t;
 }
 
-Tensor PackedOperator::constant(const OrtKernelInfo* info, size_t index) const {
+Tensor Operator::constant(const OrtKernelInfo* info, size_t index) const {
   const Input& input = signature_.inputs[index];
   int is_constant = 0;
   const OrtValue* value = nullptr;
@@ -128,10 +107,75 @@ Tensor PackedOperator::constant(const OrtKernelInfo* info, size_t index) const {
   return read(value, input);
 }
 
-void PackedOperator::expect_vector(const Tensor& t, const char* name, int64_t length) const {
+void Operator::expect_vector(const Tensor& t, const char* name, int64_t length) const {
   if (t.rank != 1 || t.dims[0] != length) {
     fail("%s has shape %s, expected (%lld,)", name, shape_text(t).c_str(), static_cast<long long>(length));
   }
+}
+
+Tensor Operator::constant_codes(const OrtKernelInfo* info, size_t index, int64_t K, const char* name) const {
+  const Tensor codes = constant(info, index);
+  const int64_t width = (K + 7) / 8;
+  if (codes.rank != 2 || codes.dims[1] != width) {
+    fail("%s has shape %s, expected (N, %lld) for attribute %s = %lld", signature_.inputs[index].name,
+         shape_text(codes).c_str(), static_cast<long long>(width), name, static_cast<long long>(K));
+  }
+  return codes;
+}
+
+void Operator::expect_finite(const Tensor& t, const char* name, int64_t length) const {
+  const int64_t bad = first_non_finite(t.as<uint16_t>(), length);
+  if (bad >= 0) fail("%s[%lld] is not finite, expected finite scales", name, static_cast<long long>(bad));
+}
+
+Tensor Operator::constant_scales(const OrtKernelInfo* info, size_t index, int64_t length) const {
+  const Tensor t = constant(info, index);
+  expect_vector(t, signature_.inputs[index].name, length);
+  expect_finite(t, signature_.inputs[index].name, length);
+  return t;
+}
+
+Tensor Operator::read_x(const OrtKernelContext* context, int64_t K, int64_t* M) const {
+  const OrtValue* value = nullptr;
+  check(ort().KernelContext_GetInput(context, kX, &value));
+  if (value == nullptr) fail("%s is missing", signature_.inputs[kX].name);
+  const Tensor x = read(value, signature_.inputs[kX]);
+  if (x.rank == 0 || x.dims[x.rank - 1] != K) {
+    fail("X has shape %s, expected (..., %lld) as attribute K says", shape_text(x).c_str(),
+         static_cast<long long>(K));
+  }
+  *M = 1;
+  for (size_t i = 0; i + 1 < x.rank; ++i) *M *= x.dims[i];
+  return x;
+}
+
+const float* Operator::read_bias(const OrtKernelContext* context, size_t index, int64_t N) const {
+  size_t inputs = 0;
+  check(ort().KernelContext_GetInputCount(context, &inputs));
+  if (inputs <= index) return nullptr;
+  const OrtValue* value = nullptr;
+  check(ort().KernelContext_GetInput(context, index, &value));
+  if (value == nullptr) return nullptr;
+  const Tensor bias = read(value, signature_.inputs[index]);
+  expect_vector(bias, signature_.inputs[index].name, N);
+  return bias.as<float>();
+}
+
+float* Operator::make_y(OrtKernelContext* context, const Tensor& x, int64_t N) const {
+  int64_t dims[kMaxRank];
+  for (size_t i = 0; i < x.rank; ++i) dims[i] = x.dims[i];
+  dims[x.rank - 1] = N;
+  OrtValue* output = nullptr;
+  check(ort().KernelContext_GetOutput(context, 0, dims, x.rank, &output));
+  void* y = nullptr;
+  check(ort().GetTensorMutableData(output, &y));
+  return static_cast<float*>(y);
+}
+
+PackedOperator::PackedOperator(const Signature& signature, const OrtKernelInfo* info) : Operator(signature, info) {
+  K_ = required_attribute(info, "K", kColumns);
+  codes_ = constant_codes(info, kCodes, K_, "K");
+  N_ = codes_.dims[0];
 }
 
 void PackedOperator::expect_codes(const Tensor& t, const char* name) const {
@@ -140,58 +184,13 @@ void PackedOperator::expect_codes(const Tensor& t, const char* name) const {
   }
 }
 
-void PackedOperator::expect_finite(const Tensor& t, const char* name, int64_t length) const {
-  const int64_t bad = first_non_finite(t.as<uint16_t>(), length);
-  if (bad >= 0) fail("%s[%lld] is not finite, expected finite scales", name, static_cast<long long>(bad));
-}
-
-Tensor PackedOperator::constant_scales(const OrtKernelInfo* info, size_t index, int64_t length) const {
-  const Tensor t = constant(info, index);
-  expect_vector(t, signature_.inputs[index].name, length);
-  expect_finite(t, signature_.inputs[index].name, length);
-  return t;
-}
-
-Tensor PackedOperator::input(const OrtKernelContext* context, size_t index) const {
-  const OrtValue* value = nullptr;
-  check(ort().KernelContext_GetInput(context, index, &value));
-  if (value == nullptr) fail("%s is missing", signature_.inputs[index].name);
-  return read(value, signature_.inputs[index]);
-}
-
-const float* PackedOperator::read_bias(const OrtKernelContext* context) const {
-  const size_t index = signature_.count - 1;
-  size_t inputs = 0;
-  check(ort().KernelContext_GetInputCount(context, &inputs));
-  if (inputs <= index) return nullptr;
-  const OrtValue* value = nullptr;
-  check(ort().KernelContext_GetInput(context, index, &value));
-  if (value == nullptr) return nullptr;
-  const Tensor bias = read(value, signature_.inputs[index]);
-  expect_vector(bias, "bias", N_);
-  return bias.as<float>();
-}
-
 void PackedOperator::compute(OrtKernelContext* context) const {
-  const Tensor x = input(context, kX);
-  if (x.rank == 0 || x.dims[x.rank - 1] != K_) {
-    fail("X has shape %s, expected (..., %lld) as attribute K says", shape_text(x).c_str(),
-         static_cast<long long>(K_));
-  }
-  int64_t M = 1;
-  for (size_t i = 0; i + 1 < x.rank; ++i) M *= x.dims[i];
-  const float* bias = read_bias(context);
-
-  int64_t dims[kMaxRank];
-  for (size_t i = 0; i < x.rank; ++i) dims[i] = x.dims[i];
-  dims[x.rank - 1] = N_;
-  OrtValue* output = nullptr;
-  check(ort().KernelContext_GetOutput(context, 0, dims, x.rank, &output));
-  void* y = nullptr;
-  check(ort().GetTensorMutableData(output, &y));
-
+  int64_t M = 0;
+  const Tensor x = read_x(context, K_, &M);
+  const float* bias = read_bias(context, signature_.count - 1, N_);
+  float* y = make_y(context, x, N_);
   PoolExecutor executor(context);
-  run(x.as<float>(), M, bias, static_cast<float*>(y), executor);
+  run(x.as<float>(), M, bias, y, executor);
   check(executor.status);
   call_count().fetch_add(1, std::memory_order_relaxed);
 }
@@ -205,21 +204,28 @@ void MatrixOperator::run(const float* x, int64_t M, const float* bias, float* y,
 
 // Dimensions keep their symbols. Where an input's shape is unknown, or a dimension has neither size nor symbol (which
 // cannot be handed on), nothing is said.
-void infer_shape(const OrtShapeInferContext* context) {
-  OrtTensorTypeAndShapeInfo *x = nullptr, *codes = nullptr;  // the context's, not ours to release
+void infer_shape(const Signature& signature, const OrtShapeInferContext* context) {
+  OrtTensorTypeAndShapeInfo* x = nullptr;  // the context's, not ours to release
   check(ort().ShapeInferContext_GetInputTypeShape(context, kX, &x));
-  check(ort().ShapeInferContext_GetInputTypeShape(context, kCodes, &codes));
-  size_t rank = 0, codes_rank = 0;
+  size_t rank = 0;
   check(ort().GetDimensionsCount(x, &rank));
-  check(ort().GetDimensionsCount(codes, &codes_rank));
-  if (rank == 0 || codes_rank != 2) return;
+  if (rank == 0) return;
   std::vector<int64_t> dims(rank);
   std::vector<const char*> symbols(rank, "");
-  int64_t codes_dims[2] = {0, 0};
   check(ort().GetDimensions(x, dims.data(), rank));
   check(ort().GetSymbolicDimensions(x, symbols.data(), rank));
-  check(ort().GetDimensions(codes, codes_dims, 2));
-  dims[rank - 1] = codes_dims[0];
+  dims[rank - 1] = 0;
+  for (size_t i = 0; i < signature.row_inputs_count; ++i) {
+    OrtTensorTypeAndShapeInfo* codes = nullptr;
+    check(ort().ShapeInferContext_GetInputTypeShape(context, signature.row_inputs[i], &codes));
+    size_t codes_rank = 0;
+    check(ort().GetDimensionsCount(codes, &codes_rank));
+    if (codes_rank != 2) return;
+    int64_t codes_dims[2] = {0, 0};
+    check(ort().GetDimensions(codes, codes_dims, 2));
+    if (codes_dims[0] < 0) return;
+    dims[rank - 1] += codes_dims[0];
+  }
   symbols[rank - 1] = "";
   for (size_t i = 0; i < rank; ++i) {
     if (dims[i] < 0 && symbols[i][0] == '\0') return;

@@ -1,7 +1,7 @@
 // What all operators of domain lit_binq share: reading arguments, errors, threads, shape inference. Touches the runtime
-// through ort_abi.h. An operator is a class derived from PackedOperator with a Signature, described by `describe<Op>`.
+// through ort_abi.h. An operator is a class derived from Operator with a Signature, described by `describe<Op>`.
 //
-// All of them are a linear layer with packed weights:
+// Most of them are a linear layer with packed weights, derived from PackedOperator:
 //
 //   X       float32 (..., K)    first input
 //   codes   uint8   (N, ceil(K / 8))    second input: bits, least significant first; constant
@@ -30,7 +30,7 @@ namespace lit_binq {
 // The API that operators call; filled by RegisterCustomOps after the guard has passed.
 OrtApi& ort();
 
-// Multiplications done by all operators since the library was loaded.
+// Multiplications done by all operators since the library was loaded: as many for a call as it has matrices.
 std::atomic<int64_t>& call_count();
 
 // -1: operators created from now on follow their attribute `exact`; 0: LUT mode; 1: exact mode.
@@ -44,11 +44,16 @@ struct Input {
   OrtElementType type;
 };
 
-// The last input is the bias.
+constexpr size_t kFirstCodes[] = {kCodes};
+
+// The last inputs are optional: the bias. N is the number of rows of the inputs `row_inputs`, together.
 struct Signature {
   const char* name;
   const Input* inputs;
   size_t count;
+  size_t optional = 1;
+  const size_t* row_inputs = kFirstCodes;
+  size_t row_inputs_count = 1;
 };
 
 // Carries the status of a failed call, or our own message, to the ABI boundary.
@@ -74,37 +79,65 @@ struct Tensor {
 // "(2, 3)"
 std::string shape_text(const Tensor& t);
 
-class PackedOperator {
+// The thread pool of the session. The first failure ends it: later runs do nothing.
+class PoolExecutor final : public Executor {
+ public:
+  explicit PoolExecutor(const OrtKernelContext* context) : context_(context) {}
+  void run(size_t tasks, size_t batches, void (*task)(void*, size_t), void* argument) override {
+    if (status == nullptr) status = ort().KernelContext_ParallelFor(context_, task, tasks, batches, argument);
+  }
+  OrtStatus* status = nullptr;
+
+ private:
+  const OrtKernelContext* context_;
+};
+
+// Reading arguments. Everything throws Failure.
+class Operator {
+ protected:
+  // Reads exact.
+  Operator(const Signature& signature, const OrtKernelInfo* info);
+
+  [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(const char* format, ...) const;
+  static constexpr const char* kColumns = "the number of columns (in_features)";  // meaning of attribute K
+  int64_t required_attribute(const OrtKernelInfo* info, const char* name, const char* meaning) const;  // at least 1
+  // Input `index`, which must be a constant of the model. Its data is the file's, valid while the operator is created.
+  Tensor constant(const OrtKernelInfo* info, size_t index) const;
+  // Bits of a matrix (N, ceil(K / 8)) with the K columns that attribute `name` says.
+  Tensor constant_codes(const OrtKernelInfo* info, size_t index, int64_t K, const char* name) const;
+  void expect_vector(const Tensor& t, const char* name, int64_t length) const;
+  void expect_finite(const Tensor& t, const char* name, int64_t length) const;       // float16
+  Tensor constant_scales(const OrtKernelInfo* info, size_t index, int64_t length) const;  // finite float16 (length,)
+
+  // While computing: X (..., K), its rows in M; a bias (N,) at `index`, nullptr where the node leaves it out; and the
+  // memory of Y (..., N).
+  Tensor read_x(const OrtKernelContext* context, int64_t K, int64_t* M) const;
+  const float* read_bias(const OrtKernelContext* context, size_t index, int64_t N) const;
+  float* make_y(OrtKernelContext* context, const Tensor& x, int64_t N) const;
+
+  const Signature& signature_;
+  Mode mode_;
+
+ private:
+  Tensor read(const OrtValue* value, const Input& input) const;
+};
+
+class PackedOperator : public Operator {
  public:
   virtual ~PackedOperator() = default;
   void compute(OrtKernelContext* context) const;
 
  protected:
-  // Reads K, exact and the shape of codes. Throws Failure.
+  // Reads K and codes.
   PackedOperator(const Signature& signature, const OrtKernelInfo* info);
 
   // One multiplication: x (M, K), bias (N,) or nullptr, y (M, N).
   virtual void run(const float* x, int64_t M, const float* bias, float* y, Executor& executor) const = 0;
 
-  [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(const char* format, ...) const;
-  int64_t required_attribute(const OrtKernelInfo* info, const char* name, const char* meaning) const;  // at least 1
-  // Input `index`, which must be a constant of the model.
-  Tensor constant(const OrtKernelInfo* info, size_t index) const;
-  void expect_vector(const Tensor& t, const char* name, int64_t length) const;
-  void expect_codes(const Tensor& t, const char* name) const;                        // (N, ceil(K / 8))
-  void expect_finite(const Tensor& t, const char* name, int64_t length) const;       // float16
-  Tensor constant_scales(const OrtKernelInfo* info, size_t index, int64_t length) const;  // finite float16 (length,)
+  void expect_codes(const Tensor& t, const char* name) const;  // (N, ceil(K / 8))
 
-  const Signature& signature_;
   int64_t K_ = 0, N_ = 0;
-  Mode mode_ = Mode::kLut;
-  Tensor codes_;  // the constant; its data is the file's, valid while the operator is created
-
- private:
-  Tensor read(const OrtValue* value, const Input& input) const;
-  Tensor input(const OrtKernelContext* context, size_t index) const;
-  const float* read_bias(const OrtKernelContext* context) const;
-  Mode read_mode(const OrtKernelInfo* info) const;
+  Tensor codes_;  // valid while the operator is created
 };
 
 // A weight that packed_matrix.h holds; runs multiply.h on the kernels that are best when it is created.
@@ -118,7 +151,7 @@ class MatrixOperator : public PackedOperator {
 };
 
 // Y has the shape of X with its last dimension replaced by N. Throws Failure.
-void infer_shape(const OrtShapeInferContext* context);
+void infer_shape(const Signature& signature, const OrtShapeInferContext* context);
 
 // Runs `body` and turns whatever it throws into a status.
 template <typename Body>
@@ -149,7 +182,7 @@ OrtCustomOp describe() {
   op.GetInputTypeCount = [](const OrtCustomOp*) { return Op::kSignature.count; };
   op.GetInputType = [](const OrtCustomOp*, size_t index) -> int { return Op::kSignature.inputs[index].type; };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) -> int {
-    return index + 1 == Op::kSignature.count ? kOrtOptional : kOrtRequired;
+    return index + Op::kSignature.optional >= Op::kSignature.count ? kOrtOptional : kOrtRequired;
   };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
@@ -168,7 +201,7 @@ OrtCustomOp describe() {
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
   op.InferOutputShape = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-    return guarded(Op::kSignature, [&] { infer_shape(context); });
+    return guarded(Op::kSignature, [&] { infer_shape(Op::kSignature, context); });
   };
   return op;
 }

@@ -56,6 +56,7 @@ PackedMatrix PackedMatrix::row_column(const uint8_t* codes, const uint16_t* row_
   w.codes_.push_back(w.transpose(codes));
   std::transform(row_scale, row_scale + N, w.row_scale_.begin(), half_to_float);
   std::transform(col_scale, col_scale + K, w.col_scale_.begin(), half_to_float);
+  w.dead_columns_ = std::find(w.col_scale_.begin(), w.col_scale_.end(), 0.0f) != w.col_scale_.end();
   return w;
 }
 

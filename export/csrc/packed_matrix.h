@@ -58,8 +58,8 @@ class PackedMatrix {
   int64_t tiles() const { return (N_ + kTileRows - 1) / kTileRows; }               // the last may be narrow
   const float* row_scale() const { return row_scale_.data(); }                     // r (N,)
   const float* col_scale() const { return col_scale_.data(); }                     // c, (K,) for each zone
-  // c (K,) where it may be zero, so that some activations do not count at all; else nullptr.
-  const float* live_scale() const { return factors_.empty() ? col_scale_.data() : nullptr; }
+  // c (K,) where some of it is zero, so that these activations do not count at all; else nullptr.
+  const float* live_scale() const { return dead_columns_ ? col_scale_.data() : nullptr; }
 
   // Codes of plane `plane` in a tile's block. `scratch` takes kTileRows * kBlockBytes bytes, in case they are made.
   TileBlock tile_block(int64_t plane, int64_t tile, int64_t block, uint8_t* scratch) const;
@@ -76,6 +76,7 @@ class PackedMatrix {
   float& factor(int64_t plane, int64_t row, int64_t group);
 
   Layout layout_;
+  bool dead_columns_ = false;
   int64_t N_, K_, group_, groups_ = 0, bytes_ = 0, table_bytes_ = 0, planes_ = 1;
   std::vector<ColumnBlock> blocks_;
   std::vector<LayerBytes> codes_;  // of the stored planes

@@ -8,7 +8,7 @@
 //     L = 3   w = m + s_A a1 + s_B a2, stored (m, a1, a2)
 //     L = 2   w = s_A a1 + s_B a2, stored (a1, a2)
 //
-// A block is at most 128 columns of one group, and a product is a sum over blocks. Inside one, w is linear in its bits,
+// A block is at most 160 columns of one group, and a product is a sum over blocks. Inside one, w is linear in its bits,
 // so what is needed of the activations are the sums X = sum x_j, S_A = sum s_A x_j, S_B = sum s_B x_j and, for L = 4
 // only, one with both bits:
 //
@@ -43,9 +43,12 @@ namespace lit_binq {
 // and their tables fit the registers of either.
 constexpr int64_t kTwoPlaneRows = 64;
 
-// Columns of a block. 128 bits count to 128 at most, so AVX2 counts them in bytes; 32 table lookups of at most 255 each
-// stay below 2^15 in 16 bits.
-constexpr int64_t kTwoPlaneBlock = 128;
+// Columns of a block: groups of 144, which divide the widths of small models, are one. 160 bits count to 160 at most, so
+// AVX2 counts them in bytes; 40 table lookups of at most 255 each stay below 2^15 in 16 bits.
+constexpr int64_t kTwoPlaneBlock = 160;
+
+// A row of activations that reads the weights from memory asks for lines this many bytes ahead (kernels_avx2.cpp).
+constexpr int64_t kTwoPlaneAhead = 16384;
 
 constexpr int64_t kMaxPlanes = 8;      // binary planes of activations: 4 or 8
 constexpr int64_t kWeightPlanes = 3;   // A, B, A & B: in `counts`
@@ -60,6 +63,7 @@ struct TwoPlaneBlock {
   const uint8_t* codes;
   const uint16_t* levels;
   int64_t chunks;
+  int64_t ahead;  // bytes from a line that is read to one to ask for: kTwoPlaneAhead, or 0 where weights are in a cache
 };
 
 // One block of one row of activations.

@@ -21,6 +21,9 @@ constexpr int64_t kLutChunk = 2 * kQuadBytes;      // of tables
 constexpr int64_t kExactFloats = 24;               // tables of 3, 3 and 2 columns with 8 sums each
 
 inline __m256i nibbles(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+inline void prefetch(const void* p, int64_t ahead) {  // see kernels_avx2.cpp
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)), _MM_HINT_T1);
+}
 inline __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline __m256i table(const uint8_t* p) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -190,6 +193,8 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
     }
     const uint8_t* codes = block.codes + n;
     for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes) {
+      // A chunk is two cache lines: of A and of B.
+      if (n == 0) prefetch(codes, block.ahead), prefetch(codes + kTwoPlaneRows, block.ahead);
       const __m256i low = table(x.prepared + kLutChunk * c), high = table(x.prepared + kLutChunk * c + kQuadBytes);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
@@ -203,6 +208,9 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
           lanes[w][v].add(_mm256_shuffle_epi8(high, nibbles(_mm256_srli_epi16(byte[w], 4))));
         }
       }
+    }
+    if (n == 0) {
+      for (int i = 0; i < 2 * L; ++i) prefetch(block.levels + 32 * i, block.ahead);
     }
     const __m256i bias = _mm256_set1_epi16(static_cast<short>(2 * block.chunks * 128));
     const __m256 unit = _mm256_set1_ps(x.unit), total = _mm256_set1_ps(x.total);

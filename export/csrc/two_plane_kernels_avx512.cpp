@@ -23,6 +23,13 @@ constexpr int64_t kChunkBytes = 2 * kPlaneBytes;
 constexpr int64_t kChunkColumns = 32, kQuads = 8;
 
 inline __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+
+// Asks for `lines` cache lines `ahead` bytes on. They may lie beyond the weights: they are never read.
+inline void prefetch(const void* p, int64_t ahead, int lines) {
+  const char* const first = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead));
+#pragma GCC unroll 8
+  for (int i = 0; i < lines; ++i) _mm_prefetch(first + i * kRegister, _MM_HINT_T1);
+}
 inline __m512 halves(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -130,6 +137,9 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
   }
   const uint8_t* codes = block.codes;
   for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes) {
+    // With two words the loop outruns the memory, lines asked for are dropped, and it ends slower (0.21 ms for 0.20 at
+    // 4096 x 4096 on a Zen 4): three words keep the memory's pace (0.18 for 0.25).
+    if (kPlanes == 3) prefetch(codes, block.ahead, 2 * kVectors);
     const __m512i low = load(x.prepared + c * 2 * kRegister), high = load(x.prepared + c * 2 * kRegister + kRegister);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -147,6 +157,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
       }
     }
   }
+  if (kPlanes == 3) prefetch(block.levels, block.ahead, 2 * L);
   const __m512 unit = _mm512_set1_ps(x.unit), total = _mm512_set1_ps(x.total);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
@@ -203,9 +214,12 @@ void add_planes(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float*
         for (__m512i& c : plane) c = _mm512_setzero_si512();
       }
     }
+    if (n == 0) prefetch(block.levels, block.ahead, 2 * L);
     const uint8_t* codes = block.codes + 4 * n;
     const uint8_t* q = x.prepared;
     for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes, q += 4 * Planes) {
+      prefetch(codes, block.ahead, Vectors);
+      prefetch(codes + kPlaneBytes, block.ahead, Vectors);
       __m512i word[3][Vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v) {

@@ -131,7 +131,7 @@ TwoPlaneBlock TwoPlaneMatrix::tile_block(int64_t tile, int64_t block) const {
   const TwoPlaneColumns& b = blocks_[block];
   const uint8_t* codes = weights_.get() + tile * tile_bytes_ + b.weights;
   const uint8_t* levels = codes + b.chunks * 2 * kTwoPlaneRows * kernels_.lane_bytes;
-  return {codes, reinterpret_cast<const uint16_t*>(levels), b.chunks};
+  return {codes, reinterpret_cast<const uint16_t*>(levels), b.chunks, 0};
 }
 
 const float* TwoPlaneMatrix::row_sums(TwoPlanePart part, int64_t tile) const {

@@ -70,7 +70,8 @@ void multiply_tile(void* argument, size_t task) {
   std::fill_n(sums, (m1 - m0) * kTwoPlaneRows, 0.0f);
   for (int64_t b = 0; b < w.blocks(); ++b) {
     const TwoPlaneColumns& columns = w.block(b);
-    const TwoPlaneBlock block = w.tile_block(tile, b);
+    TwoPlaneBlock block = w.tile_block(tile, b);
+    block.ahead = m1 - m0 == 1 ? kTwoPlaneAhead : 0;  // several rows find the weights in a cache
     for (int64_t m = m0; m < m1; ++m) {
       if (!p.row[m].finite) continue;
       const float* unit_and_total = p.prepared.of(b, m);

@@ -172,11 +172,11 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         LitBinqError: a user's error.
     """
-    from jsonargparse import auto_cli
+    from lit_binq.command_line import run
 
     word = arguments[0] if arguments else None
     if word in COMMANDS:
-        auto_cli(COMMANDS[word], args=list(arguments[1:]), as_positional=True, prog=f"litbinq bench {word}")
+        run(COMMANDS[word], list(arguments[1:]), f"litbinq bench {word}")
         return 0
     if word in ("-h", "--help"):
         print(f"usage: litbinq bench {{{','.join(map(str, COMMANDS))}}} [OPTIONS]\n\n{__doc__}", end="")

@@ -61,9 +61,11 @@ class Record:
         first_token_seconds: the first context of the process, read to its first token.
         rss_loaded_bytes: resident memory after loading.
         rss_bytes: resident memory after the bursts.
+        anon_bytes: how much of that no file is behind: neither weights that are mapped nor programs.
         peak_bytes: the most resident memory of the process.
         file_bytes: the model's files.
-        gbytes_per_s: of our own exports in decoding: weights read if a token reads the data file once, GB/s.
+        gbytes_per_s: of our own exports in decoding: weights read if a token reads the data file once, but
+            of an embedding of its own one row, GB/s.
         read_gbytes_per_s: rate at which memory was read in the same rounds, median.
     """
 
@@ -87,6 +89,7 @@ class Record:
     first_token_seconds: float | None = None
     rss_loaded_bytes: int | None = None
     rss_bytes: int | None = None
+    anon_bytes: int | None = None
     peak_bytes: int | None = None
     file_bytes: int | None = None
     gbytes_per_s: float | None = None
@@ -224,6 +227,7 @@ class _Runner:
             self.record.status, self.record.note = "failed", str(error)
             return float("nan")
         self.record.rss_bytes, self.record.peak_bytes = answer["rss"], answer["peak"]
+        self.record.anon_bytes = answer["anon"]
         return float(answer["seconds"])
 
 
@@ -295,6 +299,7 @@ def bench_generation(
         record = records[number]
         if record.status == "measured":
             ours = record.kernel.startswith("lit-binq ") or number == 0
-            data = int(read_facts(record.source)["data_bytes"]) if ours and "stock" not in record.kernel else None
+            facts = read_facts(record.source) if ours and "stock" not in record.kernel else {}
+            data = facts.get("token_bytes", facts.get("data_bytes"))
             _fill(record, seconds[number], seconds.get(0), read, data)
     return records

@@ -4,7 +4,7 @@
     lit-binq-planes          the same and a second one on an eighth of the columns (two BinaryMatMul, Gather, Add)
     lit-binq-grouped         GroupedBinaryMatMul, one scale for 128 columns
     lit-binq-levels          LevelsMatMul, 2 bits as one of four levels for 128 columns
-    lit-binq-two-plane       TwoPlaneMatMul, two planes of signs with a size each for 128 columns
+    lit-binq-two-plane       TwoPlaneMatMul, two planes: one of four free levels for each row and 128 columns, 2.5 bits
     lit-binq-a4              the same with activations rounded to four binary planes: AND and popcount
     ort-fp32                 MatMul
     ort-8bit, -4bit, -2bit   MatMulNBits at accuracy_level 4: activations rounded to int8
@@ -168,6 +168,13 @@ def grouped_layer(rng: np.random.Generator, K: int, N: int, copy: int) -> Layer:
     )
 
 
+def _chosen(codes: np.ndarray, selector: np.ndarray, levels: np.ndarray, K: int) -> np.ndarray:
+    """(n, K) float64: of the four `levels` (n, groups, 4) of a row's group, the one that two bits pick."""
+    places = 4 * (np.arange(K) // GROUP) + _unpacked(codes, K) + 2 * _unpacked(selector, K)
+    W: np.ndarray = np.take_along_axis(levels.reshape(len(levels), -1).astype(np.float64), places, axis=1)
+    return W
+
+
 def levels_layer(rng: np.random.Generator, K: int, N: int, copy: int) -> Layer:
     """LevelsMatMul with one zone."""
     codes, selector = _bits(rng, N, K), _bits(rng, N, K)
@@ -177,19 +184,17 @@ def levels_layer(rng: np.random.Generator, K: int, N: int, copy: int) -> Layer:
     node = _product("LevelsMatMul", "x", tensors, f"y{copy}", K=K, group=GROUP, zones=1)
 
     def dense(n: slice) -> np.ndarray:
-        places = 4 * (np.arange(K) // GROUP) + _unpacked(codes[n], K) + 2 * _unpacked(selector[n], K)
-        W: np.ndarray = np.take_along_axis(levels.reshape(N, -1)[n].astype(np.float64), places, axis=1)
-        return W
+        return _chosen(codes[n], selector[n], levels[n], K)
 
     return Layer([node], tensors, dense)
 
 
 def two_plane_maker(activation_bits: int) -> Callable[[np.random.Generator, int, int, int], Layer]:
-    """Makes layers of TwoPlaneMatMul: W = +-a1 +- a2, a1 and a2 for each row and group."""
+    """Makes layers of TwoPlaneMatMul with four free levels for each row and group, the dearest of its forms."""
 
     def make(rng: np.random.Generator, K: int, N: int, copy: int) -> Layer:
         codes, selector = _bits(rng, N, K), _bits(rng, N, K)
-        levels = (rng.random((N, -(-K // GROUP), 2)) * (1.0, 0.5)).astype(np.float16)
+        levels = rng.standard_normal((N, -(-K // GROUP), 4)).astype(np.float16)
         scales = (np.array([0, 1, 2, 4, 8]) / 15).astype(np.float16)
         tensors = {
             f"codes{copy}": codes,
@@ -203,9 +208,7 @@ def two_plane_maker(activation_bits: int) -> Callable[[np.random.Generator, int,
         node = _product("TwoPlaneMatMul", "x", tensors, f"y{copy}", **numbers)
 
         def dense(n: slice) -> np.ndarray:
-            a = np.repeat(levels[n].astype(np.float64), GROUP, axis=1)[:, :K]
-            W: np.ndarray = _signs(codes[n], K) * a[:, :, 0] + _signs(selector[n], K) * a[:, :, 1]
-            return W
+            return _chosen(codes[n], selector[n], levels[n], K)
 
         return Layer([node], tensors, dense)
 

@@ -119,10 +119,10 @@ def generation_table(records: list[GenerationRecord]) -> str:
                 _NOTHING if r.ratio is None else f"{r.ratio:.2f}",
                 significant(r.load_seconds),
                 first,
-                *(_megabytes(size) for size in (r.rss_loaded_bytes, r.rss_bytes, r.peak_bytes, r.file_bytes)),
+                *map(_megabytes, (r.rss_loaded_bytes, r.rss_bytes, r.anon_bytes, r.peak_bytes, r.file_bytes)),
             ]
         else:
-            cells = [f"{r.status}: {r.note}", *[_NOTHING] * 7]
+            cells = [f"{r.status}: {r.note}", *[_NOTHING] * 8]
         rows.append([r.kernel, *cells])
     first_record = records[0]
     table = markdown(
@@ -134,6 +134,7 @@ def generation_table(records: list[GenerationRecord]) -> str:
             "first token, ms",
             "RSS loaded, MB",
             "RSS after, MB",
+            "of it anonymous, MB",
             "peak RSS, MB",
             "files, MB",
         ],

@@ -5,10 +5,15 @@ Knows ONNX Runtime's values and bindings; nothing of files or models.
 Legend: b batch, c capacity in tokens.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import onnxruntime as ort
 
 from lit_binq.errors import LitBinqError
+
+if TYPE_CHECKING:
+    from lit_binq_onnx.step import TokenStep
 
 FIRST_CAPACITY = 256
 """Room of a cache that was not told how long its text will be; doubled when it is full."""
@@ -25,7 +30,10 @@ class StaticCache:
 
     Attributes:
         lengths: tokens of each row so far, (b,) int64.
+        step: what decodes one token at a time, once `OnnxModel.step` has made it; gone when the buffers move.
     """
+
+    step: "TokenStep | None"
 
     def __init__(self, shapes: list[tuple[int, int]], batch: int, capacity: int, limit: int | None = None) -> None:
         self._limit = limit
@@ -37,6 +45,7 @@ class StaticCache:
         # On the CPU a value made from an array is that array's memory.
         self._values = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in buffers]
         self._binding: ort.IOBinding | None = None
+        self.step = None
 
     @property
     def batch(self) -> int:
@@ -97,8 +106,37 @@ class StaticCache:
             present: names of the outputs.
         """
         if self._binding is None:
-            self._binding = session.io_binding()
-            for value, before, after in zip(self._values, past, present, strict=True):
-                self._binding.bind_ortvalue_input(before, value)
-                self._binding.bind_ortvalue_output(after, value)
+            self._binding = self.bind(session, past, present)
         return self._binding
+
+    def bind(self, session: ort.InferenceSession, past: list[str], present: list[str]) -> ort.IOBinding:
+        """As `binding`, but a new one each time."""
+        made = session.io_binding()
+        for value, before, after in zip(self._values, past, present, strict=True):
+            made.bind_ortvalue_input(before, value)
+            made.bind_ortvalue_output(after, value)
+        return made
+
+
+def row_lengths(
+    input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray, past: StaticCache
+) -> np.ndarray | None:
+    """Tokens of each row after a pass, (b,) int64, or None where the fused graph cannot express the pass.
+
+    It can where every row is tokens without padding before or between them, and its new tokens follow those in the
+    cache. A first pass may have padding after the tokens; later rows of different lengths go on by one token each.
+    """
+    b, s = input_ids.shape
+    mask = np.asarray(attention_mask) != 0
+    lengths = mask.sum(1).astype(np.int64)
+    if b != past.batch or (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any() or (lengths < 1).any():
+        return None
+    first = past.lengths
+    new = np.minimum(lengths - first, s) if not past.length else lengths - first
+    if (past.length and (new != s).any()) or (not past.length and mask.shape[1] != s):
+        return None
+    if past.length and s > 1 and b > 1 and len(set(lengths.tolist())) > 1:
+        return None
+    wanted = first[:, None] + np.arange(s)
+    real = np.arange(s) < new[:, None]
+    return None if (np.asarray(position_ids) != wanted)[real].any() else lengths

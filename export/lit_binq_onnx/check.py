@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_binq.bits import activation_bits
 from lit_binq.errors import LitBinqError
-from lit_binq.hub import activation_bits, load_packed
+from lit_binq.hub import load_packed
 from lit_binq.kv_cache import kv_bits
 from lit_binq_onnx.head import rounded_tables
 from lit_binq_onnx.library import library_path
@@ -318,9 +319,16 @@ def check_onnx(
     if reference is None:
         if model is None:
             model, tokenizer = _load_source(Path(out_dir), facts.get("packed"), packed)
-        with rounded_tables(model, facts.get("head_bits", 0)):
+        bits = facts.get("head_bits", 0)
+        # What a text has been asked about is not rounded again, but read.
+        tables = Path(out_dir) if bits == 4 else None
+        with rounded_tables(model, bits, block=facts.get("head_block"), stored=tables):
             reference = torch_reference(model, tokenizer, fused=bool(facts.get("fused")))
     report = CheckReport()
+    if reference.bound is not None:
+        report.notes.append(
+            f"every way within rms <= {reference.bound:.2g}: the model rounds inputs or keys and values to few levels"
+        )
     ways = list(_ways(report))
     for way, native, mode in ways:
         report.cases += _run_cases(out_dir, reference.generic, reference.bound, way, native, mode, "generic")

@@ -33,12 +33,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_binq.errors import LitBinqError
 from lit_binq.files import new_folder
 from lit_binq.formats import PackedLinear
+from lit_binq.texts import TextSource, encode, make_windows, read_text
 from lit_binq_onnx.check import Reference, check_onnx, fused_failure, torch_reference
 from lit_binq_onnx.functions import OPSET, add_functions
 from lit_binq_onnx.fused import build_fused, misfit
 from lit_binq_onnx.genai import write_genai
 from lit_binq_onnx.graph import require_packed_nodes, simplify, store_half
-from lit_binq_onnx.head import HEAD_BITS, Tables, quantize_readers, rounded_tables
+from lit_binq_onnx.head import Tables, quantize_readers, rounded_tables
+from lit_binq_onnx.head_rounding import HEAD_BITS, RANDOM_DAMPING, TEXT_WINDOWS, head_gram, random_windows
 from lit_binq_onnx.session import DATA, FACTS, FACTS_VERSION, FUSED, MODEL
 from lit_binq_onnx.tensors import DataFile
 from lit_binq_onnx.trace import cache_shapes, quiet, trace
@@ -116,6 +118,15 @@ def _drop_wrong_fused(folder: Path, reference: Reference) -> bool:
     return failure is None
 
 
+def _gram(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None) -> torch.Tensor:
+    """Gram matrix of the head's inputs on some thousand tokens of a text, or on random ones."""
+    windows = random_windows(model)
+    if text is None:
+        return head_gram(model, windows, damping=RANDOM_DAMPING)
+    ids = encode(tokenizer, read_text(TextSource(text)))
+    return head_gram(model, make_windows(ids, windows.shape[1], TEXT_WINDOWS, take="random"))
+
+
 def _save_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """config.json, generation_config.json and the tokenizer."""
     model.config.save_pretrained(folder)
@@ -135,6 +146,8 @@ def export_onnx(
     packed: str | Path | None = None,
     check: bool = True,
     head_bits: int = 0,
+    head_block: int | None = None,
+    head_text: str | None = None,
     fused: Literal["auto", "off"] = "auto",
     target: Literal["ort", "genai"] = "ort",
 ) -> dict[str, Any]:
@@ -146,7 +159,10 @@ def export_onnx(
         out_dir: folder to write; an empty folder or an older export there is replaced once all is done.
         packed: the packed folder the model came from, recorded so that the export can be checked again later.
         check: compare with torch before the folder gets its name.
-        head_bits: bits of embedding and head, 4 or 8 (see `lit_binq_onnx.head`); 0 leaves them as they are.
+        head_bits: bits of the head, 4 or 8 (see `lit_binq_onnx.head`), the embedding then has 8; 0 leaves both as they
+            are.
+        head_block: weights of the head that share a scale, see `head_rounding.HEAD_BLOCKS`; None takes 32, or 16.
+        head_text: a text file, on which a head of 4 bits is to err little; None takes random tokens.
         fused: "auto" writes a fused graph where one fits; its logits are compared with torch's once even without
             `check`, and it is left out if they differ. "off" writes none.
         target: "genai" makes the folder one that onnxruntime-genai runs too (see `lit_binq_onnx.genai`).
@@ -160,6 +176,10 @@ def export_onnx(
     """
     if head_bits not in HEAD_BITS:
         raise LitBinqError(f"head_bits: got {head_bits}, expected one of {', '.join(map(str, HEAD_BITS))}")
+    if head_text is not None and head_bits != 4:
+        raise LitBinqError(f"head_text: got {head_text!r} with {head_bits} head_bits, expected 4: add `--head_bits 4`")
+    if head_block is not None and not head_bits:
+        raise LitBinqError(f"head_block: got {head_block} with 0 head_bits, expected 4 or 8: add `--head_bits 4`")
     if fused not in ("auto", "off"):
         raise LitBinqError(f"fused: got {fused!r}, expected 'auto' or 'off'")
     if target not in ("ort", "genai"):
@@ -170,7 +190,8 @@ def export_onnx(
     with new_folder(place) as work:
         start = time.monotonic()
         reference = None
-        with rounded_tables(model, head_bits) as tables:
+        gram = _gram(model, tokenizer, head_text) if head_bits == 4 else None
+        with rounded_tables(model, head_bits, block=head_block, gram=gram) as tables:
             graph = trace(model)
             traced = time.monotonic()
             with quiet():
@@ -179,6 +200,8 @@ def export_onnx(
                 quantize_readers(graph, tables)
             store_half(graph.graph)
             nodes = len(graph.graph)
+            # an embedding of its own is read by the row
+            unread = tables.embedding.nbytes if tables is not None and len(tables.distinct()) > 1 else 0
             with DataFile(work / DATA) as data:
                 _write_graph(graph, data, work)
                 has_fused = fused == "auto" and _write_fused(model, tables, data, work)
@@ -194,11 +217,14 @@ def export_onnx(
             "architecture": type(model).__name__,
             "true_bits": sum(m.stored_bits() for m in layers.values()) / weights,
             "head_bits": head_bits,
+            "head_block": head_block,
+            "head_text": None if head_text is None else Path(head_text).name,
             "fused": has_fused,
             "packed_nodes": sum(len(m.operands()) for m in layers.values()),
             "nodes": nodes,
             "opset": OPSET,
             "data_bytes": data.size,
+            "token_bytes": data.size - unread,
             "max_positions": getattr(config, "max_position_embeddings", None),
             # relative, so that both folders can move together
             "packed": None if packed is None else os.path.relpath(packed, place),

@@ -13,8 +13,10 @@ SimplifiedLayerNormalization, SkipSimplifiedLayerNormalization (x + y and its no
 MatMulNBits where the tables are rounded. The initializer `logits_start` is an optional input: -1 asks for the last
 token's logits only, which saves the head's work over a prompt.
 
-q, k and v stay three nodes, gate and up two: rows and their scales could be concatenated, but every linear has column
-scales of its own, so that its operator multiplies another x. A merged node needs a format that shares c.
+Operators of ours: where q, k and v are all of the row x column format, they are one BinaryMatMulQKV, whose output
+attention reads as it is, and gate, up and down are one BinaryGatedMLP where they have no biases: a node costs the
+runtime microseconds, which is what a small linear takes. Every linear keeps column scales of its own. Other formats,
+and heads that are normalized one by one, keep a node for every product.
 
 What is written here is believed only after its logits were compared with torch's (`lit_binq_onnx.export`).
 
@@ -35,7 +37,7 @@ from lit_binq_onnx.graph import HALF_STORAGE_ELEMENTS
 from lit_binq_onnx.head import ACCURACY, MICROSOFT, QuantizedTable, Tables
 from lit_binq_onnx.session import LOGITS_START, cache_names
 from lit_binq_onnx.tensors import DataFile
-from lit_binq_onnx.writer import GraphWriter
+from lit_binq_onnx.writer import GraphWriter, one_operator
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Blocks of RMS norm, rotary attention, RMS norm and gated MLP."""
@@ -159,8 +161,15 @@ class _Builder:
     def _attention(self, attention: Any, x: str, number: int) -> str:
         g, name = self.g, f"model.layers.{number}.self_attn"
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        q, k, v = (g.linear(getattr(attention, p), x, f"{name}.{p}") for p in ("q_proj", "k_proj", "v_proj"))
-        if getattr(attention, "q_norm", None) is not None:
+        parts = ("q_proj", "k_proj", "v_proj")
+        layers, names = [getattr(attention, p) for p in parts], [f"{name}.{p}" for p in parts]
+        normalized = getattr(attention, "q_norm", None) is not None
+        # o_proj too: its body bears that ONNX Runtime 1.18 infers an attention output as wide as the packed query.
+        if not normalized and one_operator([*layers, attention.o_proj], biases=True):
+            q, k, v = g.qkv(layers, x, names, f"{name}.qkv"), "", ""
+        else:
+            q, k, v = (g.linear(layer, x, n) for layer, n in zip(layers, names, strict=True))
+        if normalized:
             q = self._head_norm(attention.q_norm, q, f"{name}.q_norm", heads, attention.head_dim)
             k = self._head_norm(attention.k_norm, k, f"{name}.k_norm", kv_heads, attention.head_dim)
         past, present = f"past_key_values.{number}", f"present.{number}"
@@ -196,10 +205,13 @@ class _Builder:
         return g.add("Reshape", [self._norm(norm, split, f"{name}.heads"), width], name)
 
     def _mlp(self, mlp: Any, x: str, name: str) -> str:
-        g = self.g
-        gate, up = (g.linear(getattr(mlp, p), x, f"{name}.{p}") for p in ("gate_proj", "up_proj"))
+        g, parts = self.g, ("gate_proj", "up_proj", "down_proj")
+        layers, names = [getattr(mlp, p) for p in parts], [f"{name}.{p}" for p in parts]
+        if one_operator(layers, biases=False):
+            return g.gated_mlp(layers, x, names, name)
+        gate, up = (g.linear(layer, x, n) for layer, n in zip(layers[:2], names[:2], strict=True))
         opened = g.add("Mul", [gate, g.add("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.act_fn")
-        return g.linear(mlp.down_proj, g.add("Mul", [opened, up], f"{name}.gated"), f"{name}.down_proj")
+        return g.linear(layers[2], g.add("Mul", [opened, up], f"{name}.gated"), names[2])
 
     def _embedding(self) -> str:
         g = self.g

@@ -6,7 +6,8 @@
     answer = "".join(generator.chat([{"role": "user", "content": "Hello!"}], sampling=Sampling(temperature=0.8)))
     texts = generator.batch(["One day", "The sea", "A letter"], 32)
 
-Knows a session and a tokenizer.
+Knows a session and a tokenizer. Between two passes of the model there is little: a token is chosen without sorting the
+vocabulary, and its text is found from a short tail.
 
 Legend: V vocabulary, T temperature.
 """
@@ -16,18 +17,24 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from lit_binq.errors import LitBinqError
 from lit_binq_onnx.rows import PREFILL, start_rows
 from lit_binq_onnx.session import OnnxModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
 
 _INCOMPLETE = "�"
 """What a decoder shows for bytes that are not yet a whole character."""
+
+_BLOCK = 64
+"""Logits whose maximum is taken together where the likeliest few are looked for."""
 
 
 @dataclass
@@ -64,7 +71,7 @@ class Generation(Iterator[str]):
         token_ids: new tokens so far.
     """
 
-    def __init__(self, tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase, stats: GenerationStats) -> None:
+    def __init__(self, tokens: Iterator[int], tokenizer: "PreTrainedTokenizerBase", stats: GenerationStats) -> None:
         self.stats = stats
         self.token_ids: list[int] = []
         self._pieces = self._decode(tokens, tokenizer)
@@ -72,7 +79,7 @@ class Generation(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _decode(self, tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    def _decode(self, tokens: Iterator[int], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
         """Text of the tokens; a character whose bytes are spread over tokens waits until it is whole.
 
         Only a short tail is decoded again for each token: from `start`, where the last piece given out began,
@@ -94,7 +101,7 @@ class Generation(Iterator[str]):
             yield now[len(before) :]
 
 
-def stop_tokens(onnx_model: OnnxModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_tokens(onnx_model: OnnxModel, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Tokens that end a text, from generation_config.json, config.json and the tokenizer."""
     found: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in ("generation_config.json", "config.json"):
@@ -109,7 +116,7 @@ Messages = Sequence[dict[str, str]]
 """A conversation: {"role": "system", "user" or "assistant", "content": text}, oldest first."""
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, *, chat: bool = False) -> list[int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, *, chat: bool = False) -> list[int]:
     """Token numbers of a prompt.
 
     Args:
@@ -131,6 +138,26 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, *,
     return ids
 
 
+def _candidates(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> tuple[np.ndarray, float]:
+    """Tokens, in order of number, among which those that `choose` may take surely are: what is sorted is few.
+
+    Also how much of the probability they have.
+    """
+    size = len(logits)
+    blocks = size // _BLOCK
+    if 0 < top_k <= blocks:
+        # As many blocks as tokens are wanted reach this value, so the wanted tokens do.
+        largest = logits[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(1)
+        return np.flatnonzero(logits >= np.partition(largest, blocks - top_k)[blocks - top_k]), 1.0
+    if top_k == 0 and top_p < 1:
+        # All tokens below this bound together have less than what top_p leaves out. Half: for the rounding.
+        p = np.exp((logits - logits.max()) / np.float32(temperature))
+        total = p.sum(dtype=np.float64)
+        order = np.flatnonzero(p >= 0.5 * (1 - top_p) / size * total)
+        return order, float(p[order].sum(dtype=np.float64) / total)
+    return np.arange(size), 1.0
+
+
 def choose(logits: np.ndarray, rng: np.random.Generator, *, temperature: float, top_k: int, top_p: float) -> int:
     """The next token.
 
@@ -138,19 +165,22 @@ def choose(logits: np.ndarray, rng: np.random.Generator, *, temperature: float, 
         logits: (V,) float32.
         rng: source of the sampling; not used at temperature 0.
         temperature: T; 0 takes the likeliest token.
-        top_k: sample among the k likeliest; 0 means all.
+        top_k: sample among the k likeliest, of equal ones the first; 0 means all.
         top_p: then among the likeliest of those that together have this probability.
     """
     if temperature == 0:
         return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")[: top_k or None]
-    scaled = logits[order].astype(np.float64) / temperature
-    p = np.exp(scaled - scaled[0])
-    p /= p.sum()
-    # the token that crosses top_p is still in, so at least one is
-    kept = int(np.searchsorted(np.cumsum(p), top_p)) + 1 if top_p < 1 else len(p)
-    p = p[:kept] / p[:kept].sum()
-    return int(order[rng.choice(len(p), p=p)])
+    order, share = _candidates(logits, temperature, top_k, top_p)
+    values = logits[order]
+    if top_k or top_p < 1:
+        ranks = np.argsort(-values, kind="stable")[: top_k or None]
+        order, values = order[ranks], values[ranks]
+    scaled = values.astype(np.float64) / temperature
+    total = np.cumsum(np.exp(scaled - scaled.max()))
+    if top_p < 1:  # the token that crosses top_p is still in, so at least one is
+        total = total[: int(np.searchsorted(total, top_p / share * total[-1])) + 1]
+    drawn = np.searchsorted(total, rng.random() * total[-1], side="right")
+    return int(order[min(int(drawn), len(total) - 1)])
 
 
 @dataclass(frozen=True)
@@ -214,7 +244,9 @@ class Generator:
         stop: all of them.
     """
 
-    def __init__(self, onnx_model: OnnxModel, tokenizer: PreTrainedTokenizerBase, *, stop: Sequence[int] = ()) -> None:
+    def __init__(
+        self, onnx_model: OnnxModel, tokenizer: "PreTrainedTokenizerBase", *, stop: Sequence[int] = ()
+    ) -> None:
         self.onnx_model, self.tokenizer = onnx_model, tokenizer
         self.stop = stop_tokens(onnx_model, tokenizer) | set(stop)
 
@@ -327,7 +359,7 @@ class Generator:
 
 def generate(
     onnx_model: OnnxModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     prompt: str,
     max_new_tokens: int = 128,
     *,

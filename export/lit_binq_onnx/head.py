@@ -1,167 +1,48 @@
-"""Embedding and head in 8 or 4 bits: ONNX Runtime's GatherBlockQuantized and MatMulNBits on one packed table.
+"""Embedding and head in 8 or 4 bits: ONNX Runtime's GatherBlockQuantized and MatMulNBits on packed tables.
 
-At one bit a linear these two dominate: of SmolLM2's 134M weights 28M are a tied table, which a token reads whole.
+At one bit a linear these two dominate: of SmolLM2's 134M weights 28M are a tied table, which a token reads whole as a
+head, and one row of as an embedding. So a head of 4 bits goes with an embedding of 8: an embedding costs the time and
+the memory of the rows that are read, and rounding them to 4 bits costs perplexity. At 8 bits a tied table stays one.
 
 Both operators read the same bytes, the same scales and the same zero points, but declare the bytes in two shapes,
 (V, K p) and (V, G, g p) with p = bits / 8, and ONNX Runtime takes neither for the other. So there are two initializers
 of equal bytes; `lit_binq_onnx.tensors.DataFile` lets both point at one place of the data file.
 
-The rounding (ours, weight-only, round-to-nearest) is done for each block of g neighbours in a row:
+How a table is rounded is in `lit_binq_onnx.head_rounding`. `dense` says what the operators multiply by, and
+`rounded_tables` lets a torch model compute with the same values, so that a check needs no wider tolerance. The cost in
+perplexity is measured by `lit_binq_onnx.perplexity` on both exports.
 
-    8 bits   symmetric: w^ = s (q - 128), s = max |w| / 127
-    4 bits   asymmetric: w^ = s (q - z), from the range of the block shrunk by the factor that errs least (squared)
-
-`dense` says what the operators multiply by, and `rounded_tables` lets a torch model compute with the same values, so
-that a check needs no wider tolerance. The cost in perplexity is measured by `lit_binq_onnx.perplexity` on both exports.
-
-Legend: V vocabulary, K width, g block, G = K / g, W (V, K) table, s scales, z zero points, q codes.
+Legend: V vocabulary, K width, g block, G = K / g, s scales, z zero points, q codes.
 """
 
-import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
+from onnx import numpy_helper
 from torch import nn
 from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError
+from lit_binq_onnx.head_rounding import HEAD_BITS, QuantizedTable, quantize_table
+from lit_binq_onnx.session import MODEL
 
-log = logging.getLogger(__name__)
+__all__ = ["HEAD_BITS", "MICROSOFT", "QuantizedTable", "Tables", "quantize_readers", "quantize_table", "rounded_tables"]
 
 MICROSOFT = "com.microsoft"
-HEAD_BITS = (0, 4, 8)
-BLOCKS = (32, 16)
-"""Block lengths in the order of choice: a block must divide the width, since the embedding has no padded columns."""
-
 ACCURACY = 4
 """accuracy_level of MatMulNBits: 4 rounds activations to int8, 1 keeps float32 (for exact comparisons; slow)."""
 
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
-"""Factors tried on the range of a 4-bit block."""
+NEAR = 0.6
+"""Largest error of a rounded row over its norm: 4 bits with error feedback come to 0.12 on average."""
 
-_ROWS = 4096  # rows rounded at a time: bounds the float32 copies to a few times 4096 K
-
-
-@dataclass(frozen=True)
-class QuantizedTable:
-    """A rounded table.
-
-    Attributes:
-        bits: 4 or 8.
-        block: g.
-        codes: (V, K bits / 8) uint8; of two 4-bit codes the first is in the low half.
-        scales: (V, G) float32.
-        zeros: (V, ceil(G / 2)) uint8, two to a byte; None means 2^(bits - 1) everywhere.
-    """
-
-    bits: int
-    block: int
-    codes: np.ndarray
-    scales: np.ndarray
-    zeros: np.ndarray | None
-
-    @property
-    def width(self) -> int:
-        """K."""
-        return self.codes.shape[1] * 8 // self.bits
-
-    def blocked(self) -> np.ndarray:
-        """The codes as MatMulNBits wants them, (V, G, g bits / 8) uint8."""
-        return self.codes.reshape(len(self.codes), -1, self.block * self.bits // 8)
-
-    def stored_bits(self) -> float:
-        """Bits of everything stored, for each weight."""
-        size = self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
-        return 8 * size / (len(self.codes) * self.width)
-
-    def dense(self) -> np.ndarray:
-        """The table it stands for, (V, K) float32."""
-        rows, groups = self.scales.shape
-        q = _unpack(self.codes) if self.bits == 4 else self.codes
-        z = np.full((rows, groups), 128, np.uint8) if self.zeros is None else _unpack(self.zeros)[:, :groups]
-        out = np.empty((rows, self.width), np.float32)
-        for i in range(0, rows, _ROWS):
-            part = slice(i, i + _ROWS)
-            levels = q[part].reshape(-1, groups, self.block).astype(np.float32) - z[part, :, None]
-            out[part] = (levels * self.scales[part, :, None]).reshape(len(levels), -1)
-        return out
-
-
-def _pack(values: np.ndarray) -> np.ndarray:
-    """4-bit values (V, n) in bytes (V, ceil(n / 2)), the first of two in the low half."""
-    if values.shape[1] % 2:
-        values = np.pad(values, ((0, 0), (0, 1)))
-    packed: np.ndarray = values[:, 0::2] | (values[:, 1::2] << 4)
-    return packed
-
-
-def _unpack(packed: np.ndarray) -> np.ndarray:
-    """Bytes (V, n) as 4-bit values (V, 2 n)."""
-    return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)
-
-
-def _round_symmetric(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """8 bits. blocks (m, G, g) float32 -> codes (m, G, g) uint8, scales (m, G) float32."""
-    scales = np.abs(blocks).max(2) / 127
-    scales[scales == 0] = 1
-    codes = np.rint(blocks / scales[:, :, None]) + 128
-    return codes.astype(np.uint8), scales.astype(np.float32)
-
-
-def _round_asymmetric(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """4 bits. blocks (m, G, g) float32 -> codes (m, G, g) uint8, scales (m, G) float32, zeros (m, G) uint8."""
-    low, high = np.minimum(blocks.min(2), 0), np.maximum(blocks.max(2), 0)  # zero stays a level
-    best = np.full(low.shape, np.inf, np.float32)
-    codes = np.zeros(blocks.shape, np.uint8)
-    scales, zeros = np.ones(low.shape, np.float32), np.zeros(low.shape, np.uint8)
-    for shrink in SHRINK:
-        s = ((high - low) * (shrink / 15)).astype(np.float32)
-        s[s == 0] = 1
-        z = np.clip(np.rint(-low * shrink / s), 0, 15)
-        q = np.clip(np.rint(blocks / s[:, :, None]) + z[:, :, None], 0, 15)
-        error = np.square((q - z[:, :, None]) * s[:, :, None] - blocks).sum(2)
-        better = error < best
-        best[better], scales[better], zeros[better] = error[better], s[better], z[better].astype(np.uint8)
-        codes[better] = q[better].astype(np.uint8)
-    return codes, scales, zeros
-
-
-def quantize_table(table: np.ndarray, bits: int) -> QuantizedTable:
-    """Round a table.
-
-    Args:
-        table: (V, K) float32.
-        bits: 4 or 8.
-
-    Raises:
-        LitBinqError: another number of bits, a width that no block divides, or values that are not finite.
-    """
-    if bits not in HEAD_BITS[1:]:
-        raise LitBinqError(f"head_bits: got {bits}, expected one of {', '.join(map(str, HEAD_BITS))}")
-    rows, width = table.shape
-    block = next((g for g in BLOCKS if width % g == 0), None)
-    if block is None:
-        raise LitBinqError(f"head_bits: the embedding is {width} wide, expected a multiple of 16: use `--head_bits 0`")
-    if not np.isfinite(table).all():
-        raise LitBinqError("head_bits: the embedding holds values that are not finite, expected finite ones")
-    codes = np.empty((rows, width // block, block), np.uint8)
-    scales = np.empty((rows, width // block), np.float32)
-    zeros = None if bits == 8 else np.empty((rows, width // block), np.uint8)
-    for i in range(0, rows, _ROWS):
-        part = slice(i, i + _ROWS)
-        blocks = table[part].reshape(-1, width // block, block)
-        if zeros is None:
-            codes[part], scales[part] = _round_symmetric(blocks)
-        else:
-            codes[part], scales[part], zeros[part] = _round_asymmetric(blocks)
-    flat = codes.reshape(rows, width)
-    if zeros is None:
-        return QuantizedTable(bits, block, flat, scales, None)
-    return QuantizedTable(bits, block, _pack(flat), scales, _pack(zeros))
+_TABLE = re.compile(r"(embedding|head)\.int[48](\.|$)")
 
 
 @dataclass(frozen=True)
@@ -182,15 +63,27 @@ class Tables:
 
 
 @contextmanager
-def rounded_tables(model: PreTrainedModel, bits: int) -> Iterator[Tables | None]:
+def rounded_tables(
+    model: PreTrainedModel,
+    bits: int,
+    *,
+    block: int | None = None,
+    gram: torch.Tensor | None = None,
+    stored: Path | None = None,
+) -> Iterator[Tables | None]:
     """Let a torch model compute with its rounded embedding and head while the body runs.
 
     Args:
         model: float32 on the CPU; as it was once the body is left, however it is left.
-        bits: 4 or 8; 0 changes nothing and gives None.
+        bits: of the head, 4 or 8; the embedding has 8. 0 changes nothing and gives None.
+        block: g of the head; None lets `quantize_table` choose.
+        gram: (K, K) of the head's inputs, for 4 bits; see `quantize_table`.
+        stored: an exported folder whose tables are taken instead of rounding anew, after a look whether they are this
+            model's.
 
     Raises:
-        LitBinqError: the model has no embedding and head of the usual kind, or see `quantize_table`.
+        LitBinqError: the model has no embedding and head of the usual kind, the stored tables are not its own, or see
+            `quantize_table`.
     """
     if bits == 0:
         yield None
@@ -201,16 +94,81 @@ def rounded_tables(model: PreTrainedModel, bits: int) -> Iterator[Tables | None]
             f"head_bits: {type(model).__name__} has embedding {type(embedding).__name__} and head "
             f"{type(head).__name__}, expected nn.Embedding and nn.Linear: use `--head_bits 0`"
         )
-    weights = [embedding.weight] if embedding.weight is head.weight else [embedding.weight, head.weight]
-    kept = [weight.data for weight in weights]
-    tables = [quantize_table(weight.numpy(), bits) for weight in kept]
+    first, last = embedding.weight, head.weight
+    if stored is not None:
+        tables = read_tables(stored, bits)
+        _require_near(tables.embedding, first, "embedding")
+        _require_near(tables.head, last, "head")
+    else:
+        table = quantize_table(first.detach().numpy(), 8, block=None if bits == 4 else block)
+        same = last is first and bits == 8
+        tables = Tables(table, table if same else quantize_table(last.detach().numpy(), bits, block=block, gram=gram))
+    kept = [(weight, weight.data) for weight in (first, last)]
     try:
-        for weight, table in zip(weights, tables, strict=True):
+        if last is first and tables.head is not tables.embedding:
+            head.weight = nn.Parameter(last.data, requires_grad=False)
+        for weight, table in ((first, tables.embedding), (head.weight, tables.head)):
             weight.data = torch.from_numpy(table.dense())
-        yield Tables(tables[0], tables[-1])
+        yield tables
     finally:
-        for weight, data in zip(weights, kept, strict=True):
+        head.weight = last
+        for weight, data in kept:
             weight.data = data
+
+
+def _require_near(table: QuantizedTable, weight: torch.Tensor, what: str) -> None:
+    """Refuse a stored table with a row that differs from the model's by as much as no rounding does."""
+    shape = len(table.codes), table.width
+    if shape == tuple(weight.shape):
+        difference = (torch.from_numpy(table.dense()) - weight.data).norm(dim=1)
+        if bool((difference <= NEAR * weight.data.norm(dim=1) + 1e-6).all()):
+            return
+    raise LitBinqError(
+        f"head_bits: the stored {what} {shape} is not the packed model's {tuple(weight.shape)}, expected its rounding: "
+        "export again, or correct `--packed`"
+    )
+
+
+def _values(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
+    """What an initializer holds, from the data file where it is there."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return np.array(numpy_helper.to_array(tensor))
+    at = {entry.key: entry.value for entry in tensor.external_data}
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    values = np.fromfile(folder / at["location"], kind, int(np.prod(tensor.dims)), offset=int(at.get("offset", 0)))
+    return values.reshape(tensor.dims)
+
+
+def read_tables(folder: Path, bits: int) -> Tables:
+    """The rounded tables that an exported folder holds, from its traced graph.
+
+    Args:
+        folder: what `export_onnx` wrote, with rounded tables.
+        bits: of its head.
+
+    Raises:
+        LitBinqError: they are not there, or damaged.
+    """
+    try:
+        graph = onnx.load(folder / MODEL, load_external_data=False).graph
+        found = {tensor.name: tensor for tensor in graph.initializer if _TABLE.match(tensor.name)}
+        arrays = {name: _values(tensor, folder) for name, tensor in found.items()}
+
+        def table(name: str, bits: int) -> QuantizedTable:
+            name = f"{name}.int{bits}"
+            scales = arrays[f"{name}.scales"]
+            codes = arrays[name if name in arrays else f"{name}.blocks"].reshape(len(scales), -1)
+            block = codes.shape[1] * 8 // bits // scales.shape[1]
+            return QuantizedTable(bits, block, codes, scales, arrays.get(f"{name}.zeros"))
+
+        embedding = table("embedding", 8 if f"embedding.int{bits}" not in arrays else bits)
+        untied = any(name.startswith("head.") for name in arrays)
+        return Tables(embedding, table("head", bits) if untied else embedding)
+    except Exception as error:  # protobuf and onnx raise kinds of their own
+        raise LitBinqError(
+            f"exported folder {str(folder)!r}: its rounded embedding and head cannot be read "
+            f"({' '.join(str(error).split())[:200]}); export again"
+        ) from error
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -301,7 +259,7 @@ def quantize_readers(model: ir.Model, tables: Tables) -> None:
     for number, table in enumerate(tables.distinct()):
         dense = table.dense()
         found = _find(graph, dense)
-        name = ("embedding" if number == 0 else "head") + f".int{table.bits}"
+        name = ("embedding" if number == 0 else "head") + f".int{table.bits}"  # `read_tables` knows these names
         arrays = {name: table.codes, f"{name}.blocks": table.blocked(), f"{name}.scales": table.scales}
         if table.zeros is not None:
             arrays[f"{name}.zeros"] = table.zeros

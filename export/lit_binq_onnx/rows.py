@@ -22,7 +22,7 @@ class Rows(ABC):
     """Texts in progress.
 
     Attributes:
-        logits: (n, V) float32 after the last token of each row.
+        logits: (n, V) float32 after the last token of each row; `step` may overwrite them.
     """
 
     logits: np.ndarray
@@ -67,10 +67,7 @@ class FusedRows(Rows):
 
     def step(self, tokens: Sequence[int]) -> None:
         """See `Rows`."""
-        lengths = self._cache.lengths + 1
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        logits, _ = self._model.forward(np.array(tokens)[:, None], mask, lengths[:, None] - 1, self._cache)
-        self.logits = logits[:, -1]
+        self.logits = self._model.step(np.array(tokens), self._cache)
 
     def keep(self, rows: list[int]) -> None:
         """See `Rows`."""

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
 from lit_binq.errors import LitBinqError
-from lit_binq_onnx.cache import FIRST_CAPACITY, StaticCache
+from lit_binq_onnx.cache import FIRST_CAPACITY, StaticCache, row_lengths
 from lit_binq_onnx.library import HOW_TO_BUILD, NativeLibrary, library_path, register
+from lit_binq_onnx.resident import Pages, trim_heap
+from lit_binq_onnx.step import TokenStep
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,9 @@ def cache_names(blocks: int) -> tuple[list[str], list[str]]:
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """What an export wrote about itself, after checking that its files are all there.
 
-    Keys: version, architecture, true_bits, packed_nodes, nodes, opset, data_bytes, max_positions
-    (int or None), head_bits (0 or absent: the embedding and head are not rounded), fused (whether there is a fused
+    Keys: version, architecture, true_bits, packed_nodes, nodes, opset, data_bytes, token_bytes (what a token reads of
+    them at most; absent: all), max_positions (int or None), head_bits (0 or absent: the embedding and head are not
+    rounded), head_block and head_text (how they were; None or absent: by default), fused (whether there is a fused
     graph), packed (path of the packed folder relative to this one, or None), versions.
 
     Raises:
@@ -177,11 +179,21 @@ class OnnxModel:
                     f"exported folder {str(folder)!r}: ONNX Runtime {ort.__version__} refuses {name} "
                     f"({' '.join(str(error).split())[:300]}); expected an undamaged export: export again"
                 ) from error
+        Pages(Path(ort.__file__).parent).release()
+        self._pages = Pages(self.folder / DATA)
+        self._shrinking = ort.RunOptions()
+        self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._give_back()
         past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         self._past_names = [i.name for i in past]
         self.cache_shapes: list[tuple[int, int]] = [(i.shape[1], i.shape[3]) for i in past]
         self._outputs = [o.name for o in self.session.get_outputs()]
         self._vocabulary = self.session.get_outputs()[0].shape[-1]
+
+    def _give_back(self) -> None:
+        """Memory that only loading or a prompt needed."""
+        self._pages.release()
+        trim_heap()
 
     def empty_past(self, batch: int = 1, capacity: int = 0) -> Cache:
         """A cache without tokens.
@@ -242,6 +254,31 @@ class OnnxModel:
         empty = runner.empty_past(len(input_ids))
         return runner.forward(input_ids, attention_mask, position_ids, empty, last_only=last_only)
 
+    def step(self, tokens: np.ndarray, cache: StaticCache) -> np.ndarray:
+        """One more token for each row of a static cache: a pass of `forward` without what it costs to prepare one.
+
+        Args:
+            tokens: (b,) integers.
+            cache: made by this model's `empty_past`, on the fused route; the tokens are written into it.
+
+        Returns:
+            logits (b, V) float32; the next call with this cache overwrites them.
+
+        Raises:
+            LitBinqError: as `forward`.
+        """
+        longest = cache.length + 1
+        cache.reserve(longest)
+        try:
+            if cache.step is None:
+                names = self._past_names, self._outputs[1:]
+                cache.step = TokenStep(self.session, cache, *names, self._vocabulary, LOGITS_START)
+            logits = cache.step.run(tokens, cache.lengths)
+        except Exception as error:  # as above
+            raise _failure(np.reshape(tokens, (-1, 1)), longest, error) from error
+        cache.lengths = cache.lengths + 1
+        return logits
+
     def _fall_back(self) -> "OnnxModel":
         """The generic route of the same folder, opened when it is first needed."""
         if self._generic is None:
@@ -272,9 +309,12 @@ class OnnxModel:
                 made = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value, np.int64))
                 binding.bind_ortvalue_input(name, made)
             binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-            self.session.run_with_iobinding(binding)
+            prompt = last_only and s > 1
+            self.session.run_with_iobinding(binding, self._shrinking if prompt else None)
         except Exception as error:  # as above
             raise _failure(input_ids, total, error) from error
+        if prompt:  # decoding needs little of what it took
+            self._give_back()
         cache.lengths = lengths
         return logits
 
@@ -311,6 +351,8 @@ _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 def _with_float_activations(path: Path) -> bytes:
     """A graph whose rounded head reads float32 activations (accuracy_level 1), for comparisons."""
+    import onnx  # 13 MB resident, which running a model does without
+
     model = onnx.load(path, load_external_data=False)
     for node in model.graph.node:
         for attribute in node.attribute:
@@ -325,30 +367,6 @@ def _failure(input_ids: np.ndarray, total: int, error: Exception) -> LitBinqErro
         f"positions ({' '.join(str(error).split())[:300]}); "
         "expected token numbers and lengths the model has"
     )
-
-
-def row_lengths(
-    input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray, past: StaticCache
-) -> np.ndarray | None:
-    """Tokens of each row after a pass, (b,) int64, or None where the fused graph cannot express the pass.
-
-    It can where every row is tokens without padding before or between them, and its new tokens follow those in the
-    cache. A first pass may have padding after the tokens; later rows of different lengths go on by one token each.
-    """
-    b, s = input_ids.shape
-    mask = np.asarray(attention_mask) != 0
-    lengths = mask.sum(1).astype(np.int64)
-    if b != past.batch or (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any() or (lengths < 1).any():
-        return None
-    first = past.lengths
-    new = np.minimum(lengths - first, s) if not past.length else lengths - first
-    if (past.length and (new != s).any()) or (not past.length and mask.shape[1] != s):
-        return None
-    if past.length and s > 1 and b > 1 and len(set(lengths.tolist())) > 1:
-        return None
-    wanted = first[:, None] + np.arange(s)
-    real = np.arange(s) < new[:, None]
-    return None if (np.asarray(position_ids) != wanted)[real].any() else lengths
 
 
 def cache_arrays(cache: Cache) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 Legend: x (..., K) input of a linear, y (..., N) its output.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import LevelsLinear, LowRankLinear, PackedLinear, PlanesLinear, RowMeanLinear
+from lit_binq.formats import BinaryLinear, LevelsLinear, LowRankLinear, PackedLinear, PlanesLinear, RowMeanLinear
 from lit_binq_onnx.functions import DOMAIN, OPSET, VERSION, add_functions
 from lit_binq_onnx.head import MICROSOFT
 from lit_binq_onnx.operators import OPERATORS
@@ -18,6 +19,11 @@ from lit_binq_onnx.tensors import DataFile
 
 IR_VERSION = 10
 """What ONNX Runtime 1.18 can read."""
+
+
+def one_operator(layers: Sequence[PackedLinear], *, biases: bool) -> bool:
+    """Whether linears can be one operator: all of the row x column format, and without biases where none may be."""
+    return all(type(layer) is BinaryLinear and (biases or layer.bias is None) for layer in layers)
 
 
 class GraphWriter:
@@ -85,6 +91,40 @@ class GraphWriter:
                 "fused route: use `--fused off`"
             )
         return self._product(products[0], x, layer.in_features, layer, name)
+
+    def qkv(self, layers: Sequence[PackedLinear], x: str, names: Sequence[str], name: str) -> str:
+        """q, k and v as one operator, their outputs beside each other; `one_operator` says where that can be.
+
+        Args:
+            layers: q, k, v.
+            x: name of their input.
+            names: the modules' names, for their tensors.
+            name: of the output.
+        """
+        tensors, biases = self._operands(layers, names)
+        return self.add("BinaryMatMulQKV", [x, *tensors, *biases], name, domain=DOMAIN, K=layers[0].in_features)
+
+    def gated_mlp(self, layers: Sequence[PackedLinear], x: str, names: Sequence[str], name: str) -> str:
+        """down(silu(gate(x)) * up(x)) as one operator; see `qkv`, with layers gate, up, down, none with a bias."""
+        tensors, _ = self._operands(layers, names)
+        gate = layers[0]
+        return self.add("BinaryGatedMLP", [x, *tensors], name, domain=DOMAIN, K=gate.in_features, H=gate.out_features)
+
+    def _operands(self, layers: Sequence[PackedLinear], names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Initializers of BinaryLinear layers: tensors of all, then biases of all, "" where there is none."""
+        tensors, biases = [], []
+        for layer, name in zip(layers, names, strict=True):
+            ((_, stored),) = layer.operands()
+            labels = ("codes", "row_scale", "col_scale", "bias")
+            inputs = [
+                self.stored(f"{name}.{label}", tensor.detach().numpy())
+                for label, tensor in zip(labels, stored, strict=False)  # the bias may be absent
+            ]
+            tensors += inputs[:3]
+            biases.append("".join(inputs[3:]))
+        while biases and not biases[-1]:
+            biases.pop()
+        return tensors, biases
 
     def _planes(self, layer: PlanesLinear, x: str, name: str) -> str:
         """A sum of products, each with chosen columns of x."""

@@ -6,7 +6,7 @@ from lit_binq.formats.levels import LatentLevelsLinear, Levels, LevelsLinear, le
 from lit_binq.formats.low_rank import LatentLowRankLinear, LowRank, LowRankLinear
 from lit_binq.formats.mean import LatentRowMeanLinear, RowMean, RowMeanLinear
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
-from lit_binq.formats.planes import LatentPlanesLinear, Planes, PlanesLinear
+from lit_binq.formats.planes import LatentPlanesLinear, Planes, PlanesLinear, planes_matmul
 from lit_binq.formats.row_column import BinaryLinear, LatentBinaryLinear, RowColumn, binary_matmul
 from lit_binq.formats.sparse8 import LatentSparse8Linear, Sparse8, Sparse8Linear, sparse8_matmul
 from lit_binq.formats.two_plane import TwoPlaneLinear, two_plane_matmul
@@ -63,6 +63,7 @@ __all__ = [
     "levels_matmul",
     "pack_signs",
     "packed_width",
+    "planes_matmul",
     "sparse8_matmul",
     "two_plane_matmul",
     "unpack_signs",

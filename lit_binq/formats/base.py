@@ -10,12 +10,14 @@ A packed linear stores exactly the tensors it computes with. Nothing above forma
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from lit_binq.errors import LitBinqError
+from lit_binq.formats.packing import packed_width
 
 
 class Solution(ABC):
@@ -55,11 +57,28 @@ class LatentLinear(nn.Module):
         """The current weight, packed. Raises LitBinqError where a scale does not fit float16."""
 
 
+class Buffer(NamedTuple):
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def code_buffer(rows: int, columns: int) -> Buffer:
+    """One bit for each of rows x columns weights, rows padded to whole bytes."""
+    return Buffer((rows, packed_width(columns)), torch.uint8)
+
+
+def half_buffer(*shape: int) -> Buffer:
+    """Scales."""
+    return Buffer(shape, torch.float16)
+
+
 class PackedLinear(nn.Module):
     """A linear layer y = x W^T + b whose weight is stored packed.
 
     Sub-classes register every stored tensor as a buffer and name their format; `bias` (N,) or None is not part of
-    the weight's bits.
+    the weight's bits. What can be derived is a buffer that is not persistent: no file holds it, no bit counts it.
     """
 
     kind: ClassVar[str]
@@ -67,8 +86,33 @@ class PackedLinear(nn.Module):
     out_features: int
     bias: Tensor | None
 
+    def _allocate(
+        self,
+        in_features: int,
+        out_features: int,
+        stored: Mapping[str, Buffer | None],
+        bias: bool,
+        dtype: torch.dtype,
+        derived: dict[str, Tensor] | None = None,
+    ) -> None:
+        """What a constructor does: note the shape and register every buffer.
+
+        Args:
+            in_features: K.
+            out_features: N.
+            stored: the weight's tensors by name, zeroed here; None is one that this layout lacks.
+            bias: whether a bias is stored.
+            dtype: dtype of the bias.
+            derived: tensors that follow from the stored ones.
+        """
+        self.in_features, self.out_features = in_features, out_features
+        for name, buffer in stored.items():
+            self.register_buffer(name, None if buffer is None else torch.zeros(buffer.shape, dtype=buffer.dtype))
+        for name, tensor in (derived or {}).items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+
     @classmethod
-    @abstractmethod
     def empty(
         cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
     ) -> Self:
@@ -79,8 +123,23 @@ class PackedLinear(nn.Module):
             out_features: N.
             bias: whether a bias is stored.
             dtype: dtype of the bias.
-            layout: what `layout` of the stored layer says.
+            layout: what `layout` of the stored layer says; here they are arguments of the constructor.
         """
+        return cls(in_features=in_features, out_features=out_features, bias=bias, dtype=dtype, **layout)
+
+    @classmethod
+    def _holding(
+        cls, in_features: int, out_features: int, bias: Tensor | None, tensors: dict[str, Tensor], **layout: int
+    ) -> Self:
+        """A layer that stores `tensors`, by buffer name, and a copy of `bias` (N,); it is where the tensors are."""
+        dtype = torch.float32 if bias is None else bias.dtype
+        layer = cls.empty(in_features, out_features, bias is not None, dtype, **layout)
+        layer.to(next(iter(tensors.values())).device)
+        for name, tensor in tensors.items():
+            setattr(layer, name, tensor)
+        if bias is not None:
+            layer.bias = bias.detach().clone()
+        return layer
 
     def layout(self) -> dict[str, int]:
         """What beyond K and N fixes the shapes of the buffers: a group size, a rank. JSON keeps it."""
@@ -97,16 +156,25 @@ class PackedLinear(nn.Module):
         """
 
     @abstractmethod
+    def solution(self) -> Solution:
+        """The stored weight, unpacked to float32."""
+
     def dequantize(self) -> Tensor:
         """The dense float32 weight (N, K) this layer multiplies by."""
+        return self.solution().dense()
 
-    @abstractmethod
     def weight_buffers(self) -> dict[str, Tensor]:
         """Every stored tensor that makes up the weight, by buffer name."""
+        stored = self.state_dict().keys() - {"bias"}
+        return {name: tensor for name, tensor in self.named_buffers() if name in stored}
 
     @abstractmethod
     def operands(self) -> list[tuple[str, list[Tensor]]]:
         """The operator calls of one forward pass: (operator's name in ONNX, the stored tensors it reads, in order)."""
+
+    def _with_bias(self, stored: list[Tensor]) -> list[Tensor]:
+        """Operands of a call, the bias as float32 behind them if there is one."""
+        return stored if self.bias is None else [*stored, self.bias.float()]
 
     def refresh(self) -> None:
         """Derive again whatever follows from the stored tensors; call it after they were filled.

@@ -6,15 +6,15 @@ True bits: 1 + 16 / g, plus the padding of a row to whole bytes and of its last 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, half_scales
+from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, code_buffer, half_buffer, half_scales
 from lit_binq.formats.latent import latent_codes, signs, straight_through
-from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
+from lit_binq.formats.packing import pack_signs, unpack_signs
 
 SMALLEST_GROUP, LARGEST_GROUP = 8, 1024
 
@@ -125,18 +125,12 @@ class GroupedLinear(PackedLinear):
     ) -> None:
         super().__init__()
         check_group(group)
-        self.in_features, self.out_features, self.group = in_features, out_features, group
-        scales = torch.zeros(out_features, group_count(in_features, group), dtype=torch.float16)
-        self.register_buffer("codes", torch.zeros(out_features, packed_width(in_features), dtype=torch.uint8))
-        self.register_buffer("scales", scales)
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
-
-    @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
-    ) -> Self:
-        """Zeroed codes and scales; the layout is {"group": g}."""
-        return cls(in_features, out_features, bias=bias, dtype=dtype, **layout)
+        self.group = group
+        stored = {
+            "codes": code_buffer(out_features, in_features),
+            "scales": half_buffer(out_features, group_count(in_features, group)),
+        }
+        self._allocate(in_features, out_features, stored, bias, dtype)
 
     def layout(self) -> dict[str, int]:
         """{"group": g}."""
@@ -151,32 +145,21 @@ class GroupedLinear(PackedLinear):
         """
         s = solution.positive()
         N, K = s.B.shape
-        layer = cls(K, N, s.group, bias is not None, torch.float32 if bias is None else bias.dtype)
-        layer.codes, layer.scales = pack_signs(s.B), half_scales(s.s, "scales")
-        if bias is not None:
-            layer.bias = bias.detach().clone()
-        return layer
+        tensors = {"codes": pack_signs(s.B), "scales": half_scales(s.s, "scales")}
+        return cls._holding(K, N, bias, tensors, group=s.group)
 
     def solution(self) -> Grouped:
         """The stored weight, unpacked to float32."""
         return Grouped(self.scales.float(), unpack_signs(self.codes, self.in_features), self.group)
 
-    def dequantize(self) -> Tensor:
-        """(N, K) float32."""
-        return self.solution().dense()
-
     def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentGroupedLinear":
         """The trainable twin; see the base class."""
         return LatentGroupedLinear(self.solution(), self.bias, train_codes, target)
 
-    def weight_buffers(self) -> dict[str, Tensor]:
-        """codes and scales."""
-        return {"codes": self.codes, "scales": self.scales}
-
     def operands(self) -> list[tuple[str, list[Tensor]]]:
         """One product."""
         stored = [self.codes, self.scales]
-        return [("GroupedBinaryMatMul", stored if self.bias is None else [*stored, self.bias.float()])]
+        return [("GroupedBinaryMatMul", self._with_bias(stored))]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""

@@ -18,13 +18,13 @@ for a sign with a residual sign, and 2 where means are zero; levels cost more bi
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, half_scales
+from lit_binq.formats.base import Buffer, LatentLinear, PackedLinear, Solution, code_buffer, half_buffer, half_scales
 from lit_binq.formats.latent import latent_codes, signs, straight_through
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
 
@@ -178,23 +178,16 @@ class LevelsLinear(PackedLinear):
         super().__init__()
         if group < 1 or zones not in (1, 2):
             raise ValueError(f"group {group}, zones {zones}")
-        self.in_features, self.out_features = in_features, out_features
         self.group, self.zones, self.scaled = group, zones, scaled
         width = packed_width(in_features)
-        for name in ("codes", "selector"):
-            self.register_buffer(name, torch.zeros(out_features, width, dtype=torch.uint8))
-        shape = (out_features, group_count(in_features, group, zones), 4)
-        self.register_buffer("levels", torch.zeros(shape, dtype=torch.float16))
-        self.register_buffer("column_bits", torch.zeros(width if zones == 2 else 0, dtype=torch.uint8))
-        self.register_buffer("col_scale", torch.zeros(in_features, dtype=torch.float16) if scaled else None)
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
-
-    @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
-    ) -> Self:
-        """Zeroed buffers; the layout is {"group": g, "zones": 1 or 2, "scaled": 0 or 1}."""
-        return cls(in_features, out_features, bias=bias, dtype=dtype, **layout)
+        stored = {
+            "codes": code_buffer(out_features, in_features),
+            "selector": code_buffer(out_features, in_features),
+            "levels": half_buffer(out_features, group_count(in_features, group, zones), 4),
+            "column_bits": Buffer((width if zones == 2 else 0,), torch.uint8),
+            "col_scale": half_buffer(in_features) if scaled else None,
+        }
+        self._allocate(in_features, out_features, stored, bias, dtype)
 
     def layout(self) -> dict[str, int]:
         """{"group": g, "zones": 1 or 2, "scaled": 0 or 1}."""
@@ -215,19 +208,13 @@ class LevelsLinear(PackedLinear):
         N, K = s.codes.shape
         if s.codes.numel() and int(s.codes.max()) > 3:
             raise LitBinqError(f"levels: got code {int(s.codes.max())}, expected codes from 0 to 3")
-        dtype = torch.float32 if bias is None else bias.dtype
-        layer = cls(K, N, s.group, s.zones, int(s.c is not None), bias is not None, dtype)
         A, B = bits_of(s.codes)
-        layer.codes, layer.selector = pack_signs(A), pack_signs(B)
-        layer.levels = half_scales(s.levels, "levels")
-        layer.column_bits = layer.column_bits.to(s.codes.device)
+        tensors = {"codes": pack_signs(A), "selector": pack_signs(B), "levels": half_scales(s.levels, "levels")}
         if s.salient is not None:
-            layer.column_bits = pack_signs(s.salient[None].float() - 0.5)[0]
+            tensors["column_bits"] = pack_signs(s.salient[None].float() - 0.5)[0]
         if s.c is not None:
-            layer.col_scale = half_scales(s.c, "col_scale")
-        if bias is not None:
-            layer.bias = bias.detach().clone()
-        return layer
+            tensors["col_scale"] = half_scales(s.c, "col_scale")
+        return cls._holding(K, N, bias, tensors, group=s.group, zones=s.zones, scaled=int(s.c is not None))
 
     def solution(self) -> Levels:
         """The stored weight, unpacked to float32."""
@@ -237,22 +224,14 @@ class LevelsLinear(PackedLinear):
         c = None if self.col_scale is None else self.col_scale.float()
         return Levels(self.levels.float(), code, self.group, salient, c)
 
-    def dequantize(self) -> Tensor:
-        """(N, K) float32."""
-        return self.solution().dense()
-
     def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentLevelsLinear":
         """The trainable twin; see the base class."""
         return LatentLevelsLinear(self.solution(), self.bias, train_codes, target)
 
-    def weight_buffers(self) -> dict[str, Tensor]:
-        """Both planes, the levels, the bitmap (empty with one zone) and the column scales if there are any."""
-        return {name: t for name, t in self.named_buffers() if name != "bias"}
-
     def operands(self) -> list[tuple[str, list[Tensor]]]:
         """One product. Column scales are not among its operands: they are multiplied into x before."""
         stored = [self.codes, self.selector, self.levels, self.column_bits]
-        return [("LevelsMatMul", stored if self.bias is None else [*stored, self.bias.float()])]
+        return [("LevelsMatMul", self._with_bias(stored))]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""

@@ -12,12 +12,12 @@ Source: Boza and Macko, Addition is almost all you need: compressing neural netw
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, half_scales
+from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, code_buffer, half_buffer, half_scales
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
 from lit_binq.formats.row_column import LatentBinaryLinear, RowColumn, binary_matmul
 
@@ -107,21 +107,17 @@ class LowRankLinear(PackedLinear):
         super().__init__()
         if rank < 8 or rank % 8:
             raise ValueError(f"rank {rank}, expected a multiple of 8")
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.register_buffer("left_codes", torch.zeros(out_features, rank // 8, dtype=torch.uint8))
-        self.register_buffer("right_codes", torch.zeros(rank, packed_width(in_features), dtype=torch.uint8))
-        for name, length in (("left_scale", out_features), ("inner_scale", rank), ("right_scale", in_features)):
-            self.register_buffer(name, torch.zeros(length, dtype=torch.float16))
+        self.rank = rank
+        stored = {
+            "left_codes": code_buffer(out_features, rank),
+            "right_codes": code_buffer(rank, in_features),
+            "left_scale": half_buffer(out_features),
+            "inner_scale": half_buffer(rank),
+            "right_scale": half_buffer(in_features),
+        }
         # Column scales of the second product: known without a file, so not stored.
-        self.register_buffer("ones", torch.ones(rank, dtype=torch.float16), persistent=False)
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
-
-    @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
-    ) -> Self:
-        """Zeroed buffers; the layout is {"rank": k}."""
-        return cls(in_features, out_features, bias=bias, dtype=dtype, **layout)
+        ones = torch.ones(rank, dtype=torch.float16)
+        self._allocate(in_features, out_features, stored, bias, dtype, {"ones": ones})
 
     def layout(self) -> dict[str, int]:
         """{"rank": k}."""
@@ -131,39 +127,30 @@ class LowRankLinear(PackedLinear):
     def from_solution(cls, solution: LowRank, bias: Tensor | None = None) -> "LowRankLinear":
         """Pack a solver's result; bias (N,) or None. Raises LitBinqError where a scale does not fit float16."""
         s = solution.balanced()
-        layer = cls(len(s.w), len(s.u), len(s.v), bias is not None, torch.float32 if bias is None else bias.dtype)
-        layer.left_codes, layer.right_codes = pack_signs(s.A), pack_signs(s.B)
-        layer.left_scale = half_scales(s.u, "left_scale")
-        layer.inner_scale = half_scales(s.v, "inner_scale")
-        layer.right_scale = half_scales(s.w, "right_scale")
-        layer.ones = layer.ones.to(s.A.device)
-        if bias is not None:
-            layer.bias = bias.detach().clone()
-        return layer
+        tensors = {
+            "left_codes": pack_signs(s.A),
+            "right_codes": pack_signs(s.B),
+            "left_scale": half_scales(s.u, "left_scale"),
+            "inner_scale": half_scales(s.v, "inner_scale"),
+            "right_scale": half_scales(s.w, "right_scale"),
+        }
+        return cls._holding(len(s.w), len(s.u), bias, tensors, rank=len(s.v))
 
     def solution(self) -> LowRank:
         """The stored weight, unpacked to float32."""
         A, B = unpack_signs(self.left_codes, self.rank), unpack_signs(self.right_codes, self.in_features)
         return LowRank(self.left_scale.float(), A, self.inner_scale.float(), B, self.right_scale.float())
 
-    def dequantize(self) -> Tensor:
-        """(N, K) float32."""
-        return self.solution().dense()
-
     def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentLowRankLinear":
         """The trainable twin; see the base class."""
         return LatentLowRankLinear(self.solution(), self.bias, train_codes, target)
-
-    def weight_buffers(self) -> dict[str, Tensor]:
-        """Both factors and the three scale vectors."""
-        return {name: t for name, t in self.named_buffers() if name not in ("bias", "ones")}
 
     def operands(self) -> list[tuple[str, list[Tensor]]]:
         """Two products."""
         left = [self.left_codes, self.left_scale, self.ones]
         return [
             ("BinaryMatMul", [self.right_codes, self.inner_scale, self.right_scale]),
-            ("BinaryMatMul", left if self.bias is None else [*left, self.bias.float()]),
+            ("BinaryMatMul", self._with_bias(left)),
         ]
 
     def forward(self, x: Tensor) -> Tensor:

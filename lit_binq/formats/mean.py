@@ -8,14 +8,14 @@ not stored, they follow from the format.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, half_scales
+from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, code_buffer, half_buffer, half_scales
 from lit_binq.formats.latent import latent_codes, signs, straight_through
-from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
+from lit_binq.formats.packing import pack_signs, unpack_signs
 from lit_binq.formats.row_column import binary_matmul
 
 
@@ -67,20 +67,14 @@ class RowMeanLinear(PackedLinear):
         self, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("codes", torch.zeros(out_features, packed_width(in_features), dtype=torch.uint8))
-        self.register_buffer("row_scale", torch.zeros(out_features, dtype=torch.float16))
-        self.register_buffer("row_mean", torch.zeros(out_features, dtype=torch.float16))
+        stored = {
+            "codes": code_buffer(out_features, in_features),
+            "row_scale": half_buffer(out_features),
+            "row_mean": half_buffer(out_features),
+        }
         # What the product's column scales are in this format: known without a file, so not stored.
-        self.register_buffer("ones", torch.ones(in_features, dtype=torch.float16), persistent=False)
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
-
-    @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
-    ) -> Self:
-        """Zeroed codes, scales and means; see the base class. There is no layout."""
-        return cls(in_features, out_features, bias, dtype, **layout)
+        ones = torch.ones(in_features, dtype=torch.float16)
+        self._allocate(in_features, out_features, stored, bias, dtype, {"ones": ones})
 
     @classmethod
     def from_solution(cls, solution: RowMean, bias: Tensor | None = None) -> "RowMeanLinear":
@@ -90,21 +84,16 @@ class RowMeanLinear(PackedLinear):
             LitBinqError: a scale or a mean does not fit float16.
         """
         s = solution
-        layer = cls(s.B.shape[1], s.B.shape[0], bias is not None, torch.float32 if bias is None else bias.dtype)
-        layer.codes = pack_signs(s.B)
-        layer.row_scale, layer.row_mean = half_scales(s.a, "row_scale"), half_scales(s.m, "row_mean")
-        layer.ones = layer.ones.to(s.B.device)
-        if bias is not None:
-            layer.bias = bias.detach().clone()
-        return layer
+        tensors = {
+            "codes": pack_signs(s.B),
+            "row_scale": half_scales(s.a, "row_scale"),
+            "row_mean": half_scales(s.m, "row_mean"),
+        }
+        return cls._holding(s.B.shape[1], s.B.shape[0], bias, tensors)
 
     def solution(self) -> RowMean:
         """The stored weight, unpacked to float32."""
         return RowMean(self.row_mean.float(), self.row_scale.float(), unpack_signs(self.codes, self.in_features))
-
-    def dequantize(self) -> Tensor:
-        """(N, K) float32."""
-        return self.solution().dense()
 
     def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentRowMeanLinear":
         """The trainable twin; see the base class."""
@@ -113,11 +102,7 @@ class RowMeanLinear(PackedLinear):
     def operands(self) -> list[tuple[str, list[Tensor]]]:
         """One product, whose column scales are one. The means' term is made of standard operators."""
         read = [self.codes, self.row_scale, self.ones]
-        return [("BinaryMatMul", read if self.bias is None else [*read, self.bias.float()])]
-
-    def weight_buffers(self) -> dict[str, Tensor]:
-        """codes, row_scale and row_mean."""
-        return {"codes": self.codes, "row_scale": self.row_scale, "row_mean": self.row_mean}
+        return [("BinaryMatMul", self._with_bias(read))]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""

@@ -7,7 +7,8 @@ On a column with q planes a weight takes one of 2^q values. True bits: sum k_p /
 16 (Q N + sum k_p) / (N K), and for every further plane that is not on all columns a bitmap of one bit a column. With
 two planes of which the second is on a few columns it is the "salient columns" of the literature.
 
-The layer is a sum of row x column products: plane p reads the columns S_p of the input only.
+The layer is a sum of row x column products: plane p reads the columns S_p of the input only. In torch it is one
+operator, which adds up the planes' weights and multiplies once; in ONNX one BinaryMatMul a plane.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from lit_binq.formats.base import LatentLinear, PackedLinear, Solution
 from lit_binq.formats.latent import latent_codes, signs, straight_through
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
-from lit_binq.formats.row_column import BinaryLinear, RowColumn, binary_matmul
+from lit_binq.formats.row_column import BinaryLinear, RowColumn
 
 
 @dataclass
@@ -54,6 +55,59 @@ def stored_bits(N: int, K: int, counts: Sequence[int]) -> int:
     for k in counts:
         bits += 8 * N * packed_width(k) + 16 * (N + k) + (8 * packed_width(K) if k < K else 0)
     return bits
+
+
+@torch.library.custom_op("lit_binq::planes_matmul", mutates_args=())
+def planes_matmul(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    row_scales: Sequence[Tensor],
+    col_scales: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    bias: Tensor | None,
+    counts: Sequence[int],
+) -> Tensor:
+    """y = x W^^T + bias, in x's dtype, W^ the sum of Q planes.
+
+    Args:
+        x: (..., K) float.
+        codes: Q times (N, ceil(k_p / 8)) uint8, see `lit_binq.formats.packing`; the first plane has all columns.
+        row_scales: Q times (N,) float16.
+        col_scales: Q times (k_p,) float16.
+        columns: Q - 1 times (k_p,) int64, the columns of a further plane; not read where k_p = K.
+        bias: (N,) float or None.
+        counts: Q numbers k_p, the first is K.
+
+    Returns:
+        (..., N), dtype of x.
+    """
+    K = counts[0]
+    # At least float32: in half precision the smaller planes would drown in the first one's rounding.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    planes = [
+        RowColumn(r.to(dtype), c.to(dtype), unpack_signs(stored, k, dtype)).dense()
+        for stored, r, c, k in zip(codes, row_scales, col_scales, counts, strict=True)
+    ]
+    W = planes[0]
+    for plane, chosen, k in zip(planes[1:], columns, counts[1:], strict=True):
+        if k == K:
+            W += plane
+        else:
+            W.index_add_(1, chosen, plane)
+    return nn.functional.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+@planes_matmul.register_fake
+def _(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    row_scales: Sequence[Tensor],
+    col_scales: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    bias: Tensor | None,
+    counts: Sequence[int],
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes[0].shape[0]))
 
 
 class PlanesLinear(PackedLinear):
@@ -179,12 +233,10 @@ class PlanesLinear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        y = binary_matmul(x, self.codes0, self.row_scale0, self.col_scale0, self.bias, self.in_features)
-        for p, k in enumerate(self.counts, 1):
-            part = x if k == self.in_features else x.index_select(-1, self.get_buffer(f"columns{p}"))
-            codes, r, c = self._stored(p)
-            y = y + binary_matmul(part, codes, r, c, None, k)
-        return y
+        counts = [self.in_features, *self.counts]
+        codes, rows, cols = zip(*(self._stored(p) for p in range(len(counts))), strict=True)
+        columns = [self.get_buffer(f"columns{p}") for p in range(1, len(counts))]
+        return planes_matmul(x, codes, rows, cols, columns, self.bias, counts)
 
 
 class LatentPlanesLinear(LatentLinear):

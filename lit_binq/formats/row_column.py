@@ -5,14 +5,14 @@ True bits: 1 + 16 (N + K) / (N K), plus the padding of a row to whole bytes.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, half_scales
+from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, code_buffer, half_buffer, half_scales
 from lit_binq.formats.latent import latent_codes, signs, straight_through
-from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
+from lit_binq.formats.packing import pack_signs, unpack_signs
 
 
 @dataclass
@@ -103,18 +103,12 @@ class BinaryLinear(PackedLinear):
         self, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("codes", torch.zeros(out_features, packed_width(in_features), dtype=torch.uint8))
-        self.register_buffer("row_scale", torch.zeros(out_features, dtype=torch.float16))
-        self.register_buffer("col_scale", torch.zeros(in_features, dtype=torch.float16))
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
-
-    @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
-    ) -> Self:
-        """Zeroed codes and scales; see the base class. There is no layout."""
-        return cls(in_features, out_features, bias, dtype, **layout)
+        stored = {
+            "codes": code_buffer(out_features, in_features),
+            "row_scale": half_buffer(out_features),
+            "col_scale": half_buffer(in_features),
+        }
+        self._allocate(in_features, out_features, stored, bias, dtype)
 
     @classmethod
     def from_solution(cls, solution: RowColumn, bias: Tensor | None = None) -> "BinaryLinear":
@@ -128,20 +122,16 @@ class BinaryLinear(PackedLinear):
             LitBinqError: a scale is not finite, or too large for float16.
         """
         s = solution.balanced()
-        layer = cls(s.B.shape[1], s.B.shape[0], bias is not None, torch.float32 if bias is None else bias.dtype)
-        layer.codes = pack_signs(s.B)
-        layer.row_scale, layer.col_scale = half_scales(s.r, "row_scale"), half_scales(s.c, "col_scale")
-        if bias is not None:
-            layer.bias = bias.detach().clone()
-        return layer
+        tensors = {
+            "codes": pack_signs(s.B),
+            "row_scale": half_scales(s.r, "row_scale"),
+            "col_scale": half_scales(s.c, "col_scale"),
+        }
+        return cls._holding(s.B.shape[1], s.B.shape[0], bias, tensors)
 
     def solution(self) -> RowColumn:
         """The stored weight, unpacked to float32."""
         return RowColumn(self.row_scale.float(), self.col_scale.float(), unpack_signs(self.codes, self.in_features))
-
-    def dequantize(self) -> Tensor:
-        """(N, K) float32."""
-        return self.solution().dense()
 
     def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentBinaryLinear":
         """The trainable twin; see the base class."""
@@ -150,11 +140,7 @@ class BinaryLinear(PackedLinear):
     def operands(self) -> list[tuple[str, list[Tensor]]]:
         """One product."""
         stored = [self.codes, self.row_scale, self.col_scale]
-        return [("BinaryMatMul", stored if self.bias is None else [*stored, self.bias.float()])]
-
-    def weight_buffers(self) -> dict[str, Tensor]:
-        """codes, row_scale and col_scale."""
-        return {"codes": self.codes, "row_scale": self.row_scale, "col_scale": self.col_scale}
+        return [("BinaryMatMul", self._with_bias(stored))]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""

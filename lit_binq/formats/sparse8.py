@@ -10,14 +10,14 @@ it (0.9 x 1 + 0.1 x 8) leave out the positions and the scales.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, half_scales
+from lit_binq.formats.base import Buffer, LatentLinear, PackedLinear, Solution, code_buffer, half_buffer, half_scales
 from lit_binq.formats.latent import latent_codes, signs, straight_through
-from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
+from lit_binq.formats.packing import pack_signs, unpack_signs
 
 
 @dataclass
@@ -129,20 +129,15 @@ class Sparse8Linear(PackedLinear):
         super().__init__()
         if not 0 <= count <= in_features * out_features:
             raise ValueError(f"count {count}")
-        self.in_features, self.out_features, self.count = in_features, out_features, count
-        for name in ("codes", "mask"):
-            self.register_buffer(name, torch.zeros(out_features, packed_width(in_features), dtype=torch.uint8))
-        self.register_buffer("values", torch.zeros(count, dtype=torch.int8))
-        for name in ("row_scale", "value_scale"):
-            self.register_buffer(name, torch.zeros(out_features, dtype=torch.float16))
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
-
-    @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
-    ) -> Self:
-        """Zeroed buffers; the layout is {"count": number of chosen weights}."""
-        return cls(in_features, out_features, bias=bias, dtype=dtype, **layout)
+        self.count = count
+        stored = {
+            "codes": code_buffer(out_features, in_features),
+            "mask": code_buffer(out_features, in_features),
+            "values": Buffer((count,), torch.int8),
+            "row_scale": half_buffer(out_features),
+            "value_scale": half_buffer(out_features),
+        }
+        self._allocate(in_features, out_features, stored, bias, dtype)
 
     def layout(self) -> dict[str, int]:
         """{"count": number of chosen weights}."""
@@ -154,13 +149,14 @@ class Sparse8Linear(PackedLinear):
         s = solution
         N, K = s.B.shape
         values = s.Q[s.mask].to(torch.int8)
-        layer = cls(K, N, len(values), bias is not None, torch.float32 if bias is None else bias.dtype)
-        layer.codes = pack_signs(s.B.masked_fill(s.mask, -1.0))
-        layer.mask, layer.values = pack_signs(s.mask.float() - 0.5), values
-        layer.row_scale, layer.value_scale = half_scales(s.r, "row_scale"), half_scales(s.s, "value_scale")
-        if bias is not None:
-            layer.bias = bias.detach().clone()
-        return layer
+        tensors = {
+            "codes": pack_signs(s.B.masked_fill(s.mask, -1.0)),
+            "mask": pack_signs(s.mask.float() - 0.5),
+            "values": values,
+            "row_scale": half_scales(s.r, "row_scale"),
+            "value_scale": half_scales(s.s, "value_scale"),
+        }
+        return cls._holding(K, N, bias, tensors, count=len(values))
 
     def refresh(self) -> None:
         """Check the mask against the number of values.
@@ -179,22 +175,14 @@ class Sparse8Linear(PackedLinear):
         B = unpack_signs(self.codes, self.in_features)
         return Sparse8(self.row_scale.float(), B, self.value_scale.float(), Q, mask)
 
-    def dequantize(self) -> Tensor:
-        """(N, K) float32."""
-        return self.solution().dense()
-
     def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentSparse8Linear":
         """The trainable twin; see the base class."""
         return LatentSparse8Linear(self.solution(), self.bias, train_codes, target)
 
-    def weight_buffers(self) -> dict[str, Tensor]:
-        """Signs, mask, values and both scales."""
-        return {name: t for name, t in self.named_buffers() if name != "bias"}
-
     def operands(self) -> list[tuple[str, list[Tensor]]]:
         """One product."""
         stored = [self.codes, self.mask, self.values, self.row_scale, self.value_scale]
-        return [("Sparse8MatMul", stored if self.bias is None else [*stored, self.bias.float()])]
+        return [("Sparse8MatMul", self._with_bias(stored))]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""

@@ -8,7 +8,7 @@ True bits: 2 + 16 L / g, and with outliers a bitmap of K bits, with 4-bit inputs
 """
 
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import two_plane_device
 from lit_binq.formats.activations import plain_scales, quantize
-from lit_binq.formats.base import PackedLinear, half_scales
+from lit_binq.formats.base import Buffer, PackedLinear, code_buffer, half_buffer, half_scales
 from lit_binq.formats.grouped import check_group, group_count
 from lit_binq.formats.levels import bits_of
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
@@ -158,24 +158,16 @@ class TwoPlaneLinear(PackedLinear):
             raise ValueError(f"levels {levels}, activation_bits {activation_bits}, static {static}")
         if outliers % 8 or not 0 <= outliers < max(in_features, 1):
             raise ValueError(f"{outliers} outliers of {in_features} columns, expected a multiple of 8, fewer than all")
-        self.in_features, self.out_features = in_features, out_features
         self.group, self.activation_bits, self.outliers = group, activation_bits, outliers
-        width, G = packed_width(in_features), group_count(in_features, group)
-        for name in ("codes", "selector"):
-            self.register_buffer(name, torch.zeros(out_features, width, dtype=torch.uint8))
-        self.register_buffer("levels", torch.zeros(out_features, G, levels, dtype=torch.float16))
-        self.register_buffer("outlier_bits", torch.zeros(width if outliers else 0, dtype=torch.uint8))
-        self.register_buffer("input_scales", torch.zeros(5 if activation_bits == 4 else 0, dtype=torch.float16))
-        self.register_buffer("input_range", torch.zeros(4 if static else 0, dtype=torch.float32))
-        self.register_buffer("order", torch.arange(in_features), persistent=False)
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
-
-    @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
-    ) -> Self:
-        """Zeroed buffers; the layout is what `layout` returns."""
-        return cls(in_features, out_features, bias=bias, dtype=dtype, **layout)
+        stored = {
+            "codes": code_buffer(out_features, in_features),
+            "selector": code_buffer(out_features, in_features),
+            "levels": half_buffer(out_features, group_count(in_features, group), levels),
+            "outlier_bits": Buffer((packed_width(in_features) if outliers else 0,), torch.uint8),
+            "input_scales": half_buffer(5 if activation_bits == 4 else 0),
+            "input_range": Buffer((4 if static else 0,), torch.float32),
+        }
+        self._allocate(in_features, out_features, stored, bias, dtype, {"order": torch.arange(in_features)})
 
     def layout(self) -> dict[str, int]:
         """{"group": g, "levels": L, "activation_bits": 0, 4 or 8, "outliers": P, "static": 0 or 1}."""
@@ -204,21 +196,17 @@ class TwoPlaneLinear(PackedLinear):
             raise LitBinqError(f"two_plane: got code {int(solution.codes.max())}, expected codes from 0 to 3")
         half = half_scales(solution.levels, "levels")
         s = replace(solution, levels=half.to(solution.levels.dtype)).canonical()
-        dtype = torch.float32 if bias is None else bias.dtype
         P = len(s.inputs.outliers)
         s.inputs.check(K)
-        layer = cls(K, N, s.group, s.levels.shape[-1], 0, P, 0, bias is not None, dtype).to(s.codes.device)
         A, B = bits_of(s.codes)
-        layer.codes, layer.selector = pack_signs(A), pack_signs(B)
-        layer.levels = s.levels.half()
+        tensors = {"codes": pack_signs(A), "selector": pack_signs(B), "levels": s.levels.half()}
         if P:
-            layer.order = stored_order(s.inputs.outliers.to(s.codes.device), K)
+            tensors["order"] = stored_order(s.inputs.outliers.to(s.codes.device), K)
             marked = -torch.ones(1, K, device=s.codes.device)
-            marked[0, layer.order[:P]] = 1
-            layer.outlier_bits = pack_signs(marked)[0]
+            marked[0, tensors["order"][:P]] = 1
+            tensors["outlier_bits"] = pack_signs(marked)[0]
+        layer = cls._holding(K, N, bias, tensors, group=s.group, levels=s.levels.shape[-1], outliers=P)
         layer.set_inputs(s.inputs)
-        if bias is not None:
-            layer.bias = bias.detach().clone()
         return layer
 
     def set_inputs(self, inputs: InputFormat) -> None:
@@ -275,14 +263,10 @@ class TwoPlaneLinear(PackedLinear):
         """The trainable twin; see the base class."""
         return LatentTwoPlaneLinear(self.solution(), self.bias, train_codes, target)
 
-    def weight_buffers(self) -> dict[str, Tensor]:
-        """Both planes, the levels, the bitmap and what quantizes the input; the last three may be empty."""
-        return {name: t for name, t in self.named_buffers() if name not in ("bias", "order")}
-
     def operands(self) -> list[tuple[str, list[Tensor]]]:
         """One product."""
         stored = list(self.weight_buffers().values())
-        return [("TwoPlaneMatMul", stored if self.bias is None else [*stored, self.bias.float()])]
+        return [("TwoPlaneMatMul", self._with_bias(stored))]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""

@@ -63,17 +63,33 @@ def column_by_column(T: Tensor, U: Tensor, quantize: Callable[[Tensor, int], Ten
     Returns:
         (N, K), the quantized values.
     """
+    return columns_and_errors(T, U, quantize, width=width)[0]
+
+
+def columns_and_errors(
+    T: Tensor, U: Tensor, quantize: Callable[[Tensor, int], Tensor], *, width: int = 128
+) -> tuple[Tensor, Tensor]:
+    """The same, with the errors e_j that columns outside T make good: w_k <- w_k - sum_j e_j U_jk.
+
+    Args:
+        T: (N, K) target; columns of a wider one, with the errors of all before them compensated.
+        U: (K, K), the part of these columns.
+        quantize: from w_j (N,) and j to q_j (N,).
+        width: columns a lazy block.
+
+    Returns:
+        The quantized values (N, K), and the errors transposed (K, N).
+    """
     Wt, K = T.T.clone(memory_format=torch.contiguous_format), T.shape[1]  # (K, N): columns contiguous
-    Qt = torch.empty_like(Wt)
+    Qt, errors = torch.empty_like(Wt), torch.empty_like(Wt)
     for begin in range(0, K, width):
         end = min(begin + width, K)
-        errors = torch.empty_like(Wt[begin:end])
         for j in range(begin, end):
             Qt[j] = quantize(Wt[j], j)
-            errors[j - begin] = (Wt[j] - Qt[j]) / U[j, j]
-            Wt[j + 1 : end].addr_(U[j, j + 1 : end], errors[j - begin], alpha=-1)
-        Wt[end:].addmm_(U[begin:end, end:].T, errors, alpha=-1)
-    return Qt.T.contiguous()
+            errors[j] = (Wt[j] - Qt[j]) / U[j, j]
+            Wt[j + 1 : end].addr_(U[j, j + 1 : end], errors[j], alpha=-1)
+        Wt[end:].addmm_(U[begin:end, end:].T, errors[begin:end], alpha=-1)
+    return Qt.T.contiguous(), errors
 
 
 def feedback_codes(s: RowColumn, T: Tensor, H: Tensor, *, damping: float = 0.0) -> RowColumn:

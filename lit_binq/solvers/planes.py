@@ -12,6 +12,7 @@ columns, codes and scales all follow one objective, and the columns are whole co
 plane to what the others leave ends in poor optima: three planes had twice the error of a joint descent.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,15 +23,9 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats.planes import Planes, stored_bits
 from lit_binq.formats.row_column import RowColumn
 from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.descent import INNER, OUTER, descend_columns
 from lit_binq.solvers.planes_start import MOST_PLANES, begin
-from lit_binq.solvers.row_column import (
-    INNER,
-    OUTER,
-    RowColumnSolver,
-    start,
-    update_column_scales,
-    update_row_scales,
-)
+from lit_binq.solvers.row_column import RowColumnSolver, start, update_column_scales, update_row_scales
 
 
 @dataclass
@@ -90,7 +85,7 @@ class PlanesSolver(Solver):
             bits: true bits a weight, over all layers.
 
         Raises:
-            LitBinqError: not even the first planes fit.
+            LitBinqError: not even the first planes fit, or all planes take less.
         """
         gains = {name: _plane_gains(W.float(), moments[name].to(W.device).float()) for name, W in weights.items()}
         total = sum(W.numel() for W in weights.values())
@@ -105,6 +100,13 @@ class PlanesSolver(Solver):
             raise LitBinqError(
                 f"closed_form.bits: got {bits}, expected at least {least:.4f}: signs and scales of the first plane "
                 "alone take that much"
+            )
+        most = size({name: [W.shape[1]] * (MOST_PLANES - 1) for name, W in weights.items()}) / total
+        most = math.ceil(most * 1e4) / 1e4  # what the message says is taken
+        if bits > most:
+            raise LitBinqError(
+                f"closed_form.bits: got {bits}, expected at most {most:.4f}: "
+                f"{MOST_PLANES} planes on all columns take no more"
             )
         low, high = 0.0, max(float(gains[name][0].max()) / (len(W) + 16) for name, W in weights.items())
         if size(chosen(low)) > bits * total:
@@ -181,7 +183,7 @@ def update_scales(s: Planes, TH: Tensor, H: Tensor) -> Planes:
 def update_codes(
     s: Planes, TH: Tensor, H: Tensor, *, sweeps: int = 1, inner: int = INNER, outer: int = OUTER
 ) -> Planes:
-    """Coordinate descent on all codes of a weight at once; see `row_column.descend_codes` for the blocks.
+    """Coordinate descent on all codes of a weight at once; see `descent.descend_columns` for the panels.
 
     With planes of falling size (each at least the sum of those behind it) signs taken one after the other give the
     nearest level; where scales are otherwise they may not, so a step is made only if it comes nearer.
@@ -206,34 +208,23 @@ def update_codes(
         for j in columns.tolist():
             depth[j] += 1
     W = parts.sum(0)
-    new = W.clone()
-    Gt = TH.T - H @ W
+    G = TH.T - H @ W
     over = 1 / H.diagonal().clamp_min(1e-30)
+
+    def step(j: int, weights: Tensor, residual: Tensor, out: Tensor) -> None:
+        way = residual * over[j]  # from the weight to the best value
+        rest = weights + way
+        chosen = []
+        for p in range(depth[j] + 1):
+            chosen.append(torch.copysign(size[p, j], rest))
+            rest = rest - chosen[-1]
+        nearer = rest.abs() < way.abs()
+        for p, code in enumerate(chosen):
+            parts[p, j] = torch.where(nearer, code, parts[p, j])
+        torch.sum(parts[: depth[j] + 1, j], 0, out=out)
+
     for _ in range(sweeps):
-        for o0 in range(0, K, outer):
-            o1 = min(o0 + outer, K)
-            for i0 in range(o0, o1, inner):
-                i1 = min(i0 + inner, o1)
-                panel, h = Gt[i0:i1], H[i0:i1, i0:i1].contiguous()
-                for j in range(i0, i1):
-                    step = panel[j - i0] * over[j]  # from the weight to the best value
-                    rest = W[j] + step
-                    chosen = []
-                    for p in range(depth[j] + 1):
-                        chosen.append(torch.copysign(size[p, j], rest))
-                        rest = rest - chosen[-1]
-                    nearer = rest.abs() < step.abs()
-                    for p, code in enumerate(chosen):
-                        parts[p, j] = torch.where(nearer, code, parts[p, j])
-                    new[j] = parts[: depth[j] + 1, j].sum(0)
-                    panel.addr_(h[j - i0], new[j] - W[j], alpha=-1)
-                moved = new[i0:i1] - W[i0:i1]
-                Gt[o0:i0].addmm_(H[o0:i0, i0:i1], moved, alpha=-1)
-                Gt[i1:o1].addmm_(H[i1:o1, i0:i1], moved, alpha=-1)
-            moved = new[o0:o1] - W[o0:o1]
-            Gt[:o0].addmm_(H[:o0, o0:o1], moved, alpha=-1)
-            Gt[o1:].addmm_(H[o1:, o0:o1], moved, alpha=-1)
-        W = new.clone()
+        W = descend_columns(W, G, H, step, inner=inner, outer=outer)
     planes = []
     for old, part, plane, columns in zip(before, parts, s.planes, sets, strict=True):
         flipped = (old[columns] * part[columns] < 0).T

@@ -9,10 +9,7 @@ Three exact block minimisations take turns, so f never rises:
     b_ij = sign( r_i c_j ( W^_ij + G_ij / H_jj ) )                             (cyclic over j, all rows at once)
 
 Source: arXiv 2512.21651 v1. Its printed code update has the sign turned round and a factor 2 too many (it would
-maximise); the form above is exact coordinate descent, which tests check by brute force. The blocked sweep is
-ours: inside a block of columns only that block's residual is kept up to date, one matrix product does the rest.
-
-Everything is kept transposed, (K, N), so that the column a step works on is contiguous.
+maximise); the form above is exact coordinate descent (lit_binq.solvers.descent), which tests check by brute force.
 """
 
 from dataclasses import dataclass
@@ -25,12 +22,8 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats.row_column import RowColumn
 from lit_binq.solvers.amp import gate_columns, gate_rows, gated_codes
 from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.descent import INNER, OUTER, descend_columns
 from lit_binq.solvers.feedback import feedback_codes
-
-# Columns a block, on two levels. A step updates the residual of its inner panel only, an inner panel's end that of
-# its outer panel, an outer panel's end everything. 16 x N floats stay in the first-level cache and below the size
-# at which torch starts threads (a thread start costs more than the step); 128 makes the big product efficient.
-INNER, OUTER = 16, 128
 
 Start = Literal["signs", "error_feedback"]
 
@@ -177,30 +170,16 @@ def descend_codes(
     Returns:
         (N, K), the new codes.
     """
-    K = TH.shape[1]
     scale = scale.contiguous()
     size, start_weights = scale.abs(), B.T * scale
-    W = start_weights.clone()  # (K, N): the weights as they stand
-    new = torch.empty_like(W)
-    Gt = TH.T - H @ W  # (K, N)
+    W, G = start_weights, TH.T - H @ start_weights  # (K, N)
     # The minimiser of one weight is w + g / H_jj; a code takes its sign. A hair more of w makes a tie keep its code.
     lean_on = H.diagonal().clamp_min(1e-30) * (1 + torch.finfo(H.dtype).eps)
+
+    def step(j: int, weights: Tensor, residual: Tensor, out: Tensor) -> None:
+        torch.copysign(size[j], torch.addcmul(residual, weights, lean_on[j]), out=out)
+
     for _ in range(sweeps):
-        for o0 in range(0, K, outer):
-            o1 = min(o0 + outer, K)
-            for i0 in range(o0, o1, inner):
-                i1 = min(i0 + inner, o1)
-                panel, h = Gt[i0:i1], H[i0:i1, i0:i1].contiguous()
-                for j in range(i0, i1):
-                    lean = torch.addcmul(panel[j - i0], W[j], lean_on[j])
-                    torch.copysign(size[j], lean, out=new[j])
-                    panel.addr_(h[j - i0], new[j] - W[j], alpha=-1)
-                moved = new[i0:i1] - W[i0:i1]
-                Gt[o0:i0].addmm_(H[o0:i0, i0:i1], moved, alpha=-1)
-                Gt[i1:o1].addmm_(H[i1:o1, i0:i1], moved, alpha=-1)
-            moved = new[o0:o1] - W[o0:o1]
-            Gt[:o0].addmm_(H[:o0, o0:o1], moved, alpha=-1)
-            Gt[o1:].addmm_(H[o1:, o0:o1], moved, alpha=-1)
-        W, new = new, W
+        W = descend_columns(W, G, H, step, inner=inner, outer=outer)
     # Weights of scale zero have no sign to lose: their codes stay.
     return torch.where(W * start_weights < 0, -B.T, B.T).T.contiguous()

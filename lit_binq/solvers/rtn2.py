@@ -22,7 +22,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats.grouped import check_group
 from lit_binq.formats.two_plane_solution import InputFormat, TwoPlane, stored_order, swapped
 from lit_binq.solvers.base import Solver, require_finite
-from lit_binq.solvers.feedback import column_by_column, inverse_factor
+from lit_binq.solvers.feedback import columns_and_errors, inverse_factor
 
 SHARES = tuple(1 - i / 20 for i in range(15))
 """What parts of a group's range are tried as the grid's, where it may be clipped."""
@@ -71,24 +71,13 @@ class UniformTwoBitSolver(Solver):
             end = min(begin + self.group, T.shape[1])
             lo, s = self._grid(T[:, begin:end])
             rank = torch.empty(end - begin, len(T), dtype=torch.uint8, device=T.device)
-            errors = torch.empty(end - begin, len(T), dtype=T.dtype, device=T.device)
 
-            def quantize(
-                w: Tensor,
-                j: int,
-                lo: Tensor = lo,
-                s: Tensor = s,
-                rank: Tensor = rank,
-                errors: Tensor = errors,
-                begin: int = begin,
-            ) -> Tensor:
+            def quantize(w: Tensor, j: int, lo: Tensor = lo, s: Tensor = s, rank: Tensor = rank) -> Tensor:
                 steps = torch.where(s > 0, (w - lo) / s, 0.0).round().clamp(0, 3)
                 rank[j] = steps.to(torch.uint8)
-                q = lo + s * steps
-                errors[j] = (w - q) / U[begin + j, begin + j]
-                return q
+                return lo + s * steps
 
-            column_by_column(T[:, begin:end], U[begin:end, begin:end], quantize)
+            _, errors = columns_and_errors(T[:, begin:end], U[begin:end, begin:end], quantize)
             T = torch.cat((T[:, :end], T[:, end:] - errors.T @ U[begin:end, end:]), 1)
             ranks.append(rank.T)
             levels.append(torch.stack((lo + 1.5 * s, s, s / 2), -1))

@@ -25,9 +25,9 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats.grouped import check_group, spread
 from lit_binq.formats.two_plane_solution import RANK, InputFormat, TwoPlane, stored_order, swapped
 from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.descent import INNER, OUTER, descend_columns
 from lit_binq.solvers.feedback import column_by_column, inverse_factor
 from lit_binq.solvers.four_means import by_rank, four_means
-from lit_binq.solvers.row_column import INNER, OUTER
 
 WORKING_BYTES = 1 << 28
 """Most memory that the systems of one chunk of rows may take."""
@@ -139,7 +139,7 @@ def _with_feedback(W: Tensor, begin: int, end: int, levels: Tensor, U: Tensor) -
 def descend_ranks(
     p: Tensor, ranks: Tensor, TH: Tensor, H: Tensor, group: int, *, inner: int = INNER, outer: int = OUTER
 ) -> Tensor:
-    """One pass of coordinate descent over all columns; see `row_column.descend_codes` for the blocks.
+    """One pass of coordinate descent over all columns; see `descent.descend_columns` for the panels.
 
     Each step gives a weight the level that minimises f with all other weights fixed; a tie keeps the level.
 
@@ -159,28 +159,18 @@ def descend_ranks(
     levels = by_rank(p).permute(1, 2, 0).contiguous()  # (G, 4, N)
     middles = (levels[:, 1:] + levels[:, :-1]) / 2
     W = torch.cat([levels[j // group].gather(0, ranks[:, j][None].long()) for j in range(K)])  # (K, N)
-    new, Gt = W.clone(), TH.T - H @ W
     over = 1 / H.diagonal().clamp_min(1e-30)
-    for o0 in range(0, K, outer):
-        o1 = min(o0 + outer, K)
-        for i0 in range(o0, o1, inner):
-            i1 = min(i0 + inner, o1)
-            panel, h = Gt[i0:i1], H[i0:i1, i0:i1].contiguous()
-            for j in range(i0, i1):
-                level, middle = levels[j // group], middles[j // group]
-                step = panel[j - i0] * over[j]  # from the weight to the best value
-                best = W[j] + step
-                low = torch.where(best > middle[0], level[1], level[0])
-                high = torch.where(best > middle[2], level[3], level[2])
-                chosen = torch.where(best > middle[1], high, low)
-                torch.where((best - chosen).abs() < step.abs(), chosen, W[j], out=new[j])
-                panel.addr_(h[j - i0], new[j] - W[j], alpha=-1)
-            moved = new[i0:i1] - W[i0:i1]
-            Gt[o0:i0].addmm_(H[o0:i0, i0:i1], moved, alpha=-1)
-            Gt[i1:o1].addmm_(H[i1:o1, i0:i1], moved, alpha=-1)
-        moved = new[o0:o1] - W[o0:o1]
-        Gt[:o0].addmm_(H[:o0, o0:o1], moved, alpha=-1)
-        Gt[o1:].addmm_(H[o1:, o0:o1], moved, alpha=-1)
+
+    def step(j: int, weights: Tensor, residual: Tensor, out: Tensor) -> None:
+        level, middle = levels[j // group], middles[j // group]
+        way = residual * over[j]  # from the weight to the best value
+        best = weights + way
+        low = torch.where(best > middle[0], level[1], level[0])
+        high = torch.where(best > middle[2], level[3], level[2])
+        chosen = torch.where(best > middle[1], high, low)
+        torch.where((best - chosen).abs() < way.abs(), chosen, weights, out=out)
+
+    new = descend_columns(W, TH.T - H @ W, H, step, inner=inner, outer=outer)
     # A weight that moved has as its rank the number of levels below it, of equal levels the first.
     below = torch.stack([new > spread(level.T, K, group).T for level in levels.unbind(1)]).sum(0)
     return torch.where(new == W, ranks.T, below.to(torch.uint8)).T.contiguous()

@@ -1,6 +1,7 @@
-// Every instruction set of this machine against plain C++: tables, products and whole multiplications must be equal bit
-// for bit, at shapes that leave tails everywhere, and close to float64. Needs no ONNX Runtime and no Python, so that it
-// also runs cross-compiled, under an emulator. Prints the sets it compared; status 1 and a line for each difference.
+// Every instruction set of this machine against plain C++: tables, products, gates and whole multiplications must be
+// equal bit for bit, at shapes that leave tails everywhere, and close to float64; products that share x must equal
+// those made one by one. Needs no ONNX Runtime and no Python, so that it also runs cross-compiled, under an emulator.
+// Prints the sets it compared; status 1 and a line for each difference.
 //
 // Legend: as in kernel.h.
 #include <cmath>
@@ -148,6 +149,61 @@ void compare_products(const Kernels& kernels, Random& random) {
   }
 }
 
+// silu of floats of all magnitudes and both signs, at lengths that leave tails.
+void compare_gates(const Kernels& kernels, Random& random) {
+  for (int64_t count = 0; count < 300; count += 7) {
+    std::vector<float> gate = random.normal(count);
+    const std::vector<float> up = random.normal(count);
+    for (size_t i = 0; i < gate.size(); ++i) gate[i] *= std::ldexp(1.0f, static_cast<int>(i * 37 % 240) - 120);
+    std::vector<float> want = gate, got = gate;
+    kScalarKernels.apply_gate(want.data(), up.data(), count);
+    kernels.apply_gate(got.data(), up.data(), count);
+    expect(same_bits(want, got), kernels.name, "gate of " + std::to_string(count));
+    for (size_t i = 0; i < gate.size(); ++i) {
+      const double g = gate[i], silu = g / (1.0 + std::exp(-g)) * static_cast<double>(up[i]);
+      expect(std::fabs(static_cast<double>(want[i]) - silu) <= 5e-7 * std::fabs(silu) + 1e-35, "scalar", "silu");
+    }
+  }
+}
+
+// Several matrices at once against one after the other.
+void compare_fused(const Kernels& kernels, Random& random) {
+  const int64_t shapes[][3] = {{1, 300, 130}, {3, 31, 1}, {70, 257, 260}};  // M, K, H
+  for (const auto& shape : shapes) {
+    const int64_t M = shape[0], K = shape[1], H = shape[2], N = 40;
+    const auto matrix = [&](int64_t rows, int64_t columns) {
+      const std::vector<uint8_t> codes = random.bytes(rows * ((columns + 7) / 8));
+      const std::vector<uint16_t> r = random.halves(rows), c = random.halves(columns);
+      return PackedMatrix::row_column(codes.data(), r.data(), c.data(), rows, columns, kernels.layout);
+    };
+    const PackedMatrix a = matrix(H, K), b = matrix(H, K), c = matrix(N, K), down = matrix(N, H);
+    const std::vector<float> x = random.normal(M * K), bias = random.normal(H);
+    SerialExecutor serial;
+    for (const Mode mode : {Mode::kLut, Mode::kExact}) {
+      const std::vector<float> ya = product(kernels, a, mode, x, M, {}), yb = product(kernels, b, mode, x, M, bias);
+      const std::vector<float> yc = product(kernels, c, mode, x, M, {});
+      const int64_t stride = 2 * H + N;
+      std::vector<float> got(static_cast<size_t>(M * stride), 12345.0f), want(got);
+      const Product products[] = {{&a, nullptr, got.data(), stride},
+                                  {&b, bias.data(), got.data() + H, stride},
+                                  {&c, nullptr, got.data() + 2 * H, stride}};
+      multiply_all(kernels, products, 3, mode, x.data(), M, serial);
+      for (int64_t m = 0; m < M; ++m) {
+        std::memcpy(&want[static_cast<size_t>(m * stride)], &ya[static_cast<size_t>(m * H)], sizeof(float) * H);
+        std::memcpy(&want[static_cast<size_t>(m * stride + H)], &yb[static_cast<size_t>(m * H)], sizeof(float) * H);
+        std::memcpy(&want[static_cast<size_t>(m * stride + 2 * H)], &yc[static_cast<size_t>(m * N)], sizeof(float) * N);
+      }
+      const std::string size = std::to_string(M) + " x " + std::to_string(K) + " x " + std::to_string(H);
+      expect(same_bits(want, got), kernels.name, "three products at once, " + size);
+      std::vector<float> h = ya, gated(static_cast<size_t>(M * N));
+      const std::vector<float> up = product(kernels, b, mode, x, M, {});
+      kernels.apply_gate(h.data(), up.data(), M * H);
+      multiply_gated(kernels, a, b, down, mode, x.data(), M, gated.data(), serial);
+      expect(same_bits(product(kernels, down, mode, h, M, {}), gated), kernels.name, "gated products, " + size);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -155,6 +211,8 @@ int main() {
     Random random;
     compare_tables(*kernels, random);
     compare_products(*kernels, random);
+    compare_gates(*kernels, random);
+    compare_fused(*kernels, random);
     std::printf("%s\n", kernels->name);
   }
   return failures != 0;

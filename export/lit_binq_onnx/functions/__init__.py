@@ -18,6 +18,7 @@ from lit_binq_onnx.functions.bodies import (
     levels_matmul_function,
     sparse8_matmul_function,
 )
+from lit_binq_onnx.functions.fused import PRODUCT, binary_gated_mlp_function, binary_matmul_qkv_function
 from lit_binq_onnx.functions.two_plane import two_plane_matmul_function
 
 BODIES: dict[str, Callable[[], FunctionProto]] = {
@@ -27,7 +28,13 @@ BODIES: dict[str, Callable[[], FunctionProto]] = {
     "Sparse8MatMul": sparse8_matmul_function,
     "TwoPlaneMatMul": two_plane_matmul_function,
 }
-"""Every operator of the domain, by its name."""
+"""Every operator of the domain that is one linear layer, by its name."""
+
+FUSED_BODIES: dict[str, Callable[[], FunctionProto]] = {
+    "BinaryGatedMLP": binary_gated_mlp_function,
+    "BinaryMatMulQKV": binary_matmul_qkv_function,
+}
+"""Every operator of the domain that is several of them; their bodies call `BODIES["BinaryMatMul"]`."""
 
 
 def add_functions(model: onnx.ModelProto) -> None:
@@ -35,10 +42,13 @@ def add_functions(model: onnx.ModelProto) -> None:
 
     Bodies of the same name are replaced.
     """
-    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN} & BODIES.keys()
+    bodies = BODIES | FUSED_BODIES
+    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN} & bodies.keys()
+    if used & FUSED_BODIES.keys():
+        used.add(PRODUCT)
     kept = [f for f in model.functions if f.domain != DOMAIN or f.name not in used]
     del model.functions[:]
-    model.functions.extend([*kept, *(BODIES[name]() for name in sorted(used))])
+    model.functions.extend([*kept, *(bodies[name]() for name in sorted(used))])
     if all(opset.domain != DOMAIN for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
 
@@ -46,10 +56,13 @@ def add_functions(model: onnx.ModelProto) -> None:
 __all__ = [
     "BODIES",
     "DOMAIN",
+    "FUSED_BODIES",
     "OPSET",
     "VERSION",
     "add_functions",
+    "binary_gated_mlp_function",
     "binary_matmul_function",
+    "binary_matmul_qkv_function",
     "grouped_binary_matmul_function",
     "levels_matmul_function",
     "sparse8_matmul_function",

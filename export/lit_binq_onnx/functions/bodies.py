@@ -69,7 +69,12 @@ def binary_matmul_function() -> FunctionProto:
         node("Neg", ["r"], ["r_negative"]),
         node("Where", ["B_positive", "r", "r_negative"], ["W"]),
         node("Cast", ["col_scale"], ["c"], to=TensorProto.FLOAT),
-        node("Mul", ["X", "c"], ["X_scaled"]),
+        # Rows of K whatever the runtime believes of X: 1.18 infers that the output of attention is as wide as a query
+        # that holds keys and values too.
+        constant("any_rows", np.array([-1], np.int64)),
+        node("Concat", ["any_rows", "columns"], ["rows_shape"], axis=0),
+        node("Reshape", ["X", "rows_shape"], ["X_cut"]),
+        node("Mul", ["X_cut", "c"], ["X_scaled"]),
     ]
     return linear_function("BinaryMatMul", ["codes", "row_scale", "col_scale"], body, x="X_scaled")
 

@@ -1,0 +1,75 @@
+"""How large a model is, in bits.
+
+true_bits         bits of all stored tensors of the packed weights (codes, padding, scales) / their N K weights
+file_bits         bits of all files of the packed folder / weights of the whole dense model
+activation_bits   bits of a value that enters a packed linear
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from lit_binq.errors import LitBinqError
+from lit_binq.formats import PackedLinear
+from lit_binq.formats.activations import mean_bits
+from lit_binq.marker import read_marker
+from lit_binq.packed_layers import packed_linears
+from lit_binq.records import DIAGNOSTICS
+
+
+def block_linear_weights(model: nn.Module) -> int:
+    """Number of weights (sum of N K) of all packed linears."""
+    return sum(m.in_features * m.out_features for m in packed_linears(model).values())
+
+
+def true_bits(model: nn.Module) -> float:
+    """Stored bits for each weight of the packed linears: codes with their padding and scales, not the bias.
+
+    Raises:
+        LitBinqError: the model has no packed linear.
+    """
+    linears = packed_linears(model).values()
+    if not linears:
+        raise LitBinqError("true_bits: the model has no packed linear; expected a calibrated model")
+    return sum(m.stored_bits() for m in linears) / block_linear_weights(model)
+
+
+def activation_bits(model: nn.Module) -> float:
+    """Bits of a value that enters a packed linear: the mean over all of them, each counted by its K inputs.
+
+    Inputs that are not quantized count as 16; of others, outlier channels count as 8.
+
+    Raises:
+        LitBinqError: the model has no packed linear.
+    """
+    linears = packed_linears(model).values()
+    if not linears:
+        raise LitBinqError("activation_bits: the model has no packed linear; expected a calibrated model")
+    total = sum(layer_activation_bits(m) * m.in_features for m in linears)
+    return total / sum(m.in_features for m in linears)
+
+
+def layer_activation_bits(layer: PackedLinear) -> float:
+    """The same of one layer."""
+    layout = layer.layout()
+    return mean_bits(layer.in_features, layout.get("activation_bits", 0), layout.get("outliers", 0))
+
+
+def dense_weights(model: nn.Module) -> int:
+    """Number of parameters of the dense model behind `model`; shared ones count once, buffers do not."""
+    packed = packed_linears(model).values()
+    biases = sum(m.bias.numel() for m in packed if m.bias is not None)
+    return block_linear_weights(model) + biases + sum(p.numel() for p in model.parameters())
+
+
+def file_bits(folder: str | Path) -> float:
+    """Bits of all files of a packed folder, for each weight of the dense model.
+
+    Diagnostics of the fit, which lie here if the folder is not named `packed`, are not part of the model.
+
+    Raises:
+        LitBinqError: not a packed folder.
+    """
+    folder = Path(folder)
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f != folder / DIAGNOSTICS)
+    return 8 * size / int(read_marker(folder)["dense_weights"])

@@ -1,0 +1,155 @@
+"""The commands fit, validate and test: Lightning's command line over BinQCalibration and CalibrationData."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lit_binq import __version__
+from lit_binq.calibration import BinQCalibration
+from lit_binq.checkpoint import StageCheckpoint
+from lit_binq.command_line import OneLine
+from lit_binq.data import CalibrationData
+from lit_binq.errors import LitBinqError
+from lit_binq.files import write_json
+from lit_binq.trainer_checks import refuse_sharding
+
+
+class FitParser(OneLine, LightningArgumentParser):
+    """Lightning's parser with errors of one line."""
+
+
+class LitBinqCLI(LightningCLI):
+    """Lightning's command line with the project's defaults and three of its commands."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, with the arguments that are not options."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+            "test": {"model", "dataloaders", "datamodule"},
+        }
+
+    def init_parser(self, **options: Any) -> LightningArgumentParser:
+        """A parser with errors of one line and `-c`."""
+        options.setdefault("dump_header", [f"lit_binq {__version__}"])
+        parser = FitParser(**options)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with options, see configs/")
+        return parser
+
+    def instantiate_trainer(self, **options: Any) -> Any:
+        """The trainer. Raises LitBinqError for its wrong options."""
+        refuse_sharding(str(self._get(self.config_init, "trainer.strategy")))
+        try:
+            return super().instantiate_trainer(**options)
+        except (ValueError, MisconfigurationException) as error:
+            raise LitBinqError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links between options, checkpoints, and options that are ours."""
+        parser.link_arguments("model.model", "data.tokenizer")
+        parser.link_arguments("model.revision", "data.revision")
+        parser.add_lightning_class_args(StageCheckpoint, "checkpoint")
+        parser.add_argument(
+            "--evaluate",
+            type=bool,
+            default=True,
+            help="measure perplexity after the fit, on data.evaluation",
+        )
+        parser.add_argument(
+            "--results", type=str | None, default=None, help="JSON file the perplexities are written to"
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would look for hyper-parameters in the checkpoint; ours has none, so only check the file."""
+        subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if path and subcommand == "fit":
+            require_checkpoint(Path(path))
+
+    def before_validate(self) -> None:
+        """Refuse a checkpoint."""
+        if self._get(self.config, "ckpt_path"):
+            raise LitBinqError("ckpt_path: got one, expected none: validate and test read the folder `model.packed`")
+
+    before_test = before_validate
+
+    def after_fit(self) -> None:
+        """Evaluate, unless told not to. Raises LitBinqError if stages are left."""
+        if not self.model.finished:
+            raise LitBinqError(
+                f"the fit ended after {self.model.stage_index} of its stages, expected all (trainer.max_steps, "
+                "max_time or fast_dev_run?): go on with --ckpt_path and without that option"
+            )
+        if self._get(self.config, "evaluate"):
+            self.model.release()
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
+            self.after_validate()
+
+    def after_validate(self) -> None:
+        """Write the results."""
+        path = self._get(self.config, "results")
+        if path and self.trainer.is_global_zero:
+            write_json(Path(path), self.model.summary())
+
+    after_test = after_validate
+
+
+def lightning(arguments: list[str]) -> None:
+    """Run a command.
+
+    Args:
+        arguments: the command's name and its options.
+
+    Raises:
+        LitBinqError: a user's error.
+    """
+    for name in (
+        "lightning",
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    LitBinqCLI(
+        BinQCalibration,
+        CalibrationData,
+        args=None if arguments == sys.argv[1:] else arguments,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=None,
+        parser_kwargs={"prog": "litbinq"},
+        trainer_defaults={
+            "max_epochs": -1,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": False,
+        },
+    )
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse a `--ckpt_path` that is no checkpoint file.
+
+    Raises:
+        LitBinqError: no such file, or a file of another kind.
+    """
+    if not path.is_file():
+        raise LitBinqError(
+            f"ckpt_path: no such file {str(path)!r}, expected DIRPATH/last.ckpt of `--checkpoint.dirpath`"
+        )
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling makes of a file of another kind
+        raise LitBinqError(
+            f"ckpt_path: {str(path)!r} is no checkpoint, expected DIRPATH/last.ckpt of `--checkpoint.dirpath`"
+        ) from error
