@@ -185,11 +185,17 @@ inline __m512i index_of(__m512i nibbles) {
   return _mm512_ternarylogic_epi32(nibbles, nibble, place, 0xea);  // (nibbles & nibble) | place
 }
 
+// Asks for a line of the weights that come next, while many rows of activations use those that are here. It may lie
+// beyond the weights: it is never read.
+inline void prefetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1); }
+
 void expand(const TileBlock& block, Indices& out) {
   const int64_t vectors = block.width / kRows;
   for (int64_t k = 0; k < block.bytes / kQuad; ++k) {
     for (int64_t i = 0; i < vectors; ++i) {
-      const __m512i quads = _mm512_loadu_si512(block.codes + (k * vectors + i) * kRows * kQuad);
+      const uint8_t* const line = block.codes + (k * vectors + i) * kRows * kQuad;
+      const __m512i quads = _mm512_loadu_si512(line);
+      prefetch(line + block.bytes * block.width);
       out.low[k * kVectors + i] = index_of(quads);
       out.high[k * kVectors + i] = index_of(_mm512_srli_epi16(quads, 4));
     }
