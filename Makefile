@@ -31,6 +31,8 @@ demo: $(READY)
 	rm -rf $(DEMO)/onnx
 	$(BIN)/litbinq export $(DEMO)/packed $(DEMO)/onnx
 	$(BIN)/litbinq generate $(DEMO)/onnx --prompt "The history of the city begins" --max_new_tokens 32
+	$(BIN)/litbinq generate $(DEMO)/onnx --prompt "The capital of France is" --max_new_tokens 32
+	$(BIN)/litbinq generate $(DEMO)/onnx --prompt "In mathematics, a prime number is" --max_new_tokens 32
 	$(BIN)/python -m lit_binq.demo summarize --recipe $(CONFIG) --beside $(ONE_BIT) --onnx $(DEMO)/onnx --out $(DEMO)/summary.json
 
 test: $(READY)
