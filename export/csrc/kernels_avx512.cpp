@@ -185,8 +185,7 @@ inline __m512i index_of(__m512i nibbles) {
   return _mm512_ternarylogic_epi32(nibbles, nibble, place, 0xea);  // (nibbles & nibble) | place
 }
 
-// Asks for a line of the weights that come next, while many rows of activations use those that are here. It may lie
-// beyond the weights: it is never read.
+// Asks for a line of the weights that come next. It may lie beyond the weights: it is never read.
 inline void prefetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1); }
 
 void expand(const TileBlock& block, Indices& out) {
@@ -195,16 +194,28 @@ void expand(const TileBlock& block, Indices& out) {
     for (int64_t i = 0; i < vectors; ++i) {
       const uint8_t* const line = block.codes + (k * vectors + i) * kRows * kQuad;
       const __m512i quads = _mm512_loadu_si512(line);
-      prefetch(line + block.bytes * block.width);
+      prefetch(line + block.bytes * block.width);  // the next block, while many rows of activations use this one
       out.low[k * kVectors + i] = index_of(quads);
       out.high[k * kVectors + i] = index_of(_mm512_srli_epi16(quads, 4));
     }
   }
 }
 
+// Bytes ahead of what is read, see kernels_avx2.cpp.
+constexpr int64_t kAhead = 16384;
+
+// A lookup whose result nobody reads, so that a loop does not outrun the memory: lines that are asked for faster than
+// they come are dropped, and a dropped line costs its whole latency. 4096 x 11008 signs for one row of activations on a
+// Zen 4: 0.230 ms without asking ahead, more with it, 0.205 ms with every lookup done twice beside it.
+inline void keep_busy(__m512i index, __m512i table, __m512i ones) {
+  asm volatile("" : "+v"(index));  // else the compiler finds the lookup that it equals
+  const __m512i sum = _mm512_dpbusd_epi32(ones, _mm512_permutexvar_epi8(index, table), ones);
+  asm volatile("" : : "v"(sum));
+}
+
 // One block for `Tokens` rows of activations and `Vectors` * 16 rows of weights, from row `first` of the tile on. Where
-// not `Expanded`, `indices` may be nullptr: they are made on the way.
-template <int Vectors, int Tokens, bool Expanded>
+// not `Expanded`, `indices` may be nullptr: they are made on the way. `Paced` is for weights that come from memory.
+template <int Vectors, int Tokens, bool Expanded, bool Paced = false>
 inline void add_lut_part(const TileBlock& block, const Indices* indices, int64_t first, const Rows& r,
                          const float* factors) {
   const __m512i ones = _mm512_set1_epi8(1);
@@ -222,6 +233,7 @@ inline void add_lut_part(const TileBlock& block, const Indices* indices, int64_t
 #pragma GCC unroll 8
       for (int i = 0; i < Vectors; ++i) {
         sums[t][i] = _mm512_dpbusd_epi32(sums[t][i], _mm512_permutexvar_epi8(index[i], table), ones);
+        if (Paced) keep_busy(index[i], table, ones);
       }
     }
   };
@@ -242,6 +254,7 @@ inline void add_lut_part(const TileBlock& block, const Indices* indices, int64_t
 #pragma GCC unroll 8
       for (int i = 0; i < Vectors; ++i) {
         quads[i] = _mm512_loadu_si512(codes + i * kRows * kQuad);
+        if (Paced) prefetch(codes + i * kRows * kQuad + kAhead);
         index[i] = index_of(quads[i]);
       }
       add(index, tables);
@@ -272,6 +285,7 @@ inline void add_lut_part(const TileBlock& block, const Indices* indices, int64_t
 template <int Tokens, bool Expanded>
 inline void add_lut_tokens(const TileBlock& block, const Indices* indices, const Rows& r, const float* factors) {
   if (Tokens == 1 && block.width == kTileRows) {
+    if (block.streamed) return add_lut_part<kVectors, Tokens, Expanded, true>(block, indices, 0, r, factors);
     return add_lut_part<kVectors, Tokens, Expanded>(block, indices, 0, r, factors);
   }
   int64_t first = 0;

@@ -6,6 +6,9 @@
 
 namespace lit_binq {
 
+// A model with layers of a megabyte has some hundred of them: no cache keeps one until the next token.
+static constexpr size_t kStreamedBytes = size_t{1} << 20;
+
 float half_to_float(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
   const uint32_t exponent = (bits >> 10) & 0x1fu;
@@ -154,8 +157,9 @@ TileBlock PackedMatrix::tile_block(int64_t plane, int64_t tile, int64_t block, u
   const int64_t width = tile_width(tile);
   // Every tile before this one is full, so it starts at kTileRows * bytes a tile.
   const int64_t start = tile * kTileRows * bytes_ + b.byte * width, size = b.bytes * width;
-  if (planes_ == 1) return {codes_[0].get() + start, width, b.bytes};
-  if (plane == 1 || plane == 2) return {codes_[plane - 1].get() + start, width, b.bytes};
+  const bool streamed = code_bytes() >= kStreamedBytes;
+  if (planes_ == 1) return {codes_[0].get() + start, width, b.bytes, streamed};
+  if (plane == 1 || plane == 2) return {codes_[plane - 1].get() + start, width, b.bytes, streamed};
   if (plane == 0) {
     std::memset(scratch, 0xff, static_cast<size_t>(size));
   } else {
@@ -163,7 +167,7 @@ TileBlock PackedMatrix::tile_block(int64_t plane, int64_t tile, int64_t block, u
     const uint8_t* q = codes_[1].get() + start;
     for (int64_t i = 0; i < size; ++i) scratch[i] = static_cast<uint8_t>(~(p[i] ^ q[i]));
   }
-  return {scratch, width, b.bytes};
+  return {scratch, width, b.bytes, false};
 }
 
 }  // namespace lit_binq
