@@ -239,10 +239,12 @@ def test_the_gate_is_silu(native: NativeLibrary) -> None:
     up = np.random.default_rng(0).standard_normal(len(g)).astype(np.float32)
     results = []
     best = native.isa()
-    for isa in instruction_sets(native):
-        native.force_isa(isa)
-        results.append(apply_gate(native, g, up))
-    native.force_isa(best)
+    try:
+        for isa in instruction_sets(native):
+            native.force_isa(isa)
+            results.append(apply_gate(native, g, up))
+    finally:
+        native.force_isa(best)
     with np.errstate(over="ignore"):
         want = g.astype(np.float64) / (1 + np.exp(-g.astype(np.float64))) * up
     np.testing.assert_allclose(results[0], want, rtol=5e-7, atol=1e-35)

@@ -43,7 +43,8 @@ class FakeRuntime:
     def put(self, position: int, kind: Callable[..., object], function: Callable[..., object]) -> None:
         callback = kind(function)
         self.keep.append(callback)
-        self.table[position] = ctypes.cast(callback, ctypes.c_void_p)  # type: ignore[arg-type]  # ctypes takes callbacks too
+        # mypy: ctypes takes callbacks too
+        self.table[position] = ctypes.cast(callback, ctypes.c_void_p)  # type: ignore[arg-type]
 
     def create_status(self, code: int, message: bytes) -> int:
         self.messages.append(message.decode())

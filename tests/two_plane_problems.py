@@ -84,12 +84,10 @@ class Problem:
         return {"K": self.K, "group": self.group, "activation_bits": self.bits, "outliers": len(self.outliers)}
 
     def structure(self) -> Tensors:
-        self.keep = list(self.tensors().values())  # alive as long as the pointers to them
-        pointers = {n: t.ctypes.data if t.size else None for n, t in self.tensors().items() if n != "bias"}
+        tensors = self.tensors()
+        self.keep = list(tensors.values())  # alive as long as the pointers to them
+        pointers = {n: t.ctypes.data if t.size else None for n, t in tensors.items() if n != "bias"}
         P, L = len(self.outliers), self.levels.shape[2]
-        for name, tensor in zip(self.tensors(), self.keep, strict=True):
-            if name != "bias" and tensor.size:
-                pointers[name] = tensor.ctypes.data
         return Tensors(**pointers, N=self.N, K=self.K, group=self.group, L=L, activation_bits=self.bits, P=P)
 
     def dense(self) -> np.ndarray:

@@ -19,10 +19,7 @@ constexpr size_t kDownCodes[] = {kDown};
 class BinaryGatedMLP final : public BinaryOperator {
  public:
   static constexpr Input kInputs[] = {
-      {"X", kOrtFloat},
-      {"codes_gate", kOrtUint8}, {"row_scale_gate", kOrtFloat16}, {"col_scale_gate", kOrtFloat16},
-      {"codes_up", kOrtUint8}, {"row_scale_up", kOrtFloat16}, {"col_scale_up", kOrtFloat16},
-      {"codes_down", kOrtUint8}, {"row_scale_down", kOrtFloat16}, {"col_scale_down", kOrtFloat16}};
+      {"X", kOrtFloat}, LIT_BINQ_MATRIX_INPUTS("gate"), LIT_BINQ_MATRIX_INPUTS("up"), LIT_BINQ_MATRIX_INPUTS("down")};
   static constexpr Signature kSignature = {"BinaryGatedMLP", kInputs, 10, 0, kDownCodes, 1};
 
   explicit BinaryGatedMLP(const OrtKernelInfo* info) : BinaryOperator(kSignature, info) {

@@ -23,9 +23,7 @@ class BinaryMatMulQKV final : public BinaryOperator {
  public:
   static constexpr Input kInputs[] = {
       {"X", kOrtFloat},
-      {"codes_q", kOrtUint8}, {"row_scale_q", kOrtFloat16}, {"col_scale_q", kOrtFloat16},
-      {"codes_k", kOrtUint8}, {"row_scale_k", kOrtFloat16}, {"col_scale_k", kOrtFloat16},
-      {"codes_v", kOrtUint8}, {"row_scale_v", kOrtFloat16}, {"col_scale_v", kOrtFloat16},
+      LIT_BINQ_MATRIX_INPUTS("q"), LIT_BINQ_MATRIX_INPUTS("k"), LIT_BINQ_MATRIX_INPUTS("v"),
       {"bias_q", kOrtFloat}, {"bias_k", kOrtFloat}, {"bias_v", kOrtFloat}};
   static constexpr Signature kSignature = {"BinaryMatMulQKV", kInputs, 13, kMatrices, kCodesAt, kMatrices};
 

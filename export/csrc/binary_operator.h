@@ -10,6 +10,10 @@
 
 #include "operator.h"
 
+// Its inputs, as elements of an array of `Input`.
+#define LIT_BINQ_MATRIX_INPUTS(name) \
+  {"codes_" name, kOrtUint8}, {"row_scale_" name, kOrtFloat16}, {"col_scale_" name, kOrtFloat16}
+
 namespace lit_binq {
 
 class BinaryOperator : public Operator {

@@ -30,7 +30,7 @@ namespace lit_binq {
 constexpr int64_t kVectorRows = 32;
 
 // Rows of a tile. 128 rows are 4 vectors, so that the two table registers of a weight byte are loaded once for 4
-// vectors, and their 8 accumulators (even and odd bytes) with 2 tables, 1 mask and 3 temporaries fit the 16
+// vectors, and their 8 accumulators (even and odd bytes) with 2 tables, 2 constants and 3 temporaries fit the 16
 // registers of AVX2. A tile's block is 128 * 32 bytes = 4 KB and stays in L1 while all rows of a panel pass over it.
 constexpr int64_t kTileRows = 128;
 
@@ -71,7 +71,7 @@ struct TileBlock {
   const uint8_t* codes;  // see Layout
   int64_t width;         // rows: 32, 64, 96 or 128
   int64_t bytes;         // 4 to kBlockBytes, whole quads
-  bool streamed;         // of a layer too large to stay in a cache: one row of activations reads it from memory
+  bool streamed;         // in a layer too large to stay in a cache: one row of activations reads it from memory
 };
 
 struct Magnitudes {

@@ -1,5 +1,5 @@
-// The kernels for x86-64 with AVX-512: F, BW, VL, VBMI and VNNI (Ice Lake, Zen 4 and later). Knows kernel.h and the
-// intrinsics only.
+// The kernels for x86-64 with AVX-512: F, BW, VL, VBMI and VNNI (Ice Lake, Zen 4 and later). Knows kernel.h,
+// prefetch.h, silu.h and the intrinsics only.
 //
 // LUT mode here. vpermb picks 64 bytes from a table of 64, by 6 bits each. A register of codes (Layout::kQuads) is 16
 // rows of 4 weight bytes; byte j of a row looks into the j-th 16 entries of the table, so its index is a nibble and the
@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include "kernel.h"
+#include "prefetch.h"
 #include "silu.h"
 
 namespace lit_binq {
@@ -174,7 +175,7 @@ struct Rows {
   float* sums;
 };
 
-// The nibbles of a block as indices, once for all rows of activations: 16 KB at most, in L1 with the tables of 4 rows.
+// The nibbles of a block as indices, once for all rows of activations: 8 KB at most, in L1 with the tables of 4 rows.
 struct Indices {
   __m512i low[kBlockBytes / kQuad * kVectors];  // [quads][vectors]
   __m512i high[kBlockBytes / kQuad * kVectors];
@@ -185,24 +186,18 @@ inline __m512i index_of(__m512i nibbles) {
   return _mm512_ternarylogic_epi32(nibbles, nibble, place, 0xea);  // (nibbles & nibble) | place
 }
 
-// Asks for a line of the weights that come next. It may lie beyond the weights: it is never read.
-inline void prefetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1); }
-
 void expand(const TileBlock& block, Indices& out) {
   const int64_t vectors = block.width / kRows;
   for (int64_t k = 0; k < block.bytes / kQuad; ++k) {
     for (int64_t i = 0; i < vectors; ++i) {
       const uint8_t* const line = block.codes + (k * vectors + i) * kRows * kQuad;
       const __m512i quads = _mm512_loadu_si512(line);
-      prefetch(line + block.bytes * block.width);  // the next block, while many rows of activations use this one
+      prefetch(line, block.bytes * block.width);  // the next block, while many rows of activations use this one
       out.low[k * kVectors + i] = index_of(quads);
       out.high[k * kVectors + i] = index_of(_mm512_srli_epi16(quads, 4));
     }
   }
 }
-
-// Bytes ahead of what is read, see kernels_avx2.cpp.
-constexpr int64_t kAhead = 16384;
 
 // A lookup whose result nobody reads, so that a loop does not outrun the memory: lines that are asked for faster than
 // they come are dropped, and a dropped line costs its whole latency. 4096 x 11008 signs for one row of activations on a
@@ -214,7 +209,7 @@ inline void keep_busy(__m512i index, __m512i table, __m512i ones) {
 }
 
 // One block for `Tokens` rows of activations and `Vectors` * 16 rows of weights, from row `first` of the tile on. Where
-// not `Expanded`, `indices` may be nullptr: they are made on the way. `Paced` is for weights that come from memory.
+// not `Expanded`, `indices` may be nullptr: they are made on the way. `Paced` is for codes that come from memory.
 template <int Vectors, int Tokens, bool Expanded, bool Paced = false>
 inline void add_lut_part(const TileBlock& block, const Indices* indices, int64_t first, const Rows& r,
                          const float* factors) {
@@ -254,7 +249,7 @@ inline void add_lut_part(const TileBlock& block, const Indices* indices, int64_t
 #pragma GCC unroll 8
       for (int i = 0; i < Vectors; ++i) {
         quads[i] = _mm512_loadu_si512(codes + i * kRows * kQuad);
-        if (Paced) prefetch(codes + i * kRows * kQuad + kAhead);
+        if (Paced) prefetch(codes + i * kRows * kQuad, kAhead);
         index[i] = index_of(quads[i]);
       }
       add(index, tables);
@@ -285,7 +280,6 @@ inline void add_lut_part(const TileBlock& block, const Indices* indices, int64_t
 template <int Tokens, bool Expanded>
 inline void add_lut_tokens(const TileBlock& block, const Indices* indices, const Rows& r, const float* factors) {
   if (Tokens == 1 && block.width == kTileRows) {
-    if (block.streamed) return add_lut_part<kVectors, Tokens, Expanded, true>(block, indices, 0, r, factors);
     return add_lut_part<kVectors, Tokens, Expanded>(block, indices, 0, r, factors);
   }
   int64_t first = 0;
@@ -313,6 +307,10 @@ void add_lut(const TileBlock& block, const uint8_t* tables, bool, int64_t stride
              int64_t scale_stride, const float* factors, int64_t rows, float* sums) {
   const Rows r{tables, stride, scales, scale_stride, sums};
   constexpr int64_t kFewestRows = 16;
+  // The last row of several finds the codes in a cache: only one alone is paced.
+  if (rows == 1 && block.streamed && block.width == kTileRows) {
+    return add_lut_part<kVectors, 1, false, true>(block, nullptr, 0, r, factors);
+  }
   if (rows < kFewestRows) return add_lut_rows<false>(block, nullptr, r, factors, rows);
   Indices indices;
   expand(block, indices);

@@ -152,31 +152,33 @@ void make_tables(void* argument, size_t task) {
   }
 }
 
-// A tile's sums for `rows` rows from m0 on. Blocks are the outer loop: a weight block stays in L1 while the rows pass
-// over it.
-void add_blocks(const Panel& p, const Part& part, int64_t tile, int64_t m0, int64_t rows, float* sums) {
+// Adds the products of block b of a tile for `rows` rows from m0 on: in LUT mode,
+void add_block(const Panel& p, const Part& part, const TileBlock& block, const float* factors, int64_t b, int64_t m0,
+               int64_t rows, float* sums) {
   const PackedMatrix& w = *part.weights;
-  alignas(kAlignment) uint8_t scratch[kTileRows * kBlockBytes];
-  std::fill_n(sums, rows * kTileRows, 0.0f);
-  for (int64_t b = 0; b < w.blocks(); ++b) {
-    for (int64_t plane = 0; plane < w.planes(); ++plane) {
-      p.kernels.add_lut(w.tile_block(plane, tile, b, scratch),
-                        part.lut + (m0 * w.table_bytes() + w.block(b).table) * kLutEntries, p.halves,
-                        w.table_bytes() * kLutEntries, part.lut_scale + m0 * w.blocks() + b, w.blocks(),
-                        w.factors(plane, tile, b), rows, sums);
-    }
-  }
+  p.kernels.add_lut(block, part.lut + (m0 * w.table_bytes() + w.block(b).table) * kLutEntries, p.halves,
+                    w.table_bytes() * kLutEntries, part.lut_scale + m0 * w.blocks() + b, w.blocks(), factors, rows,
+                    sums);
 }
 
-void add_blocks(const Panel& p, const Part& part, int64_t tile, int64_t m0, int64_t rows, double* sums) {
+// and in exact mode.
+void add_block(const Panel& p, const Part& part, const TileBlock& block, const float* factors, int64_t b, int64_t m0,
+               int64_t rows, double* sums) {
+  const PackedMatrix& w = *part.weights;
+  p.kernels.add_exact(block, part.exact + (m0 * w.table_bytes() + w.block(b).table) * kExactEntries,
+                      w.table_bytes() * kExactEntries, factors, rows, sums);
+}
+
+// A tile's sums for `rows` rows from m0 on. Blocks are the outer loop: a weight block stays in L1 while the rows pass
+// over it.
+template <typename Sum>
+void add_blocks(const Panel& p, const Part& part, int64_t tile, int64_t m0, int64_t rows, Sum* sums) {
   const PackedMatrix& w = *part.weights;
   alignas(kAlignment) uint8_t scratch[kTileRows * kBlockBytes];
-  std::fill_n(sums, rows * kTileRows, 0.0);
+  std::fill_n(sums, rows * kTileRows, Sum{0});
   for (int64_t b = 0; b < w.blocks(); ++b) {
     for (int64_t plane = 0; plane < w.planes(); ++plane) {
-      p.kernels.add_exact(w.tile_block(plane, tile, b, scratch),
-                          part.exact + (m0 * w.table_bytes() + w.block(b).table) * kExactEntries,
-                          w.table_bytes() * kExactEntries, w.factors(plane, tile, b), rows, sums);
+      add_block(p, part, w.tile_block(plane, tile, b, scratch), w.factors(plane, tile, b), b, m0, rows, sums);
     }
   }
 }

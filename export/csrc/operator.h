@@ -44,7 +44,7 @@ struct Input {
   OrtElementType type;
 };
 
-constexpr size_t kFirstCodes[] = {kCodes};
+inline constexpr size_t kFirstCodes[] = {kCodes};
 
 // The last inputs are optional: the bias. N is the number of rows of the inputs `row_inputs`, together.
 struct Signature {

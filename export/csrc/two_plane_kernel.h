@@ -43,12 +43,9 @@ namespace lit_binq {
 // and their tables fit the registers of either.
 constexpr int64_t kTwoPlaneRows = 64;
 
-// Columns of a block: groups of 144, which divide the widths of small models, are one. 160 bits count to 160 at most, so
-// AVX2 counts them in bytes; 40 table lookups of at most 255 each stay below 2^15 in 16 bits.
+// Columns of a block: groups of 144, which divide the widths of small models, are one. 160 bits count to 160 at most,
+// so AVX2 counts them in bytes; 40 table lookups of at most 255 each stay below 2^15 in 16 bits.
 constexpr int64_t kTwoPlaneBlock = 160;
-
-// A row of activations that reads the weights from memory asks for lines this many bytes ahead (kernels_avx2.cpp).
-constexpr int64_t kTwoPlaneAhead = 16384;
 
 constexpr int64_t kMaxPlanes = 8;      // binary planes of activations: 4 or 8
 constexpr int64_t kWeightPlanes = 3;   // A, B, A & B: in `counts`
@@ -63,7 +60,7 @@ struct TwoPlaneBlock {
   const uint8_t* codes;
   const uint16_t* levels;
   int64_t chunks;
-  int64_t ahead;  // bytes from a line that is read to one to ask for: kTwoPlaneAhead, or 0 where weights are in a cache
+  int64_t ahead;  // bytes from a line that is read to one to ask for (prefetch.h), or 0 where weights are in a cache
 };
 
 // One block of one row of activations.

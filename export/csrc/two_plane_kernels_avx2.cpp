@@ -1,4 +1,4 @@
-// Two-plane kernels for x86-64 with AVX2, FMA and F16C. Knows two_plane_kernel.h and the intrinsics only.
+// Two-plane kernels for x86-64 with AVX2, FMA and F16C. Knows two_plane_kernel.h, prefetch.h and the intrinsics only.
 //
 // This file is compiled with the flags of these sets. It must not instantiate anything from the standard library, see
 // kernels_avx2.cpp.
@@ -10,6 +10,7 @@
 // popcount(i & q_k) of one plane in its low half and that of the next plane in its high half.
 #include <immintrin.h>
 
+#include "prefetch.h"
 #include "two_plane_kernel.h"
 
 namespace lit_binq {
@@ -21,9 +22,6 @@ constexpr int64_t kLutChunk = 2 * kQuadBytes;      // of tables
 constexpr int64_t kExactFloats = 24;               // tables of 3, 3 and 2 columns with 8 sums each
 
 inline __m256i nibbles(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
-inline void prefetch(const void* p, int64_t ahead) {  // see kernels_avx2.cpp
-  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)), _MM_HINT_T1);
-}
 inline __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline __m256i table(const uint8_t* p) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -209,9 +207,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
         }
       }
     }
-    if (n == 0) {
-      for (int i = 0; i < 2 * L; ++i) prefetch(block.levels + 32 * i, block.ahead);
-    }
+    if (n == 0) prefetch(block.levels, block.ahead, 2 * L);
     const __m256i bias = _mm256_set1_epi16(static_cast<short>(2 * block.chunks * 128));
     const __m256 unit = _mm256_set1_ps(x.unit), total = _mm256_set1_ps(x.total);
     for (int v = 0; v < kVectors; ++v) {
@@ -270,7 +266,7 @@ void add_exact(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* 
 template <int Planes, int Pairs>
 inline void count_rows(const uint8_t* codes, int64_t chunks, const uint8_t* tables,
                        uint8_t (*out)[kMaxPlanes][kVector]) {
-  // Two counts share a byte. `both` adds such bytes modulo 2^8, `high` the upper halves alone; either is at most 128.
+  // Two counts share a byte. `both` adds such bytes modulo 2^8, `high` the upper halves alone; a count is at most 160.
   __m256i both[Planes][Pairs], high[Planes][Pairs];
   for (int w = 0; w < Planes; ++w) {
     for (int p = 0; p < Pairs; ++p) both[w][p] = high[w][p] = _mm256_setzero_si256();

@@ -1,5 +1,5 @@
-// Two-plane kernels for x86-64 with AVX-512 F, BW, VL, VBMI, VNNI and VPOPCNTDQ. Knows two_plane_kernel.h and the
-// intrinsics only. Compiled with the flags of these sets; no standard library, see kernels_avx2.cpp.
+// Two-plane kernels for x86-64 with AVX-512 F, BW, VL, VBMI, VNNI and VPOPCNTDQ. Knows two_plane_kernel.h, prefetch.h
+// and the intrinsics only. Compiled with the flags of these sets; no standard library, see kernels_avx2.cpp.
 //
 // Lanes of 4 bytes: a register is one word, that is 32 columns, of 16 rows.
 //
@@ -10,6 +10,7 @@
 //     planes  AND with a word of q_k, VPOPCNTD, add
 #include <immintrin.h>
 
+#include "prefetch.h"
 #include "two_plane_kernel.h"
 
 namespace lit_binq {
@@ -24,12 +25,6 @@ constexpr int64_t kChunkColumns = 32, kQuads = 8;
 
 inline __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
-// Asks for `lines` cache lines `ahead` bytes on. They may lie beyond the weights: they are never read.
-inline void prefetch(const void* p, int64_t ahead, int lines) {
-  const char* const first = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead));
-#pragma GCC unroll 8
-  for (int i = 0; i < lines; ++i) _mm_prefetch(first + i * kRegister, _MM_HINT_T1);
-}
 inline __m512 halves(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

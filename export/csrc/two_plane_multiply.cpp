@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "prefetch.h"
 #include "two_plane_activations.h"
 #include "workspace.h"
 
@@ -12,7 +13,7 @@ namespace lit_binq {
 namespace {
 
 // Rows that share a pass over the weights: their tables (4 to 16 bytes a column) stay in a cache of the second level,
-// and a block of weights (2 KB) in the first while the rows use it.
+// and a block of weights (up to 3 KB) in the first while the rows use it.
 constexpr int64_t kPanel = 16;
 
 // Weights worth handing to another thread: some microseconds.
@@ -71,7 +72,7 @@ void multiply_tile(void* argument, size_t task) {
   for (int64_t b = 0; b < w.blocks(); ++b) {
     const TwoPlaneColumns& columns = w.block(b);
     TwoPlaneBlock block = w.tile_block(tile, b);
-    block.ahead = m1 - m0 == 1 ? kTwoPlaneAhead : 0;  // several rows find the weights in a cache
+    block.ahead = m1 - m0 == 1 ? kAhead : 0;  // several rows find the weights in a cache
     for (int64_t m = m0; m < m1; ++m) {
       if (!p.row[m].finite) continue;
       const float* unit_and_total = p.prepared.of(b, m);
@@ -96,7 +97,8 @@ void run_panel(Panel& p, Executor& executor) {
   const int64_t pieces = p.rows * w.rows() * w.cols() / kGrain;
   const bool share = pieces >= 2;
   const int64_t wanted = share ? std::min(pieces, kWantedTasks) : 1;
-  p.row_parts = std::clamp((wanted + w.tiles() - 1) / w.tiles(), int64_t{1}, std::max(p.rows / kMinTaskRows, int64_t{1}));
+  const int64_t most_parts = std::max(p.rows / kMinTaskRows, int64_t{1});
+  p.row_parts = std::clamp((wanted + w.tiles() - 1) / w.tiles(), int64_t{1}, most_parts);
   const int64_t tasks = w.tiles() * p.row_parts;
   const int64_t batches = std::min(tasks, std::max(pieces, int64_t{1}));
   (share ? executor : serial).run(static_cast<size_t>(tasks), static_cast<size_t>(batches), multiply_tile, &p);
