@@ -1,5 +1,6 @@
 """Memory that is given back: only pages that still equal their file, and running goes on with the same numbers."""
 
+import ctypes
 import json
 import mmap
 import subprocess
@@ -12,7 +13,7 @@ from conftest import byte_tokenizer
 from exporting import fusable_model
 
 from lit_binq_onnx.export import export_onnx
-from lit_binq_onnx.resident import Pages, clean_mappings, trim_heap
+from lit_binq_onnx.resident import Pages, mappings, trim_heap
 from lit_binq_onnx.session import OnnxModel
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's account of a process is Linux's")
@@ -65,8 +66,31 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     view.close()
 
 
+@linux
+def test_memory_that_took_a_mappings_place_is_left_alone(tmp_path: Path) -> None:
+    """What a second session finds mapped may be the first one's, which ends before it."""
+    size = 1 << 16
+    (tmp_path / "data").write_bytes(bytes(size))
+    with open(tmp_path / "data", "rb") as handle:
+        view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+    pages = Pages(tmp_path / "data")
+    ((start, length),) = pages.mappings
+    view.close()
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    assert libc.mmap(start, length, mmap.PROT_READ | mmap.PROT_WRITE, private, -1, 0) == start
+    memory = (ctypes.c_char * size).from_address(start)
+    memory[:] = b"x" * size
+    pages.release()
+    assert memory[:] == b"x" * size
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    assert libc.munmap(start, length) == 0
+
+
 def test_no_account_no_release(tmp_path: Path) -> None:
-    assert clean_mappings([tmp_path], tmp_path / "nowhere") == []
+    assert mappings([tmp_path], tmp_path / "nowhere") == {}
     Pages(tmp_path / "nowhere").release()
     trim_heap()
 
