@@ -1,8 +1,9 @@
-"""`litbinq bench`: how fast, beside what a user would pick instead.
+"""`litbinq bench`: how fast, beside what a user would pick instead, and at what perplexity.
 
-    bench ops                one product by our kernels and by ONNX Runtime's
-    bench decode OUT         tokens a second of an exported model, beside other programs
-    bench prefill OUT        the same of reading a prompt
+    bench ops                    one product by our kernels and by ONNX Runtime's
+    bench decode OUT             tokens a second of an exported model, beside other programs
+    bench prefill OUT            the same of reading a prompt
+    bench perplexity OUT TEXT    how well an exported model predicts a text file
 
 Contestants take turns in one run, so that noise hits all alike; figures are medians with quartiles. A contestant that
 is missing is listed with what would bring it.
@@ -15,7 +16,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lit_binq.errors import LitBinqError
 from lit_binq.files import write_json
@@ -159,7 +160,40 @@ def _generation(
     print(generation_table(records), end="")
 
 
-COMMANDS: dict[str | None, Callable[..., None]] = {"ops": ops, "decode": decode, "prefill": prefill}
+def perplexity(
+    out: str,
+    text: str,
+    beside: str | None = None,
+    windows: int = 24,
+    length: int = 256,
+    mode: Literal["lut", "exact"] = "lut",
+    json: str | None = None,
+) -> None:
+    """Perplexity of exported models on the first windows of a text, and what each is of the first model's.
+
+    Args:
+        out: folder written by `litbinq export`.
+        text: a text file; tokenized whole, without special tokens.
+        beside: other exported folders of the same tokenizer, with commas between.
+        windows: how many windows; fewer where the text is too short.
+        length: tokens of a window.
+        mode: kernels of our operators, see `litbinq generate`.
+        json: file for the figures, a list of records.
+    """
+    from lit_binq_onnx.bench_table import perplexity_table
+    from lit_binq_onnx.perplexity import text_perplexities
+
+    records = text_perplexities([out, *_names(beside)], text, windows=windows, length=length, mode=mode)
+    _write(json, records)
+    print(perplexity_table(records), end="")
+
+
+COMMANDS: dict[str | None, Callable[..., None]] = {
+    "ops": ops,
+    "decode": decode,
+    "prefill": prefill,
+    "perplexity": perplexity,
+}
 """By the word behind `litbinq bench`."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from lit_binq_onnx.bench_generation import Record as GenerationRecord
 from lit_binq_onnx.bench_ops import OpsResult, Shape
 from lit_binq_onnx.bench_ops import Record as OpsRecord
+from lit_binq_onnx.perplexity import TextRecord
 
 _NOTHING = "-"
 
@@ -153,3 +154,21 @@ def generation_table(records: list[GenerationRecord]) -> str:
             f"machine read {significant(first_record.read_gbytes_per_s)} GB/s in the same rounds."
         )
     return f"{table}\n\n{text}\n"
+
+
+def perplexity_table(records: Sequence[TextRecord]) -> str:
+    """Models on one text; the first is what the others are compared with."""
+    first = records[0].perplexity
+    rows = [
+        (
+            r.name,
+            f"{r.perplexity:.2f}",
+            f"{r.perplexity / first - 1:+.2%}",
+            f"{r.true_bits:.3f}",
+            str(r.head_bits or "as it was"),
+            _megabytes(r.data_bytes),
+        )
+        for r in records
+    ]
+    header = ("model", "perplexity", "than the first", "true bits", "head bits", "tensors, MB")
+    return f"{markdown(header, rows)}\n\n{records[0].tokens} predicted tokens.\n"

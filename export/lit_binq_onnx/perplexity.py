@@ -1,9 +1,12 @@
-"""Perplexity of an exported model, defined as in `lit_binq.metrics.TokenPerplexity`.
+"""Perplexity of an exported model, defined as in `lit_binq.metrics.TokenPerplexity`, on windows or on a text file.
 
 Legend: n windows, T tokens a window, V vocabulary, b windows in a pass, t positions in a pass.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -84,3 +87,70 @@ def onnx_perplexity(onnx_model: OnnxModel, windows: Any, *, batch: int = 4) -> P
         )
     tokens = last * len(ids)
     return Perplexity(float(np.exp(nll / tokens)), nll, tokens)
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """One model on one text.
+
+    Attributes:
+        name: the exported folder's name.
+        perplexity: over all predicted tokens.
+        tokens: how many these are.
+        true_bits: of the packed linears.
+        head_bits: of the head; 0 as it was.
+        data_bytes: of the tensors' file.
+    """
+
+    name: str
+    perplexity: float
+    tokens: int
+    true_bits: float
+    head_bits: int
+    data_bytes: int
+
+
+def text_perplexities(
+    folders: Sequence[str | Path],
+    text: str | Path,
+    *,
+    windows: int = 24,
+    length: int = 256,
+    mode: Literal["lut", "exact"] = "lut",
+) -> list[TextRecord]:
+    """Perplexities of exported models on the first windows of a text file, without special tokens.
+
+    Args:
+        folders: written by `lit_binq_onnx.export`, one after the other opened and closed again.
+        text: plain UTF-8.
+        windows: n; fewer where the text is too short.
+        length: T.
+        mode: kernels of our operators.
+
+    Raises:
+        LitBinqError: a folder that is no export or tokenizes otherwise than the first, no such text, one shorter
+            than a window, or fewer than 1 window or 2 tokens.
+    """
+    import torch  # as what follows: models that only run need neither it nor transformers
+
+    from lit_binq.models import load_tokenizer
+    from lit_binq.texts import TextSource, encode, make_windows, read_text
+
+    if length < 2:
+        raise LitBinqError(f"length: got {length}, expected 2 tokens or more: the first one is given")
+    source = read_text(TextSource(str(text)))
+    records: list[TextRecord] = []
+    first = None
+    for folder in map(Path, folders):
+        model = OnnxModel(folder, mode=mode)
+        ids = make_windows(encode(load_tokenizer(str(folder)), source), length, windows)
+        first = ids if first is None else first
+        if not torch.equal(ids, first):
+            raise LitBinqError(
+                f"{str(folder)!r}: tokenizes the text otherwise than {str(folders[0])!r}, expected one tokenizer: "
+                "perplexities of different tokens cannot be compared"
+            )
+        found, facts = onnx_perplexity(model, ids), model.facts
+        numbers = (float(facts["true_bits"]), int(facts["head_bits"]), int(facts["data_bytes"]))
+        records.append(TextRecord(folder.resolve().name, found.ppl, found.tokens, *numbers))
+    return records
