@@ -15,6 +15,7 @@ from lit_binq.calibration import BinQCalibration
 from lit_binq.checkpoint import StageCheckpoint
 from lit_binq.command_line import OneLine
 from lit_binq.data import CalibrationData
+from lit_binq.demo import require_model
 from lit_binq.errors import LitBinqError
 from lit_binq.files import write_json
 from lit_binq.trainer_checks import refuse_sharding
@@ -65,6 +66,18 @@ class LitBinqCLI(LightningCLI):
         parser.add_argument(
             "--results", type=str | None, default=None, help="JSON file the perplexities are written to"
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Options to a configuration. Raises LitBinqError for a file that is no text."""
+        parser.prog = f"{parser.prog} {(args or sys.argv[1:])[0]}"  # what `--help` behind it explains, for errors
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise LitBinqError(f"config: not UTF-8 ({error.reason}), expected a YAML file of options") from error
+
+    def before_instantiate_classes(self) -> None:
+        """Say what makes the demo's model, which is named before it is there."""
+        require_model(self._get(self.config, "model.model"))
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would look for hyper-parameters in the checkpoint; ours has none, so only check the file."""

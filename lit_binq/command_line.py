@@ -23,12 +23,13 @@ class OneLineParser(OneLine, ArgumentParser):
     """jsonargparse's parser with errors of one line."""
 
 
-def run(function: Callable[..., None], arguments: list[str], program: str) -> None:
-    """Call a function whose parameters are options, those without a default positional.
+def run(function: Callable[..., None], arguments: list[str], program: str, *, positional: bool = True) -> None:
+    """Call a function whose parameters are options.
 
     Args:
         function: what to call; its docstring is the help text.
         arguments: the command line behind the command.
         program: the command as users write it, such as `litbinq export`.
+        positional: parameters without a default are given by their place instead of by their names.
     """
-    auto_cli(function, args=arguments, as_positional=True, prog=program, parser_class=OneLineParser)
+    auto_cli(function, args=arguments, as_positional=positional, prog=program, parser_class=OneLineParser)

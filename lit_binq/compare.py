@@ -34,7 +34,7 @@ import yaml
 from lit_binq.compare_plan import Plan, Run, merge, read_plan
 from lit_binq.compare_table import Record, build, markdown, perplexity_text, ratio_text
 from lit_binq.errors import LitBinqError
-from lit_binq.files import numbers, write_json
+from lit_binq.files import numbers, write_bytes, write_json
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _execute(plan: Plan, run: Run) -> Record:
         ) from error
     write_json(folder / RECORD, record)
     options = folder / OPTIONS
-    _write_text(options, _fit_options(run, measure=run.fp_digest is not None and full_precision is None))
+    write_bytes(options, _fit_options(run, measure=run.fp_digest is not None and full_precision is None).encode())
     began = time.monotonic()
     code = fit(options, folder / LOG)
     record["wall_seconds"] = round(time.monotonic() - began, 1)
@@ -199,9 +199,7 @@ def _reason(path: Path, code: int) -> str:
     """Why a fit failed, in one line: the last it said, and the signal if one ended it."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it said nothing"]
-    last = lines[-1]
-    for start in ("litbinq fit: error: ", "litbinq: error: "):
-        last = last.removeprefix(start)
+    last = lines[-1].removeprefix("litbinq fit: error: ")
     if code < 0:
         hint = ", out of memory?" if -code == signal.SIGKILL else ""
         return f"ended by signal {-code}{hint} after: {last}"
@@ -213,14 +211,8 @@ def _write(plan: Plan, records: dict[Run, Record | None], command: str) -> str:
     table = build(plan, records, command)
     text = markdown(table)
     write_json(plan.out / "table.json", table)
-    _write_text(plan.out / "table.md", text)
+    write_bytes(plan.out / "table.md", text.encode())
     return text
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _report(number: int, count: int, run: Run, records: dict[Run, Record | None], left: list[Run]) -> None:

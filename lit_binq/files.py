@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lit_binq.errors import LitBinqError
+from lit_binq.errors import LitBinqError, first_line
 
 
 @contextmanager
@@ -62,18 +62,56 @@ def numbers(figures: dict[str, float | None]) -> dict[str, float]:
     return {name: math.inf if value is None else value for name, value in figures.items()}
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file; the folders above it are made.
+
+    Raises:
+        LitBinqError: the place cannot be written to.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(data)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise LitBinqError(
+            f"output {str(path)!r}: cannot be written ({error.strerror}); expected a file in a writable place"
+        ) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, indented, as UTF-8; a number that is not finite becomes null.
 
     Raises:
         LitBinqError: the place cannot be written to.
     """
+    write_bytes(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, version: int, where: str, hint: str) -> dict[str, Any]:
+    """A JSON object of ours: its key `version` says which program wrote it.
+
+    Args:
+        path: the file.
+        version: the one expected.
+        where: what the file is, for errors.
+        hint: what to do about a file that cannot be read, for errors.
+
+    Raises:
+        LitBinqError: no such file, not JSON, or of another version.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        raise LitBinqError(f"{where} cannot be read ({error.strerror}); {hint}") from error
+    except ValueError as error:
+        raise LitBinqError(f"{where} is damaged ({first_line(error)}); {hint}") from error
+    found = value.get("version") if isinstance(value, dict) else None
+    if found != version or isinstance(found, bool):
         raise LitBinqError(
-            f"output {str(path)!r}: cannot be written ({error.strerror}); expected a file in a writable place"
-        ) from error
+            f"{where}: format version {found!r}, expected {version}; it was written by another version of this program"
+        )
+    return value

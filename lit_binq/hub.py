@@ -33,12 +33,11 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from lit_binq.bits import dense_weights, true_bits
-from lit_binq.errors import LitBinqError
+from lit_binq.errors import LitBinqError, first_line
 from lit_binq.files import finite, new_folder
 from lit_binq.formats import FORMATS, PackedLinear
 from lit_binq.kv_cache import KV_BITS, kv_bits, set_kv_bits
-from lit_binq.marker import VERSION, read_marker
-from lit_binq.models import PACKED_MARKER, first_line
+from lit_binq.marker import PACKED_MARKER, VERSION, read_marker
 from lit_binq.packed_layers import describe_layer, empty_layer, packed_linears
 
 log = logging.getLogger(__name__)

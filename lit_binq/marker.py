@@ -11,14 +11,18 @@ Its keys are
     kv_bits        bits of keys and values (lit_binq.kv_cache); 0, or no such key, leaves them as they are
     dense_weights  weights of the dense model, a tied embedding counted once
     facts          whatever the caller wants to keep: source, data, method
+
+Touches nothing but files and errors.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lit_binq.errors import LitBinqError
-from lit_binq.models import PACKED_MARKER, first_line
+from lit_binq.files import read_json
+
+PACKED_MARKER = "lit_binq.json"
+"""The file that tells a packed folder from a Hugging Face checkpoint."""
 
 VERSION = 2
 
@@ -38,18 +42,7 @@ def read_marker(folder: str | Path) -> dict[str, Any]:
             f"{str(folder)!r} is not a packed folder: it has no {PACKED_MARKER}; expected the output folder "
             "of `litbinq fit`"
         )
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LitBinqError(
-            f"packed folder {str(folder)!r}: {PACKED_MARKER} is damaged ({first_line(error)}); write the folder again"
-        ) from error
-    version = marker.get("version") if isinstance(marker, dict) else None
-    if version != VERSION:
-        raise LitBinqError(
-            f"packed folder {str(folder)!r}: format version {version!r}, expected {VERSION}; "
-            "it was written by another version of this program"
-        )
+    marker = read_json(path, VERSION, f"packed folder {str(folder)!r}: {PACKED_MARKER}", "write the folder again")
     missing = {"linears", "tied", "rest_dtype", "true_bits", "dense_weights"} - marker.keys()
     if missing:
         raise LitBinqError(

@@ -20,12 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lit_binq.errors import LitBinqError
+from lit_binq.errors import LitBinqError, first_line
+from lit_binq.marker import PACKED_MARKER
 
 log = logging.getLogger(__name__)
-
-PACKED_MARKER = "lit_binq.json"
-"""The file that tells a packed folder from a Hugging Face checkpoint."""
 
 # GGUF names the splitting rule of a byte-level tokenizer in `tokenizer.ggml.pre`; transformers drops the name
 # and falls back to GPT-2's rule, which keeps a run of digits together. This rule splits them one by one.
@@ -39,12 +37,6 @@ _GGUF_KEYS = {
     "padding_token_id": "pad_token",
 }
 """Key under `tokenizer.ggml.` -> the tokenizer's attribute that holds that token."""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, or its type's name: for one-line reports."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def looks_like_path(source: str) -> bool:

@@ -4,10 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from lit_binq.errors import LitBinqError
+from lit_binq.errors import LitBinqError, first_line
 from lit_binq.formats import FORMATS, PackedLinear
 from lit_binq.formats.base import parse_layout
-from lit_binq.models import first_line
 
 
 def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:

@@ -9,7 +9,6 @@ Source of the measures: arXiv 2512.21651; lit_binq.diagnostics says how each is 
 """
 
 import dataclasses
-import json
 import math
 import types
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lit_binq.errors import LitBinqError
-from lit_binq.files import write_json
+from lit_binq.files import read_json, write_json
 
 DIAGNOSTICS = "diagnostics.json"
 VERSION = 1
@@ -154,11 +153,6 @@ class BlockMeasures:
         return {f"block_{self.block}/{name}": value for name, value in figures.items() if value is not None}
 
 
-def finite(value: float) -> float | None:
-    """The value as JSON can hold it: None if it is not finite."""
-    return value if math.isfinite(value) else None
-
-
 def write_diagnostics(path: Path, blocks: list[BlockMeasures]) -> None:
     """Write the diagnostics of a run: {"version": 1, "blocks": [BlockMeasures as an object, ...]}.
 
@@ -179,21 +173,9 @@ def read_diagnostics(path: Path) -> list[BlockMeasures]:
         LitBinqError: no such file, damaged, of another version, or not of this schema.
     """
     where = f"diagnostics {str(path)!r}"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LitBinqError(
-            f"{where}: cannot be read ({error.strerror}); expected a file of `litbinq fit` with `diagnostics.windows`"
-        ) from error
-    except ValueError as error:
-        raise LitBinqError(
-            f"{where}: is damaged ({str(error).splitlines()[0]}); expected JSON: run the fit again"
-        ) from error
-    version = value.get("version") if isinstance(value, dict) else None
-    if version != VERSION or isinstance(version, bool):
-        raise LitBinqError(
-            f"{where}: version {version!r}, expected {VERSION}; it was written by another version of this program"
-        )
+    value = read_json(
+        path, VERSION, where, "expected what `litbinq fit` with `diagnostics.windows` wrote: run it again"
+    )
     try:
         blocks: list[BlockMeasures] = parse_as(list[BlockMeasures], value.get("blocks"), "blocks")
     except ValueError as error:

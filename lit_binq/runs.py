@@ -2,7 +2,7 @@
 
 A run is a folder that holds `packed/` (or is a packed folder itself), with `diagnostics.json` beside or inside it.
 
-May touch: hub (the marker's reader), records. Loads no tensor.
+May touch: marker, records. Loads no tensor.
 """
 
 import json
@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_binq.errors import LitBinqError
-from lit_binq.marker import read_marker
-from lit_binq.models import PACKED_MARKER
+from lit_binq.marker import PACKED_MARKER, read_marker
 from lit_binq.records import DIAGNOSTICS, BlockMeasures, parse_as, read_diagnostics
 
 

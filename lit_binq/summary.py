@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import GenerationMixin
 
+from lit_binq.compare_plan import get, load_yaml
 from lit_binq.data import CalibrationData
-from lit_binq.errors import LitBinqError
-from lit_binq.files import write_json
-from lit_binq.hub import load_packed, packed_linears
+from lit_binq.errors import LitBinqError, first_line
+from lit_binq.files import numbers, write_json
+from lit_binq.hub import load_packed
 from lit_binq.models import load_model, load_tokenizer
+from lit_binq.packed_layers import packed_linears
 from lit_binq.texts import TextSource
 
 log = logging.getLogger(__name__)
@@ -111,14 +112,45 @@ def torch_text(folder: str, prompt: str, new_tokens: int) -> str:
 
 
 def _fitted(recipe: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of a fit's YAML file and the results it wrote."""
-    options = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    """The options of a fit's YAML file and the results it wrote.
+
+    Raises:
+        LitBinqError: no such recipe, one that writes no results, or no results.
+    """
+    options = load_yaml(Path(recipe))
+    for key in ("results", "model.model", "model.packed", "data.evaluation"):
+        if not get(options, key):
+            raise LitBinqError(
+                f"summary: {recipe!r} lacks {key!r}, expected a recipe of `litbinq fit` with that option"
+            )
     results = Path(options["results"])
-    if not results.is_file():
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+    except OSError as error:
         raise LitBinqError(
-            f"summary: no such file {str(results)!r}, expected the results of `litbinq fit`: run it first"
+            f"summary: {str(results)!r} cannot be read ({error.strerror}), expected the results of "
+            f"`litbinq fit --config {recipe}`: run it first"
+        ) from error
+    except ValueError as error:
+        raise LitBinqError(f"summary: {str(results)!r} is damaged ({first_line(error)}): run the fit again") from error
+    if not isinstance(found, dict) or not isinstance(found.get("perplexity"), dict):
+        raise LitBinqError(f"summary: {str(results)!r} is no result of `litbinq fit`, expected one: run the fit again")
+    return options, found
+
+
+def _perplexity(recipe: str, results: dict[str, Any], name: str, *wanted: str) -> list[float]:
+    """Those of a fit on one evaluation set, as numbers: JSON has null for an infinite one.
+
+    Raises:
+        LitBinqError: the fit did not measure one of `wanted`.
+    """
+    found = numbers(results["perplexity"].get(name, {}))
+    if missing := set(wanted) - found.keys():
+        raise LitBinqError(
+            f"summary: the fit of {recipe!r} did not measure {sorted(missing)[0]!r} on {name!r}, expected it to: see "
+            "`data.evaluation` and `model.compare_fp`, and run it again"
         )
-    return options, json.loads(results.read_text(encoding="utf-8"))
+    return [found[key] for key in wanted]
 
 
 def summarize(recipe: str, onnx: str, out: str, beside: str | None = None) -> None:
@@ -132,12 +164,15 @@ def summarize(recipe: str, onnx: str, out: str, beside: str | None = None) -> No
             stand beside; nothing of it needs to be exported.
 
     Raises:
-        LitBinqError: the fit has left no results, or the evaluation sets differ.
+        LitBinqError: a fit has left no results, or the evaluation sets differ.
     """
     options, fit = _fitted(recipe)
     other = None if beside is None else _fitted(beside)
     source = options["model"]["model"]
-    (name, windows), *_ = evaluation_windows(options["data"], source).items()
+    name = next(iter(options["data"]["evaluation"]))
+    ppl_fp, ppl_torch = _perplexity(recipe, fit, name, "fp", "packed")
+    ppl_beside = [] if other is None else _perplexity(str(beside), other[1], name, "packed")
+    windows = evaluation_windows(options["data"], source)[name]
     perplexity = onnx_perplexities(Path(onnx), windows)
     log.info("decoding speed")
     rate, text = onnx_tokens_per_second(Path(onnx), PROMPT, NEW_TOKENS)
@@ -146,8 +181,8 @@ def summarize(recipe: str, onnx: str, out: str, beside: str | None = None) -> No
         "true_bits": fit["true_bits"],
         "file_bits": fit["file_bits"],
         "evaluation": f"{name}, {len(windows)} windows of {windows.shape[1]} tokens",
-        "ppl_fp": fit["perplexity"][name]["fp"],
-        "ppl_torch": fit["perplexity"][name]["packed"],
+        "ppl_fp": ppl_fp,
+        "ppl_torch": ppl_torch,
         **{f"ppl_{key}": value for key, value in perplexity.items()},
         "calibration_tokens": fit["calibration_tokens"],
         "calibration_seconds": fit["calibration_seconds"],
@@ -161,7 +196,7 @@ def summarize(recipe: str, onnx: str, out: str, beside: str | None = None) -> No
         log.info("text of the recipe beside")
         summary["beside"] = {
             "true_bits": other[1]["true_bits"],
-            "ppl_torch": other[1]["perplexity"][name]["packed"],
+            "ppl_torch": ppl_beside[0],
             "calibration_seconds": other[1]["calibration_seconds"],
             "text": PROMPT + torch_text(other[0]["model"]["packed"], PROMPT, NEW_TOKENS),
         }

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_binq.errors import LitBinqError
-from lit_binq.models import first_line
+from lit_binq.errors import LitBinqError, first_line
 from lit_binq.styles import Style, restyle
 
 PLAIN = (".txt", ".raw", ".utf8")

@@ -115,6 +115,13 @@ def test_bad_options_of_fit_are_one_line_and_leave_nothing(arguments, words, way
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_configuration_that_is_no_text_is_one_line(tmp_path, capsys):
+    (tmp_path / "fit.yaml").write_bytes(b"\xff\xfe\x00")
+    assert cli.main(["fit", "--config", str(tmp_path / "fit.yaml")]) == 1
+    line = one_line(capsys)
+    assert line.startswith("litbinq fit: error: config: not UTF-8")
+
+
 def test_a_fit_that_lightning_ends_early_is_no_success(way, tmp_path, capsys):
     base = ["fit", "--config", str(way / "config.yaml"), "--checkpoint.dirpath", str(tmp_path / "ckpt")]
     results = tmp_path / "results.json"
@@ -156,6 +163,8 @@ def test_unknown_options_exit_with_2(way, capsys):
         (["export", "packed"], ["litbinq export: error: ", "out"]),
         (["generate", "out", "--nope", "1"], ["litbinq generate: error: ", "--nope"]),
         (["check"], ["litbinq check: error: ", "out"]),
+        (["fit"], ["litbinq fit: error: ", "model.model", "litbinq fit --help"]),
+        (["validate", "--nope"], ["litbinq validate: error: ", "--nope", "litbinq validate --help"]),
         (["report"], ["litbinq report: error: ", "run"]),
         (["compare"], ["litbinq compare: error: ", "--config"]),
         (["bench", "decode", "out", "--tokens", "x"], ["litbinq bench decode: error: ", "tokens", "x"]),

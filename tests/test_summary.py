@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import byte_tokenizer
 from exporting import export, packed_model
 from native import require_native
 
+from lit_binq import summary
 from lit_binq.errors import LitBinqError
 from lit_binq.hub import save_packed
 from lit_binq.summary import STOCK_WINDOWS, onnx_perplexities, summarize, table, torch_text
@@ -71,8 +73,66 @@ def test_a_fit_beside_has_its_own_lines() -> None:
     assert both.endswith("With 1.046 bits: 'The history 2000'")
 
 
-def test_fits_that_left_no_results_are_named(tmp_path: Path) -> None:
-    recipe = tmp_path / "fit.yaml"
-    recipe.write_text(json.dumps({"results": str(tmp_path / "fit.json"), "model": {}}), encoding="utf-8")
-    with pytest.raises(LitBinqError, match=r"summary: no such file .*fit\.json.*run it first"):
-        summarize(str(recipe), "onnx", "summary.json")
+def recipe(folder: Path, results: str | None, changes: dict[str, Any] | None = None) -> str:
+    """A fit's YAML file; its results file holds `results`, if any."""
+    path = folder / "fit.yaml"
+    options = {
+        "results": str(folder / "fit.json"),
+        "model": {"model": "none", "packed": "none"},
+        "data": {"evaluation": {"wiki": {"path": "wiki.txt"}}},
+    }
+    path.write_text(json.dumps(options | (changes or {})), encoding="utf-8")
+    if results is not None:
+        (folder / "fit.json").write_text(results, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("results", "changes", "match"),
+    [
+        (None, {}, r"fit\.json.* cannot be read .*litbinq fit --config .*fit\.yaml.*run it first"),
+        ("{", {}, r"fit\.json.* is damaged .*run the fit again"),
+        ("[]", {}, r"fit\.json.* is no result"),
+        ("{}", {}, r"fit\.json.* is no result"),
+        ('{"perplexity": {"wiki": {"packed": 2.0}}}', {}, "did not measure 'fp' on 'wiki'.*compare_fp"),
+        ('{"perplexity": {"c4": {"packed": 2.0, "fp": 1.0}}}', {}, "did not measure 'fp' on 'wiki'.*data.evaluation"),
+        ("{}", {"results": None}, "lacks 'results'"),
+        ("{}", {"data": {}}, r"lacks 'data\.evaluation'"),
+    ],
+)
+def test_fits_that_left_nothing_to_summarize_are_named(
+    results: str | None, changes: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LitBinqError, match=match) as caught:
+        summarize(recipe(tmp_path, results, changes), "onnx", "summary.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("a: [")
+    for name in ("none.yaml", "bad.yaml", "."):
+        with pytest.raises(LitBinqError, match=r"expected a YAML file|not YAML"):
+            summarize(str(tmp_path / name), "onnx", "summary.json")
+
+
+def test_an_infinite_perplexity_is_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fit's results have null for it; the table says inf, and the summary is JSON again."""
+    figures = {k: v for k, v in FIGURES.items() if k not in ("ppl_fp", "ppl_torch", "text")}
+    results = json.dumps(figures | {"perplexity": {"wiki": {"fp": 2.5, "packed": None}}})
+    path = recipe(tmp_path, results)
+    monkeypatch.setattr(summary, "evaluation_windows", lambda *_: {"wiki": torch.zeros(2, 3)})
+    monkeypatch.setattr(
+        summary, "onnx_perplexities", lambda *_: {k[4:]: v for k, v in FIGURES.items() if k.startswith("ppl_onnx")}
+    )
+    monkeypatch.setattr(summary, "onnx_tokens_per_second", lambda *_: (1.0, " is long"))
+    monkeypatch.setattr(summary, "torch_tokens_per_second", lambda *_: 1.0)
+    monkeypatch.setattr(summary, "torch_text", lambda *_: " is short")
+    summarize(path, str(tmp_path), str(tmp_path / "summary.json"), beside=path)
+    shown = capsys.readouterr().out
+    assert "| - packed, torch | inf |" in shown
+    assert "bits, torch | inf |" in shown
+    assert "| - full precision, torch | 2.50 |" in shown
+    written = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert (written["ppl_fp"], written["ppl_torch"], written["beside"]["ppl_torch"]) == (2.5, None, None)

@@ -19,7 +19,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lit_binq.formats.base import LatentLinear, PackedLinear, Solution
+from lit_binq.formats.base import Buffer, LatentLinear, PackedLinear, Solution, code_buffer, half_buffer
 from lit_binq.formats.latent import latent_codes, signs, straight_through
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
 from lit_binq.formats.row_column import BinaryLinear, RowColumn
@@ -41,7 +41,10 @@ class Planes(Solution):
         """(N, K)."""
         total = self.planes[0].dense()
         for plane, columns in zip(self.planes[1:], self.columns, strict=True):
-            total.index_add_(1, columns, plane.dense())
+            if len(columns) == total.shape[1]:
+                total += plane.dense()
+            else:
+                total.index_add_(1, columns, plane.dense())
         return total
 
     def pack(self, bias: Tensor | None = None) -> "PlanesLinear":
@@ -55,6 +58,20 @@ def stored_bits(N: int, K: int, counts: Sequence[int]) -> int:
     for k in counts:
         bits += 8 * N * packed_width(k) + 16 * (N + k) + (8 * packed_width(K) if k < K else 0)
     return bits
+
+
+def unpacked(
+    codes: Sequence[Tensor],
+    row_scales: Sequence[Tensor],
+    col_scales: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    counts: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> Planes:
+    """What stored planes stand for, in `dtype`; the arguments are those of `planes_matmul`."""
+    stored = zip(codes, row_scales, col_scales, counts, strict=True)
+    planes = [RowColumn(r.to(dtype), c.to(dtype), unpack_signs(B, k, dtype)) for B, r, c, k in stored]
+    return Planes(planes, list(columns))
 
 
 @torch.library.custom_op("lit_binq::planes_matmul", mutates_args=())
@@ -81,19 +98,9 @@ def planes_matmul(
     Returns:
         (..., N), dtype of x.
     """
-    K = counts[0]
     # At least float32: in half precision the smaller planes would drown in the first one's rounding.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    planes = [
-        RowColumn(r.to(dtype), c.to(dtype), unpack_signs(stored, k, dtype)).dense()
-        for stored, r, c, k in zip(codes, row_scales, col_scales, counts, strict=True)
-    ]
-    W = planes[0]
-    for plane, chosen, k in zip(planes[1:], columns, counts[1:], strict=True):
-        if k == K:
-            W += plane
-        else:
-            W.index_add_(1, chosen, plane)
+    W = unpacked(codes, row_scales, col_scales, columns, counts, dtype).dense()
     return nn.functional.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -142,19 +149,19 @@ class PlanesLinear(PackedLinear):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.counts = in_features, out_features, list(counts)
+        self.counts = list(counts)
         sizes = [in_features, *counts]
         if any(not 1 <= k <= before for before, k in itertools.pairwise(sizes)):
             raise ValueError(f"counts {list(counts)} of {in_features} columns, expected numbers >= 1 that do not rise")
+        stored: dict[str, Buffer] = {}
         for p, k in enumerate(sizes):
-            for name, tensor in BinaryLinear(k, out_features).weight_buffers().items():
-                self.register_buffer(f"{name}{p}", tensor)
+            stored[f"codes{p}"] = code_buffer(out_features, k)
+            stored[f"row_scale{p}"] = half_buffer(out_features)
+            stored[f"col_scale{p}"] = half_buffer(k)
             if p:
-                width = packed_width(in_features) if k < in_features else 0
-                self.register_buffer(f"column_bits{p}", torch.zeros(width, dtype=torch.uint8))
-                # Follows from the bitmap, so it is not stored.
-                self.register_buffer(f"columns{p}", torch.arange(k), persistent=False)
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+                stored[f"column_bits{p}"] = Buffer((packed_width(in_features) if k < in_features else 0,), torch.uint8)
+        columns = {f"columns{p}": torch.arange(k) for p, k in enumerate(counts, 1)}  # follow from the bitmaps
+        self._allocate(in_features, out_features, stored, bias, dtype, columns)
 
     @classmethod
     def empty(
@@ -172,20 +179,18 @@ class PlanesLinear(PackedLinear):
     def from_solution(cls, solution: Planes, bias: Tensor | None = None) -> "PlanesLinear":
         """Pack a solver's result; bias (N,) or None. Raises LitBinqError where a scale does not fit float16."""
         N, K = solution.planes[0].B.shape
-        counts = [len(columns) for columns in solution.columns]
-        layer = cls(K, N, counts, bias is not None, torch.float32 if bias is None else bias.dtype)
+        tensors: dict[str, Tensor] = {}
         for p, plane in enumerate(solution.planes):
-            for name, tensor in BinaryLinear.from_solution(plane).weight_buffers().items():
-                setattr(layer, f"{name}{p}", tensor)
+            stored = BinaryLinear.from_solution(plane).weight_buffers()
+            tensors |= {f"{name}{p}": tensor for name, tensor in stored.items()}
         for p, columns in enumerate(solution.columns, 1):
-            setattr(layer, f"columns{p}", columns)
+            tensors[f"columns{p}"] = columns
             if len(columns) < K:
                 chosen = -torch.ones(1, K, device=columns.device)
                 chosen[0, columns] = 1
-                setattr(layer, f"column_bits{p}", pack_signs(chosen)[0])
-        if bias is not None:
-            layer.bias = bias.detach().clone()
-        return layer
+                tensors[f"column_bits{p}"] = pack_signs(chosen)[0]
+        layout = {f"columns{p}": len(columns) for p, columns in enumerate(solution.columns, 1)}
+        return cls._holding(K, N, bias, tensors, **layout)
 
     def refresh(self) -> None:
         """Derive the chosen columns from the bitmaps: after the buffers were filled.
@@ -204,38 +209,29 @@ class PlanesLinear(PackedLinear):
     def _stored(self, p: int) -> list[Tensor]:
         return [self.get_buffer(f"{name}{p}") for name in ("codes", "row_scale", "col_scale")]
 
+    def _planes(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[int]]:
+        """codes, row_scales, col_scales, columns and counts, as `planes_matmul` wants them."""
+        counts = [self.in_features, *self.counts]
+        codes, rows, cols = zip(*(self._stored(p) for p in range(len(counts))), strict=True)
+        columns = [self.get_buffer(f"columns{p}") for p in range(1, len(counts))]
+        return list(codes), list(rows), list(cols), columns, counts
+
     def solution(self) -> Planes:
         """The stored weight, unpacked to float32."""
-        planes = []
-        for p, k in enumerate([self.in_features, *self.counts]):
-            codes, r, c = self._stored(p)
-            planes.append(RowColumn(r.float(), c.float(), unpack_signs(codes, k)))
-        return Planes(planes, [self.get_buffer(f"columns{p}") for p in range(1, len(planes))])
-
-    def dequantize(self) -> Tensor:
-        """(N, K) float32."""
-        return self.solution().dense()
+        return unpacked(*self._planes())
 
     def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentPlanesLinear":
         """The trainable twin; see the base class."""
         return LatentPlanesLinear(self.solution(), self.bias, train_codes, target)
 
-    def weight_buffers(self) -> dict[str, Tensor]:
-        """All planes and bitmaps."""
-        return {k: t for k, t in self.named_buffers() if k in self.state_dict() and k != "bias"}
-
     def operands(self) -> list[tuple[str, list[Tensor]]]:
-        """One product a plane."""
-        products = [self._stored(p) for p in range(len(self.counts) + 1)]
-        if self.bias is not None:
-            products[0] = [*products[0], self.bias.float()]
-        return [("BinaryMatMul", stored) for stored in products]
+        """One product a plane; the first adds the bias."""
+        first, *further = (self._stored(p) for p in range(len(self.counts) + 1))
+        return [("BinaryMatMul", stored) for stored in (self._with_bias(first), *further)]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        counts = [self.in_features, *self.counts]
-        codes, rows, cols = zip(*(self._stored(p) for p in range(len(counts))), strict=True)
-        columns = [self.get_buffer(f"columns{p}") for p in range(1, len(counts))]
+        codes, rows, cols, columns, counts = self._planes()
         return planes_matmul(x, codes, rows, cols, columns, self.bias, counts)
 
 

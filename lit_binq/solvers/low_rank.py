@@ -149,11 +149,6 @@ def _factors(T: Tensor, H: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return X.to(T.dtype), Y.to(T.dtype)
 
 
-def _right_factor(s: LowRank) -> RowColumn:
-    """Q as a row x column weight."""
-    return RowColumn(s.v, s.w, s.B)
-
-
 def update_left(s: LowRank, TH: Tensor, H: Tensor, *, sweeps: int) -> LowRank:
     """Codes and row scales of the left factor, the right one fixed.
 
