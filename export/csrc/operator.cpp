@@ -135,11 +135,15 @@ Tensor Operator::constant_scales(const OrtKernelInfo* info, size_t index, int64_
   return t;
 }
 
-Tensor Operator::read_x(const OrtKernelContext* context, int64_t K, int64_t* M) const {
+Tensor Operator::read_input(const OrtKernelContext* context, size_t index) const {
   const OrtValue* value = nullptr;
-  check(ort().KernelContext_GetInput(context, kX, &value));
-  if (value == nullptr) fail("%s is missing", signature_.inputs[kX].name);
-  const Tensor x = read(value, signature_.inputs[kX]);
+  check(ort().KernelContext_GetInput(context, index, &value));
+  if (value == nullptr) fail("%s is missing", signature_.inputs[index].name);
+  return read(value, signature_.inputs[index]);
+}
+
+Tensor Operator::read_x(const OrtKernelContext* context, int64_t K, int64_t* M) const {
+  const Tensor x = read_input(context, kX);
   if (x.rank == 0 || x.dims[x.rank - 1] != K) {
     fail("X has shape %s, expected (..., %lld) as attribute K says", shape_text(x).c_str(),
          static_cast<long long>(K));
@@ -165,11 +169,15 @@ float* Operator::make_y(OrtKernelContext* context, const Tensor& x, int64_t N) c
   int64_t dims[kMaxRank];
   for (size_t i = 0; i < x.rank; ++i) dims[i] = x.dims[i];
   dims[x.rank - 1] = N;
+  return make_output(context, 0, dims, x.rank);
+}
+
+float* Operator::make_output(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank) const {
   OrtValue* output = nullptr;
-  check(ort().KernelContext_GetOutput(context, 0, dims, x.rank, &output));
-  void* y = nullptr;
-  check(ort().GetTensorMutableData(output, &y));
-  return static_cast<float*>(y);
+  check(ort().KernelContext_GetOutput(context, index, dims, rank, &output));
+  void* data = nullptr;
+  check(ort().GetTensorMutableData(output, &data));
+  return static_cast<float*>(data);
 }
 
 PackedOperator::PackedOperator(const Signature& signature, const OrtKernelInfo* info) : Operator(signature, info) {

@@ -46,7 +46,8 @@ struct Input {
 
 inline constexpr size_t kFirstCodes[] = {kCodes};
 
-// The last inputs are optional: the bias. N is the number of rows of the inputs `row_inputs`, together.
+// The last inputs are optional: the bias. N is the number of rows of the inputs `row_inputs`, together. All outputs are
+// float32.
 struct Signature {
   const char* name;
   const Input* inputs;
@@ -54,6 +55,7 @@ struct Signature {
   size_t optional = 1;
   const size_t* row_inputs = kFirstCodes;
   size_t row_inputs_count = 1;
+  size_t outputs = 1;
 };
 
 // Carries the status of a failed call, or our own message, to the ABI boundary.
@@ -92,8 +94,17 @@ class PoolExecutor final : public Executor {
   const OrtKernelContext* context_;
 };
 
+// Y has the shape of X with its last dimension replaced by N. Throws Failure.
+void infer_shape(const Signature& signature, const OrtShapeInferContext* context);
+
 // Reading arguments. Everything throws Failure.
 class Operator {
+ public:
+  // Shapes of the outputs; an operator whose outputs are not one Y hides it with one of its own.
+  static void infer(const Signature& signature, const OrtShapeInferContext* context) {
+    infer_shape(signature, context);
+  }
+
  protected:
   // Reads exact.
   Operator(const Signature& signature, const OrtKernelInfo* info);
@@ -114,6 +125,9 @@ class Operator {
   Tensor read_x(const OrtKernelContext* context, int64_t K, int64_t* M) const;
   const float* read_bias(const OrtKernelContext* context, size_t index, int64_t N) const;
   float* make_y(OrtKernelContext* context, const Tensor& x, int64_t N) const;
+  // While computing: any input, refused where it is missing; the memory of output `index`.
+  Tensor read_input(const OrtKernelContext* context, size_t index) const;
+  float* make_output(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank) const;
 
   const Signature& signature_;
   Mode mode_;
@@ -150,9 +164,6 @@ class MatrixOperator : public PackedOperator {
   std::unique_ptr<PackedMatrix> weights_;  // set by the derived class's constructor, in the layout of kernels_
 };
 
-// Y has the shape of X with its last dimension replaced by N. Throws Failure.
-void infer_shape(const Signature& signature, const OrtShapeInferContext* context);
-
 // Runs `body` and turns whatever it throws into a status.
 template <typename Body>
 OrtStatus* guarded(const Signature& signature, Body&& body) noexcept {
@@ -185,7 +196,7 @@ OrtCustomOp describe() {
     return index + Op::kSignature.optional >= Op::kSignature.count ? kOrtOptional : kOrtRequired;
   };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) { return Op::kSignature.outputs; };
   op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return kOrtFloat; };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return kOrtRequired; };
   op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
@@ -201,7 +212,7 @@ OrtCustomOp describe() {
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
   op.InferOutputShape = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-    return guarded(Op::kSignature, [&] { infer_shape(Op::kSignature, context); });
+    return guarded(Op::kSignature, [&] { Op::infer(Op::kSignature, context); });
   };
   return op;
 }

@@ -37,7 +37,7 @@ namespace lit_binq {
 constexpr uint32_t kApiVersion = 18;
 
 enum OrtErrorCode : int { kOrtFail = 1, kOrtInvalidArgument = 2, kOrtRuntimeException = 6 };
-enum OrtElementType : int { kOrtFloat = 1, kOrtUint8 = 2, kOrtInt8 = 3, kOrtFloat16 = 10 };
+enum OrtElementType : int { kOrtFloat = 1, kOrtUint8 = 2, kOrtInt8 = 3, kOrtInt32 = 6, kOrtFloat16 = 10 };
 enum OrtCharacteristic : int { kOrtRequired = 0, kOrtOptional = 1 };
 
 // X(name, position in the table, return type, arguments)
@@ -62,6 +62,7 @@ enum OrtCharacteristic : int { kOrtRequired = 0, kOrtOptional = 1 };
   X(GetTensorShapeElementCount, 64, OrtStatus*, (const OrtTensorTypeAndShapeInfo*, size_t*))                         \
   X(GetTensorTypeAndShape, 65, OrtStatus*, (const OrtValue*, OrtTensorTypeAndShapeInfo**))                           \
   X(GetAllocatorWithDefaultOptions, 78, OrtStatus*, (OrtAllocator**))                                                \
+  X(KernelInfoGetAttribute_float, 85, OrtStatus*, (const OrtKernelInfo*, const char*, float*))                       \
   X(KernelInfoGetAttribute_int64, 86, OrtStatus*, (const OrtKernelInfo*, const char*, int64_t*))                     \
   X(KernelContext_GetInputCount, 88, OrtStatus*, (const OrtKernelContext*, size_t*))                                 \
   X(KernelContext_GetInput, 90, OrtStatus*, (const OrtKernelContext*, size_t index, const OrtValue**))               \
