@@ -324,11 +324,12 @@ def test_wrong_options_of_ops_are_one_line(arguments, words, tmp_path, capsys):
 def test_help_and_wrong_words(capsys):
     assert cli.main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n    bench {word}" in text for word in ("ops", "decode OUT", "prefill OUT", "perplexity OUT"))
+    words = ("ops", "decode OUT", "prefill OUT", "shape MODEL", "perplexity OUT")
+    assert all(f"\n    bench {word}" in text for word in words)
     assert cli.main(["bench"]) == 2
     assert cli.main(["bench", "opps"]) == 2
-    assert "'opps', expected one of ops, decode, prefill, perplexity" in capsys.readouterr().err
-    for word in ("ops", "decode", "prefill", "perplexity"):
+    assert "'opps', expected one of ops, decode, prefill, shape, perplexity" in capsys.readouterr().err
+    for word in ("ops", "decode", "prefill", "shape", "perplexity"):
         with pytest.raises(SystemExit) as stop:
             cli.main(["bench", word, "--help"])
         assert stop.value.code == 0

@@ -3,6 +3,7 @@
     bench ops                    one product by our kernels and by ONNX Runtime's
     bench decode OUT             tokens a second of an exported model, beside other programs
     bench prefill OUT            the same of reading a prompt
+    bench shape MODEL            decoding at a model's shapes with random weights, beside ONNX Runtime's 4 bits
     bench perplexity OUT TEXT    how well an exported model predicts a text file
 
 Contestants take turns in one run, so that noise hits all alike; figures are medians with quartiles. A contestant that
@@ -160,6 +161,49 @@ def _generation(
     print(generation_table(records), end="")
 
 
+def shape(
+    model: str,
+    format: Literal["row_column", "grouped"] = "row_column",
+    head_bits: Literal[0, 4, 8] = 4,
+    block: int = 32,
+    layers: int | None = None,
+    past: int = 128,
+    tokens: int = 16,
+    rounds: int = 7,
+    threads: int = 1,
+    folder: str | None = None,
+    keep: bool = False,
+    json: str | None = None,
+) -> None:
+    """Decode at the shapes of a model with random weights, 1-bit beside ONNX Runtime's MatMulNBits of 4 bits.
+
+    Speed depends on shapes and not on values, so no checkpoint is needed. Both models are written first: llama-7b
+    takes 5.4 GB of files and, while both are open, about 8 GB of memory.
+
+    Args:
+        model: llama-7b, llama-3.2-1b, smollm2-135m, or a folder with the config.json of a LLaMA-like model.
+        format: one-bit format of our linears.
+        head_bits: bits of both heads, the embedding then has 8; 0 leaves both dense.
+        block: weights of the 4-bit model that share a scale: 16, 32, 64, 128 or 256.
+        layers: decoder blocks, fewer than the model has for a trial; the table then says so.
+        past: tokens in the cache when a burst begins.
+        tokens: tokens of a burst.
+        rounds: timed bursts of each.
+        threads: threads of each.
+        folder: where the models are written, and taken away again; the system's temporary folder if not given.
+        keep: leave them, in a folder in FOLDER of the shape's name.
+        json: file for the figures, a list of records.
+    """
+    from lit_binq_onnx.bench_shape import Options, bench_shape
+    from lit_binq_onnx.bench_table import shape_table
+    from lit_binq_onnx.shapes import read_shape
+
+    options = Options(format, head_bits, block, past, tokens, rounds, threads)
+    records = bench_shape(read_shape(model, layers), options, folder=folder, keep=keep)
+    _write(json, records)
+    print(shape_table(records), end="")
+
+
 def perplexity(
     out: str,
     text: str,
@@ -192,6 +236,7 @@ COMMANDS: dict[str | None, Callable[..., None]] = {
     "ops": ops,
     "decode": decode,
     "prefill": prefill,
+    "shape": shape,
     "perplexity": perplexity,
 }
 """By the word behind `litbinq bench`."""

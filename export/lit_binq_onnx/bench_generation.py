@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,36 +118,47 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A contestant: what it is called, what runs it, and if it cannot run, why."""
+class Entry:
+    """A contestant.
+
+    Attributes:
+        name: what it is called.
+        engine: a key of `lit_binq.bench_engines.ENGINES`.
+        source: what that opens.
+        status: "measured", or why it cannot run.
+        note: how to get what is missing.
+        token_bytes: what a token reads, where that is known.
+    """
 
     name: str
     engine: str
     source: str
     status: Status = "measured"
     note: str = ""
+    token_bytes: int | None = None
 
 
-def _entries(sources: Sources) -> list[_Entry]:
+def _entries(sources: Sources) -> list[Entry]:
     """All contestants, those included that cannot run."""
     missing = None if library_path() is not None else HOW_TO_BUILD
 
-    def ours(name: str, folder: str) -> _Entry:
+    def ours(name: str, folder: str) -> Entry:
         if missing:
-            return _Entry(name, "native", folder, "not installed", missing)
-        return _Entry(name, "native", folder)
+            return Entry(name, "native", folder, "not installed", missing)
+        facts = read_facts(folder)
+        return Entry(name, "native", folder, token_bytes=facts.get("token_bytes", facts.get("data_bytes")))
 
-    def other(name: str, engine: str, given: str | None, option: str, module: str = "", package: str = "") -> _Entry:
+    def other(name: str, engine: str, given: str | None, option: str, module: str = "", package: str = "") -> Entry:
         if module and importlib.util.find_spec(module) is None:
-            return _Entry(name, engine, given or "", "not installed", f"`pip install {package}`")
+            return Entry(name, engine, given or "", "not installed", f"`pip install {package}`")
         if given is None:
-            return _Entry(name, engine, "", "not given", option)
-        return _Entry(name, engine, given)
+            return Entry(name, engine, "", "not given", option)
+        return Entry(name, engine, given)
 
     entries = [ours("lit-binq", sources.out)]
     entries += [ours(f"lit-binq {Path(folder).name}", folder) for folder in sources.beside]
     if sources.stock:
-        entries.append(_Entry("lit-binq file, stock ONNX Runtime", "stock", sources.out))
+        entries.append(Entry("lit-binq file, stock ONNX Runtime", "stock", sources.out))
     genai = ("onnxruntime_genai", "onnxruntime-genai")
     llama = ("llama_cpp", "llama-cpp-python")
     entries.append(other("torch eager float32", "torch", sources.source, "`--source MODEL`, the full-precision model"))
@@ -168,9 +179,7 @@ def _file_bytes(source: str) -> int | None:
 
 def _refuse(sources: Sources, context: int, burst: int, rounds: int, threads: int) -> dict[str, Any]:
     """The facts of the first export, after checking all options."""
-    for name, value in (("context", context), ("tokens", burst), ("rounds", rounds), ("threads", threads)):
-        if value < 1:
-            raise LitBinqError(f"{name}: got {value}, expected a number from 1")
+    require_numbers(context=context, tokens=burst, rounds=rounds, threads=threads)
     facts = read_facts(sources.out)
     for folder in sources.beside:
         read_facts(folder)
@@ -183,10 +192,17 @@ def _refuse(sources: Sources, context: int, burst: int, rounds: int, threads: in
         raise LitBinqError(
             f"context and tokens: got {context} + {burst}, expected at most the model's {limit} positions"
         )
+    return facts
+
+
+def require_numbers(*, threads: int, **numbers: int) -> None:
+    """Refuse numbers below 1, by their options' names; more threads than there are processors are a warning."""
+    for name, value in (*numbers.items(), ("threads", threads)):
+        if value < 1:
+            raise LitBinqError(f"{name}: got {value}, expected a number from 1")
     processors = os.cpu_count() or 1
     if threads > processors:
         log.warning("threads: %d on %d processors: they will wait for each other", threads, processors)
-    return facts
 
 
 def token_numbers(folder: str, n: int) -> list[int]:
@@ -201,7 +217,7 @@ def token_numbers(folder: str, n: int) -> list[int]:
 class _Runner:
     """A contestant while it runs: its process, its record, and its turn."""
 
-    def __init__(self, entry: _Entry, record: Record, ids: list[int]) -> None:
+    def __init__(self, entry: Entry, record: Record, ids: list[int]) -> None:
         self.record, self._ids = record, ids
         capacity = len(ids) + (record.burst if record.job == "decode" else 0) + 1
         self.worker = Worker(Setting(entry.engine, entry.source, record.threads, capacity))
@@ -266,10 +282,33 @@ def bench_generation(
     """
     _refuse(sources, context, burst if job == "decode" else 1, rounds, threads)
     ids = token_numbers(sources.out, context)
+    return time_entries(_entries(sources), job, ids, burst=burst, rounds=rounds, threads=threads)
+
+
+def time_entries(
+    entries: Sequence[Entry], job: Job, ids: list[int], *, burst: int, rounds: int, threads: int
+) -> list[Record]:
+    """Time contestants; the first is what the others are compared with.
+
+    Args:
+        entries: at least one.
+        job: "decode" or "prefill".
+        ids: the context's n tokens.
+        burst: as for `bench_generation`.
+        rounds: as there.
+        threads: as there.
+
+    Returns:
+        A record for each entry.
+
+    Raises:
+        LitBinqError: the first fails.
+    """
+    context, first = len(ids), entries[0].source
     records: list[Record] = []
     runners: dict[int, _Runner] = {}
     with ExitStack() as stack:
-        for number, entry in enumerate(_entries(sources)):
+        for number, entry in enumerate(entries):
             record = Record(
                 entry.name, job, entry.source, context, burst if job == "decode" else context, threads,
                 entry.status, entry.note, file_bytes=_file_bytes(entry.source) if entry.source else None,
@@ -283,7 +322,7 @@ def bench_generation(
                 runners[number] = _Runner(entry, record, ids)
             except WorkerFailed as error:
                 if number == 0:
-                    raise LitBinqError(f"bench {job}: {sources.out!r} fails ({error})") from error
+                    raise LitBinqError(f"bench {job}: {first!r} fails ({error})") from error
                 record.status, record.note = "failed", str(error)
             else:
                 stack.callback(runners[number].worker.close)
@@ -294,12 +333,9 @@ def bench_generation(
         seconds = alternate(turns, rounds=rounds, pause=PAUSE)
     read = reader.size / statistics.median(seconds.pop(-1)) / 1e9
     if records[0].status == "failed":
-        raise LitBinqError(f"bench {job}: {sources.out!r} fails ({records[0].note})")
+        raise LitBinqError(f"bench {job}: {first!r} fails ({records[0].note})")
     for number in runners:
         record = records[number]
         if record.status == "measured":
-            ours = record.kernel.startswith("lit-binq ") or number == 0
-            facts = read_facts(record.source) if ours and "stock" not in record.kernel else {}
-            data = facts.get("token_bytes", facts.get("data_bytes"))
-            _fill(record, seconds[number], seconds.get(0), read, data)
+            _fill(record, seconds[number], seconds.get(0), read, entries[number].token_bytes)
     return records

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from lit_binq_onnx.bench_generation import Record as GenerationRecord
 from lit_binq_onnx.bench_ops import OpsResult, Shape
 from lit_binq_onnx.bench_ops import Record as OpsRecord
+from lit_binq_onnx.bench_shape import ShapeRecord
 from lit_binq_onnx.perplexity import TextRecord
 
 _NOTHING = "-"
@@ -154,6 +155,54 @@ def generation_table(records: list[GenerationRecord]) -> str:
             f"machine read {significant(first_record.read_gbytes_per_s)} GB/s in the same rounds."
         )
     return f"{table}\n\n{text}\n"
+
+
+def shape_table(records: Sequence[ShapeRecord]) -> str:
+    """The report of `bench shape`; the first record is ours."""
+    rows, first = [], records[0]
+    for r in records:
+        size = (r.weight_bytes + r.cache_bytes) / 1e6
+        if r.status == "measured":
+            cells = [
+                spread(r.tokens_per_s, r.tokens_per_s_low, r.tokens_per_s_high),
+                _NOTHING if r.tokens_per_s is None else significant(1e3 / r.tokens_per_s),
+                _NOTHING if r.ratio is None else spread(r.ratio, r.ratio_low, r.ratio_high),
+                f"{r.true_bits:.3f}",
+                significant(size),
+                significant(r.gbytes_per_s),
+                _NOTHING if r.share_of_read is None else f"{r.share_of_read:.0%}",
+                significant(r.load_seconds),
+                *map(_megabytes, (r.rss_loaded_bytes, r.rss_bytes, r.anon_bytes, r.peak_bytes, r.file_bytes)),
+            ]
+        else:
+            cells = [f"{r.status}: {r.note}", *[_NOTHING] * 2, f"{r.true_bits:.3f}", *[_NOTHING] * 9]
+        rows.append([r.kernel, *cells])
+    header = [
+        "random weights",
+        "tokens/s (quartiles)",
+        "ms a token",
+        "lit-binq is faster",
+        "bits a weight",
+        "MB a token",
+        "GB/s",
+        f"of the {significant(first.read_gbytes_per_s)} GB/s read",
+        "load, s",
+        "RSS loaded, MB",
+        "RSS after, MB",
+        "of it anonymous, MB",
+        "peak RSS, MB",
+        "files, MB",
+    ]
+    threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
+    head = f"head of {first.head_bits} bits" if first.head_bits else "float32 head"
+    job = f"{first.burst} tokens decoded after {first.context}"
+    cache = significant(first.cache_bytes / 1e6)
+    text = (
+        f"{first.shape}: medians of {first.rounds} alternating bursts, {job}, {threads}, {head}. A token reads its "
+        f"linears and head once, and {cache} MB of keys and values; at 100% of what this machine read in the same "
+        "rounds there would be nothing left to gain."
+    )
+    return f"{markdown(header, rows)}\n\n{text}\n"
 
 
 def perplexity_table(records: Sequence[TextRecord]) -> str:

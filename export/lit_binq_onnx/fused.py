@@ -77,7 +77,7 @@ def misfit(model: PreTrainedModel) -> str | None:
     return None
 
 
-class _Builder:
+class FusedBuilder:
     """The graph of one model; see this file's head."""
 
     def __init__(self, model: PreTrainedModel, tables: Tables | None, data: DataFile) -> None:
@@ -310,4 +310,4 @@ def build_fused(model: PreTrainedModel, tables: Tables | None, data: DataFile) -
     Raises:
         LitBinqError: a format of packed linears that has no fused form.
     """
-    return _Builder(model, tables, data).build()
+    return FusedBuilder(model, tables, data).build()
