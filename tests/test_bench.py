@@ -220,7 +220,7 @@ def test_a_small_run_times_everyone_with_every_number_of_threads(monkeypatch):
             assert (r.block > 0) == ("bit" in r.kernel)
             assert r.rounds == 2
             assert r.copies * r.packed_bytes >= ops.ROTATION << 12 or r.copies == ops.MOST_ROWS // r.M
-            if r.block:
+            if r.block and r.kernel not in ours:
                 assert f"block {r.block}: " in r.note  # what was tried
     text = ops_tables(result)
     assert text.count("### M = ") == 4

@@ -89,7 +89,8 @@ def test_native_operators_equal_torch(exported: Exported) -> None:
     assert model.route == "fused"
     before = library.calls()
     got = feed(model, IDS[:1], 0, 20, model.empty_past())
-    assert library.calls() - before == read_facts(exported.folder)["packed_nodes"]
+    attentions = exported.model.config.num_hidden_layers
+    assert library.calls() - before == read_facts(exported.folder)["packed_nodes"] + attentions
     close(got, exported.logits(IDS[:1, :20]))
     lut = OnnxModel(exported.folder, native=True, mode="lut", threads=1)
     error = np.abs(feed(lut, IDS[:1], 0, 20, lut.empty_past()) - got).max() / np.abs(got).max()
@@ -177,8 +178,10 @@ def test_both_graphs_share_one_data_file(exported: Exported) -> None:
     assert {f.name for f in exported.folder.iterdir() if ".onnx" in f.name} == {"model.onnx", DATA, FUSED}
     proto = onnx.load(exported.folder / FUSED, load_external_data=False)
     kinds = [node.op_type for node in proto.graph.node]
-    assert kinds.count("GroupQueryAttention") == 2
-    assert kinds.count("SkipSimplifiedLayerNormalization") == 4
+    assert kinds.count("CachedAttention") == 2
+    normalized = exported.model.config.model_type == "qwen3"
+    assert kinds.count("SkipSimplifiedLayerNormalization") == (2 if normalized else 1)
+    assert kinds.count("SimplifiedLayerNormalization") == (5 if normalized else 0)  # of heads, and the first block's
     stored = sum(t.nbytes for t in exported.model.state_dict().values())
     angles = 4 * 128 * 16
     # written twice, the packed weights and tables would double it
@@ -195,27 +198,35 @@ def operators(model: PreTrainedModel, folder: Path) -> Counter[str]:
 def test_linears_that_share_an_input_are_one_node(exported: Exported, tmp_path: Path) -> None:
     """Per block: q, k and v one node unless heads are normalized between them and attention; the MLP one node."""
     normalized = exported.model.config.model_type == "qwen3"
-    attention = {"BinaryMatMul": 8} if normalized else {"BinaryMatMul": 2, "BinaryMatMulQKV": 2}
-    assert operators(exported.model, tmp_path) == attention | {"BinaryGatedMLP": 2}
+    attention = {"BinaryMatMul": 8} if normalized else {"BinaryMatMul": 2, "NormBinaryMatMulQKV": 2}
+    assert operators(exported.model, tmp_path) == attention | {"NormBinaryGatedMLP": 2, "CachedAttention": 2}
     proto = onnx.load(exported.folder / FUSED, load_external_data=False)
     assert not {node.op_type for node in proto.graph.node} & {"Sigmoid", "Mul"}
-    attentions = [node for node in proto.graph.node if node.op_type == "GroupQueryAttention"]
-    assert all((not node.input[1] and not node.input[2]) != normalized for node in attentions)
+    attentions = [node for node in proto.graph.node if node.op_type == "CachedAttention"]
+    assert all(len(node.input) == (9 if normalized else 7) for node in attentions)
 
 
 def test_one_linear_that_does_not_fit_keeps_nodes_apart(tmp_path: Path) -> None:
-    """A bias in an MLP, another format in an attention: only where they are, and logits stay torch's."""
+    """A bias in an MLP, another format in an attention: only where they are, and logits stay torch's.
+
+    A bias of one of q, k and v is no such thing.
+    """
     model = fusable_model("llama")
+    for name in ("q_proj", "k_proj"):
+        layer = model.model.layers[0].self_attn.get_submodule(name)
+        biased = BinaryLinear.from_solution(layer.solution(), torch.linspace(-1, 1, layer.out_features))
+        model.model.layers[0].self_attn.set_submodule(name, biased)
     up, k = model.model.layers[0].mlp.up_proj, model.model.layers[1].self_attn.k_proj
     model.model.layers[0].mlp.up_proj = BinaryLinear.from_solution(up.solution(), torch.ones(up.out_features))
     model.model.layers[1].self_attn.k_proj = random_solution(
         "grouped-8", k.dequantize(), torch.Generator().manual_seed(0)
     ).pack()
     assert operators(model, tmp_path) == {
-        "BinaryMatMulQKV": 1,
-        "BinaryGatedMLP": 1,
+        "NormBinaryMatMulQKV": 1,
+        "NormBinaryGatedMLP": 1,
         "BinaryMatMul": 2 + 2 + 3,
         "GroupedBinaryMatMul": 1,
+        "CachedAttention": 2,
     }
     facts = export_onnx(model, byte_tokenizer(), tmp_path / "out", check=False)
     assert facts["fused"]
@@ -238,7 +249,7 @@ def test_the_native_session_runs_the_fused_operators(exported: Exported, tmp_pat
 
 @pytest.mark.parametrize("variant", ["mixed"])
 def test_every_format_has_a_fused_form(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads of 8 do not run in GroupQueryAttention, so the linears are compared one by one."""
+    """Heads of 8 do not run in CachedAttention, so the linears are compared one by one."""
     from onnx import TensorProto, helper
 
     from lit_binq.hub import packed_linears
@@ -287,7 +298,7 @@ def test_reasons_of_a_misfit() -> None:
     assert misfit(model) == "block 1: mlp.up_proj is not packed"
 
 
-@pytest.mark.parametrize("attribute", ["scale", "local_window_size", "epsilon", "rotary_interleaved"])
+@pytest.mark.parametrize("attribute", ["scale", "local_window_size", "epsilon"])
 def test_a_graph_with_other_logits_is_left_out(
     attribute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

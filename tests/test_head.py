@@ -11,6 +11,7 @@ from conftest import byte_tokenizer
 from exporting import fusable_model, packed_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native import require_native
 
 from lit_binq.errors import LitBinqError
 from lit_binq_onnx.check import check_onnx
@@ -55,7 +56,20 @@ def test_extreme_tables() -> None:
         constant = np.full((2, 48), -3.5, np.float32)
         rounded = quantize_table(constant, bits)
         assert rounded.block == 16
-        np.testing.assert_allclose(rounded.dense(), constant, rtol=1e-5)
+        # a scale has 11 bits: to the nearest at 4 bits, the next one down at 8
+        np.testing.assert_allclose(rounded.dense(), constant, rtol=2**-11 if bits == 4 else 2**-10)
+        tiny = np.full((1, 16), 2e-45, np.float32)  # no scale is as small as it would need
+        assert np.abs(quantize_table(tiny, bits).dense()).max() <= 2e-45
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 999), st.floats(1e-30, 1e30), st.sampled_from([4, 8]), st.booleans())
+def test_scales_have_the_bits_of_float16(seed: int, size: float, bits: int, fed: bool) -> None:
+    H = torch.from_numpy(table(90, 64, seed + 1))
+    scales = quantize_table(table(9, 64, seed, size), bits, gram=H.T @ H if fed else None).scales
+    mantissa = np.frexp(scales)[0] * 2048
+    assert (scales > 0).all()
+    assert (mantissa == np.rint(mantissa)).all()
 
 
 @settings(deadline=None, max_examples=30)
@@ -124,10 +138,35 @@ def test_rounded_exports_equal_rounded_torch(kind: str, bits: int, tmp_path: Pat
         name = MODEL if route == "generic" else FUSED
         proto = onnx.load(tmp_path / "out" / name, load_external_data=False)
         kinds = [n.op_type for n in proto.graph.node]
-        assert (kinds.count("GatherBlockQuantized"), kinds.count("MatMulNBits")) == (1, 1)
+        assert [kinds.count(kind) for kind in ("GatherBlockQuantized", "NBitsMatMul", "MatMulNBits")] == [1, 1, 0]
+        bodies = {f.name: [n.op_type for n in f.node] for f in proto.functions}
+        assert bodies["NBitsMatMul"] == ["MatMulNBits"]
+        stored = {t.name: t.data_type for t in proto.graph.initializer}
+        assert {kind for n, kind in stored.items() if n.endswith(".scales")} == {onnx.TensorProto.FLOAT}
         # the dense table is nowhere
         assert not any(list(t.dims) in ([260, 64], [64, 260], [260, 32]) and t.data_type == 1
                        for t in proto.graph.initializer)  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_native_head_is_the_stock_one(bits: int, tmp_path: Path) -> None:
+    """Native and body, both routes: exact ones agree as floats do; rounded ones as two roundings of one input."""
+    library = require_native()
+    model, out = fusable_model("llama"), tmp_path / "out"
+    facts = export_onnx(model, byte_tokenizer(), out, head_bits=bits, check=False)
+    ids, where = np.arange(14).reshape(2, 7) * 9, np.broadcast_to(np.arange(7), (2, 7))
+    for route in ("generic", "fused"):
+        logits = {}
+        counted = facts["packed_nodes"] + 1 + (model.config.num_hidden_layers if route == "fused" else 0)  # attention
+        for native in (True, False):
+            for mode in ("exact", "lut"):
+                m = OnnxModel(out, native=native, mode=mode, route=route)
+                before = library.calls()
+                logits[native, mode] = m.forward(ids, np.ones((2, 7)), where, m.empty_past(2))[0]
+                assert library.calls() - before == (counted if native else 0)
+        size = np.abs(logits[False, "exact"]).max()
+        np.testing.assert_allclose(logits[True, "exact"], logits[False, "exact"], rtol=0, atol=1e-4 * size)
+        np.testing.assert_allclose(logits[True, "lut"], logits[False, "exact"], rtol=0, atol=0.05 * size)
 
 
 def test_tied_tables_share_their_bytes(tmp_path: Path) -> None:

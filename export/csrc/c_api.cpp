@@ -11,7 +11,7 @@
 
 using namespace lit_binq;
 
-// Multiplications that native operators have done since the library was loaded.
+// Multiplications and attentions that native operators have done since the library was loaded.
 LIT_BINQ_EXPORT int64_t lit_binq_calls(void) { return call_count().load(); }
 
 // Mode of operators created from now on: 0 LUT, 1 exact, anything else follows the node's attribute.
@@ -39,9 +39,16 @@ LIT_BINQ_EXPORT int lit_binq_matmul(const float* x, int64_t M, int64_t K, int64_
   }
 }
 
-// gate_i = silu(gate_i) * up_i for i < count, as the operator BinaryGatedMLP computes it between its products.
+// gate_i = silu(gate_i) * up_i for i < count, as the operator NormBinaryGatedMLP computes it between its products.
 LIT_BINQ_EXPORT void lit_binq_apply_gate(float* gate, const float* up, int64_t count) {
   current_kernels().apply_gate(gate, up, count);
+}
+
+// sum and x (M, K) of hidden and skip (M, K) and gamma (K,), as the operators with a norm compute them (norm.h).
+LIT_BINQ_EXPORT void lit_binq_normalize(const float* hidden, const float* skip, const float* gamma, float epsilon,
+                                        int64_t M, int64_t K, float* sum, float* x) {
+  const Norm norm = {skip, K, gamma, epsilon, sum};
+  for (int64_t m = 0; m < M; ++m) norm.apply(hidden + m * K, m, K, x + m * K);
 }
 
 // The tables that LUT mode makes of one row, K <= 256: ceil(K / 8) * 32 bytes, the 16 sums of 4 columns after those of

@@ -1,4 +1,5 @@
-// The driver: rows of x in panels; for each panel first the tables of all its rows, then all tiles of the weights.
+// The driver: rows of x in panels; for each panel first its norm where there is one, then the tables of all its rows,
+// then all tiles of the weights.
 // Several matrices that read the same x, each with column scales and hence tables of its own, are one panel.
 // Allocates from the workspace pool only.
 //
@@ -30,6 +31,7 @@ constexpr int64_t kLutGrain = int64_t{1} << 19;
 constexpr int64_t kExactGrain = int64_t{1} << 17;
 constexpr int64_t kSegmentColumns = 16 * kBlock;  // a task of table making
 constexpr int64_t kMinSegments = 4;
+constexpr int64_t kMinNormalized = int64_t{1} << 15;  // activations; 5 a nanosecond
 
 // Tasks that a panel should at least give, so that few tiles and many rows still feed several threads.
 constexpr int64_t kWantedTasks = 16;
@@ -91,6 +93,15 @@ struct Panel {
       : kernels(kernels), mode(mode), gated(gated), count(count), x(x), rows(rows),
         halves(rows >= kernels.rows_for_halves) {}
 
+  // From now on x are the normalized rows, which `memory` takes; the panel's first row is row `first_row` of the call.
+  void normalize(const Norm* with, int64_t first_row, uint8_t* memory) {
+    if (with == nullptr) return;
+    norm = with;
+    first = first_row;
+    hidden = x;
+    x = normalized = reinterpret_cast<float*>(memory);
+  }
+
   const Kernels& kernels;
   Mode mode;
   bool gated;         // parts 0 and 1 are gate and up of an MLP: y of part 0 takes silu(gate) * up
@@ -100,6 +111,10 @@ struct Panel {
   bool halves;        // form of the tables (kernel.h)
   int64_t segments;   // table tasks for each row, of all parts
   int64_t row_parts;  // multiplication tasks for each tile
+  const Norm* norm = nullptr;
+  int64_t first = 0;
+  const float* hidden = nullptr;  // (rows, K), where there is a norm
+  float* normalized = nullptr;    // x, where there is one
   Part parts[kMaxProducts];
 };
 
@@ -122,6 +137,11 @@ uint8_t* place_tables(Part& part, Mode mode, int64_t rows, uint8_t* memory) {
   part.lut_scale = reinterpret_cast<float*>(memory + lut_bytes(w, rows));
   part.exact = reinterpret_cast<float*>(memory);
   return memory + table_bytes(w, mode, rows);
+}
+
+// Workspace for `rows` normalized rows.
+size_t normalized_bytes(const Norm* norm, int64_t rows, int64_t K) {
+  return norm != nullptr ? aligned(rows * K * static_cast<int64_t>(sizeof(float))) : 0;
 }
 
 int64_t panel_rows(Mode mode, int64_t M) { return std::min(M, mode == Mode::kLut ? kLutPanel : kExactPanel); }
@@ -239,21 +259,23 @@ void multiply_tile(void* argument, size_t task) {
   }
 }
 
-// The scales of all rows. Parts without dead columns find the same one.
-void find_scales(Panel& p) {
+// Task: the norm of one row, where there is one, and its scales. Parts without dead columns find the same one.
+void prepare_row(void* argument, size_t task) {
+  Panel& p = *static_cast<Panel*>(argument);
+  const int64_t m = static_cast<int64_t>(task), K = p.parts[0].weights->cols();
+  const float* const x = p.x + m * K;
+  if (p.norm != nullptr) p.norm->apply(p.hidden + m * K, p.first + m, K, p.normalized + m * K);
   for (size_t i = 0; i < p.count; ++i) {
     const PackedMatrix& w = *p.parts[i].weights;
     const bool known = i > 0 && w.live_scale() == nullptr && p.parts[i - 1].weights->live_scale() == nullptr;
-    for (int64_t m = 0; m < p.rows; ++m) {
-      p.parts[i].scale[m] =
-          known ? p.parts[i - 1].scale[m] : row_scale(p.kernels, p.x + m * w.cols(), w.live_scale(), w.cols());
-    }
+    p.parts[i].scale[m] = known ? p.parts[i - 1].scale[m] : row_scale(p.kernels, x, w.live_scale(), K);
   }
 }
 
 void run_panel(Panel& p, Executor& executor) {
   SerialExecutor serial;
-  find_scales(p);
+  const int64_t normalized = p.norm != nullptr ? p.rows * p.parts[0].weights->cols() : 0;
+  (normalized >= kMinNormalized ? executor : serial).run(p.rows, p.rows, prepare_row, &p);
 
   int64_t tables = 0, signs = 0, tiles = 0;  // of a row; columns of tables
   p.segments = 0;
@@ -283,18 +305,21 @@ void run_panel(Panel& p, Executor& executor) {
 
 }  // namespace
 
-void multiply_all(const Kernels& kernels, const Product* products, size_t count, Mode mode, const float* x, int64_t M,
-                  Executor& executor) {
+void multiply_all(const Kernels& kernels, const Product* products, size_t count, Mode mode, const Norm* norm,
+                  const float* x, int64_t M, Executor& executor) {
   int64_t N = 0;
   for (size_t i = 0; i < count; ++i) N += products[i].weights->rows();
   if (M == 0 || N == 0) return;
   const int64_t panel = panel_rows(mode, M), K = products[0].weights->cols();
-  size_t size = 0;
+  const size_t norm_bytes = normalized_bytes(norm, panel, K);
+  size_t size = norm_bytes;
   for (size_t i = 0; i < count; ++i) size += table_bytes(*products[i].weights, mode, panel);
   Workspace workspace(size);
   for (int64_t m = 0; m < M; m += panel) {
     Panel p(kernels, mode, false, count, x + m * K, std::min(panel, M - m));
     uint8_t* memory = workspace.data();
+    p.normalize(norm, m, memory);
+    memory += norm_bytes;
     for (size_t i = 0; i < count; ++i) {
       p.parts[i].set(products[i], m);
       memory = place_tables(p.parts[i], mode, panel, memory);
@@ -306,16 +331,17 @@ void multiply_all(const Kernels& kernels, const Product* products, size_t count,
 void multiply(const Kernels& kernels, const PackedMatrix& weights, Mode mode, const float* x, int64_t M,
               const float* bias, float* y, Executor& executor) {
   const Product product = {&weights, bias, y, weights.rows()};
-  multiply_all(kernels, &product, 1, mode, x, M, executor);
+  multiply_all(kernels, &product, 1, mode, nullptr, x, M, executor);
 }
 
 void multiply_gated(const Kernels& kernels, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
-                    Mode mode, const float* x, int64_t M, float* y, Executor& executor) {
+                    Mode mode, const Norm* norm, const float* x, int64_t M, float* y, Executor& executor) {
   if (M == 0 || down.rows() == 0) return;
   const int64_t panel = panel_rows(mode, M), K = gate.cols(), H = gate.rows(), N = down.rows();
   const size_t opened_bytes = aligned(panel * H * static_cast<int64_t>(sizeof(float)));
-  const size_t first_tables = table_bytes(gate, mode, panel) + table_bytes(up, mode, panel);
-  Workspace workspace(opened_bytes + std::max(first_tables, table_bytes(down, mode, panel)));
+  const size_t norm_bytes = normalized_bytes(norm, panel, K);
+  const size_t first_bytes = norm_bytes + table_bytes(gate, mode, panel) + table_bytes(up, mode, panel);
+  Workspace workspace(opened_bytes + std::max(first_bytes, table_bytes(down, mode, panel)));
   float* const opened = reinterpret_cast<float*>(workspace.data());  // (rows, H)
   uint8_t* const memory = workspace.data() + opened_bytes;
   for (int64_t m = 0; m < M; m += panel) {
@@ -323,7 +349,8 @@ void multiply_gated(const Kernels& kernels, const PackedMatrix& gate, const Pack
     Panel first(kernels, mode, true, 2, x + m * K, rows);
     first.parts[0].set({&gate, nullptr, opened, H}, 0);
     first.parts[1].set({&up, nullptr, nullptr, 0}, 0);
-    place_tables(first.parts[1], mode, panel, place_tables(first.parts[0], mode, panel, memory));
+    first.normalize(norm, m, memory);
+    place_tables(first.parts[1], mode, panel, place_tables(first.parts[0], mode, panel, memory + norm_bytes));
     run_panel(first, executor);
     Panel second(kernels, mode, false, 1, opened, rows);
     second.parts[0].set({&down, nullptr, y, N}, m);

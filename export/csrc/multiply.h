@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernel.h"
+#include "norm.h"
 #include "packed_matrix.h"
 
 namespace lit_binq {
@@ -44,13 +45,14 @@ struct Product {
 constexpr size_t kMaxProducts = 3;
 
 // 1 to kMaxProducts products of the same x (M, K), bit for bit what as many calls of `multiply` give, with one region
-// of parallel work for the tables of all and one for the rows of all.
-void multiply_all(const Kernels& kernels, const Product* products, size_t count, Mode mode, const float* x, int64_t M,
-                  Executor& executor);
+// of parallel work for the tables of all and one for the rows of all. Where `norm` is not null, x is its `hidden`, and
+// the products are those of the normalized rows.
+void multiply_all(const Kernels& kernels, const Product* products, size_t count, Mode mode, const Norm* norm,
+                  const float* x, int64_t M, Executor& executor);
 
 // y = D (silu(G x) * (U x)), each of the three products bit for bit what `multiply` gives: gate G and up U (H, K),
-// down D (N, H), x (M, K), y (M, N).
+// down D (N, H), x (M, K), y (M, N). `norm` as above.
 void multiply_gated(const Kernels& kernels, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
-                    Mode mode, const float* x, int64_t M, float* y, Executor& executor);
+                    Mode mode, const Norm* norm, const float* x, int64_t M, float* y, Executor& executor);
 
 }  // namespace lit_binq

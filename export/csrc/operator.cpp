@@ -145,8 +145,8 @@ Tensor Operator::read_input(const OrtKernelContext* context, size_t index) const
 Tensor Operator::read_x(const OrtKernelContext* context, int64_t K, int64_t* M) const {
   const Tensor x = read_input(context, kX);
   if (x.rank == 0 || x.dims[x.rank - 1] != K) {
-    fail("X has shape %s, expected (..., %lld) as attribute K says", shape_text(x).c_str(),
-         static_cast<long long>(K));
+    fail("%s has shape %s, expected (..., %lld) as attribute K says", signature_.inputs[kX].name,
+         shape_text(x).c_str(), static_cast<long long>(K));
   }
   *M = 1;
   for (size_t i = 0; i + 1 < x.rank; ++i) *M *= x.dims[i];
@@ -210,42 +210,47 @@ void MatrixOperator::run(const float* x, int64_t M, const float* bias, float* y,
   multiply(kernels_, *weights_, mode_, x, M, bias, y, executor);
 }
 
-// Dimensions keep their symbols. Where an input's shape is unknown, or a dimension has neither size nor symbol (which
-// cannot be handed on), nothing is said.
-void infer_shape(const Signature& signature, const OrtShapeInferContext* context) {
-  OrtTensorTypeAndShapeInfo* x = nullptr;  // the context's, not ours to release
-  check(ort().ShapeInferContext_GetInputTypeShape(context, kX, &x));
+Shape input_shape(const OrtShapeInferContext* context, size_t index) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's, not ours to release
+  check(ort().ShapeInferContext_GetInputTypeShape(context, index, &info));
   size_t rank = 0;
-  check(ort().GetDimensionsCount(x, &rank));
+  check(ort().GetDimensionsCount(info, &rank));
+  Shape shape{std::vector<int64_t>(rank), std::vector<const char*>(rank, "")};
+  if (rank == 0) return shape;
+  check(ort().GetDimensions(info, shape.dims.data(), rank));
+  check(ort().GetSymbolicDimensions(info, shape.symbols.data(), rank));
+  return shape;
+}
+
+void set_output_shape(const OrtShapeInferContext* context, size_t index, const Shape& shape) {
+  const size_t rank = shape.dims.size();
   if (rank == 0) return;
-  std::vector<int64_t> dims(rank);
-  std::vector<const char*> symbols(rank, "");
-  check(ort().GetDimensions(x, dims.data(), rank));
-  check(ort().GetSymbolicDimensions(x, symbols.data(), rank));
-  dims[rank - 1] = 0;
-  for (size_t i = 0; i < signature.row_inputs_count; ++i) {
-    OrtTensorTypeAndShapeInfo* codes = nullptr;
-    check(ort().ShapeInferContext_GetInputTypeShape(context, signature.row_inputs[i], &codes));
-    size_t codes_rank = 0;
-    check(ort().GetDimensionsCount(codes, &codes_rank));
-    if (codes_rank != 2) return;
-    int64_t codes_dims[2] = {0, 0};
-    check(ort().GetDimensions(codes, codes_dims, 2));
-    if (codes_dims[0] < 0) return;
-    dims[rank - 1] += codes_dims[0];
-  }
-  symbols[rank - 1] = "";
   for (size_t i = 0; i < rank; ++i) {
-    if (dims[i] < 0 && symbols[i][0] == '\0') return;
+    if (shape.dims[i] < 0 && shape.symbols[i][0] == '\0') return;
   }
   OrtTensorTypeAndShapeInfo* raw = nullptr;
   check(ort().CreateTensorTypeAndShapeInfo(&raw));
-  const std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> y(
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> info(
       raw, ort().ReleaseTensorTypeAndShapeInfo);
+  std::vector<const char*> symbols = shape.symbols;
   check(ort().SetTensorElementType(raw, kOrtFloat));
-  check(ort().SetDimensions(raw, dims.data(), rank));
+  check(ort().SetDimensions(raw, shape.dims.data(), rank));
   check(ort().SetSymbolicDimensions(raw, symbols.data(), rank));
-  check(ort().ShapeInferContext_SetOutputTypeShape(context, 0, raw));
+  check(ort().ShapeInferContext_SetOutputTypeShape(context, index, raw));
+}
+
+// Dimensions keep their symbols.
+void infer_shape(const Signature& signature, const OrtShapeInferContext* context) {
+  Shape y = input_shape(context, kX);
+  if (y.dims.empty()) return;
+  y.dims.back() = 0;
+  y.symbols.back() = "";
+  for (size_t i = 0; i < signature.row_inputs_count; ++i) {
+    const Shape codes = input_shape(context, signature.row_inputs[i]);
+    if ((codes.dims.size() != 2 && codes.dims.size() != 3) || codes.dims[0] < 0) return;
+    y.dims.back() += codes.dims[0];
+  }
+  set_output_shape(context, 0, y);
 }
 
 }  // namespace lit_binq

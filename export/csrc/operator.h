@@ -21,6 +21,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "multiply.h"
 #include "ort_abi.h"
@@ -30,7 +31,8 @@ namespace lit_binq {
 // The API that operators call; filled by RegisterCustomOps after the guard has passed.
 OrtApi& ort();
 
-// Multiplications done by all operators since the library was loaded: as many for a call as it has matrices.
+// Multiplications done by all operators since the library was loaded: as many for a call as it has matrices; an
+// attention is one.
 std::atomic<int64_t>& call_count();
 
 // -1: operators created from now on follow their attribute `exact`; 0: LUT mode; 1: exact mode.
@@ -93,6 +95,16 @@ class PoolExecutor final : public Executor {
  private:
   const OrtKernelContext* context_;
 };
+
+// Dimensions of a value: a size, or below 0 with a symbol. Rank 0: unknown.
+struct Shape {
+  std::vector<int64_t> dims;
+  std::vector<const char*> symbols;  // "" where there is none
+};
+
+Shape input_shape(const OrtShapeInferContext* context, size_t index);
+// Says nothing where the shape is unknown, or where a dimension has neither size nor symbol, which cannot be handed on.
+void set_output_shape(const OrtShapeInferContext* context, size_t index, const Shape& shape);
 
 // Y has the shape of X with its last dimension replaced by N. Throws Failure.
 void infer_shape(const Signature& signature, const OrtShapeInferContext* context);

@@ -6,6 +6,7 @@
     lit-binq-levels          LevelsMatMul, 2 bits as one of four levels for 128 columns
     lit-binq-two-plane       TwoPlaneMatMul, two planes: one of four free levels for each row and 128 columns, 2.5 bits
     lit-binq-a4              the same with activations rounded to four binary planes: AND and popcount
+    lit-binq-8bit, -4bit     NBitsMatMul, one scale for 32 columns: the tensors of ort-8bit and -4bit
     ort-fp32                 MatMul
     ort-8bit, -4bit, -2bit   MatMulNBits at accuracy_level 4: activations rounded to int8
     ort-2bit-lut             MatMulNBits with the session option `mlas.use_lut_gemm`
@@ -23,7 +24,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from lit_binq_onnx.functions import DOMAIN, OPSET, VERSION
+from lit_binq_onnx.functions import DOMAIN, MICROSOFT, NBITS, OPSET, VERSION
 from lit_binq_onnx.session import Mode
 
 GROUP = 128
@@ -31,6 +32,9 @@ GROUP = 128
 
 SALIENT = 8
 """The second plane of the planes format here is on every SALIENT-th column."""
+
+NBITS_BLOCK = 32
+"""Columns of a scale of NBitsMatMul here: what a rounded head has."""
 
 BLOCKS = (32, 128)
 """Block lengths of MatMulNBits that are tried; where 128 does not divide K, 64 is tried too."""
@@ -76,7 +80,7 @@ class Kernel:
             names of its values: `x` is shared, the result is `y{copy}`.
         largest_error: relative; see `INT8_ERROR`.
         mode: of our operators; None: ONNX Runtime's own.
-        block: of MatMulNBits; 0: no such thing.
+        block: of MatMulNBits and NBitsMatMul; 0: no such thing.
         config: entries of the session's configuration.
         rows: the most rows of x it is timed with; None: any number.
         smallest_error: relative; a smaller one means that the runtime has quietly taken another kernel.
@@ -222,16 +226,25 @@ def float_layer(rng: np.random.Generator, K: int, N: int, copy: int) -> Layer:
     return Layer([node], {f"w{copy}": W}, lambda n: W[:, n].T.astype(np.float64))
 
 
-def nbits_maker(bits: int, block: int, accuracy: int) -> Callable[[np.random.Generator, int, int, int], Layer]:
-    """Makes layers of MatMulNBits; codes are unsigned around 2^(bits - 1), a byte holds the first code lowest."""
+def nbits_maker(bits: int, block: int, accuracy: int | None) -> Callable[[np.random.Generator, int, int, int], Layer]:
+    """Makes layers of MatMulNBits; codes are unsigned around 2^(bits - 1), a byte holds the first code lowest.
+
+    Without an accuracy level they are layers of our NBitsMatMul, whose scales have the bits of float16.
+    """
 
     def make(rng: np.random.Generator, K: int, N: int, copy: int) -> Layer:
         groups = -(-K // block)
         codes = np.frombuffer(rng.bytes(N * groups * block * bits // 8), np.uint8).reshape(N, groups, -1)
         scales = ((0.5 + rng.random((N, groups))) / 100).astype(np.float32)
-        attributes = {"K": K, "N": N, "bits": bits, "block_size": block, "accuracy_level": accuracy}
-        node = helper.make_node("MatMulNBits", ["x", f"q{copy}", f"s{copy}"], [f"y{copy}"], domain="com.microsoft")
-        _with_numbers(node, attributes)
+        numbers = {"K": K, "N": N, "bits": bits, "block_size": block}
+        if accuracy is None:
+            scales = scales.astype(np.float16).astype(np.float32)
+            kind, domain = NBITS, DOMAIN
+        else:
+            numbers["accuracy_level"] = accuracy
+            kind, domain = "MatMulNBits", MICROSOFT
+        node = helper.make_node(kind, ["x", f"q{copy}", f"s{copy}"], [f"y{copy}"], domain=domain)
+        _with_numbers(node, numbers)
 
         def dense(n: slice) -> np.ndarray:
             shifts = np.arange(0, 8, bits, dtype=np.uint8)
@@ -254,6 +267,8 @@ def nbits_blocks(K: int) -> tuple[int, ...]:
 
 def our_kernels() -> list[Kernel]:
     """Contestants that need our library."""
+    g = NBITS_BLOCK
+    tables = [Kernel(f"lit-binq-{b}bit", nbits_maker(b, g, None), INT8_ERROR, "lut", block=g) for b in (8, 4)]
     return [
         Kernel("lit-binq-lut", binary_layer, INT8_ERROR, "lut"),
         Kernel("lit-binq-exact", binary_layer, FLOAT_ERROR, "exact"),
@@ -262,6 +277,7 @@ def our_kernels() -> list[Kernel]:
         Kernel("lit-binq-levels", levels_layer, INT8_ERROR, "lut", rows=1),
         Kernel("lit-binq-two-plane", two_plane_maker(0), INT8_ERROR, "lut"),
         Kernel("lit-binq-a4", two_plane_maker(4), A4_ERROR, "lut"),
+        *tables,
     ]
 
 
@@ -299,6 +315,6 @@ def graph_of(layers: list[Layer], M: int, K: int, N: int) -> onnx.ModelProto:
         [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, [M, N]) for i in range(len(layers))],
         [numpy_helper.from_array(value, name) for layer in layers for name, value in layer.tensors.items()],
     )
-    domains = {"": OPSET, "com.microsoft": 1, DOMAIN: VERSION}
+    domains = {"": OPSET, MICROSOFT: 1, DOMAIN: VERSION}
     opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
     return helper.make_model(graph, opset_imports=opsets, ir_version=9)

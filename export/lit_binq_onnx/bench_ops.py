@@ -78,7 +78,7 @@ class Record:
         share_of_read: that over the rate at which memory was read in the same rounds.
         read_gbytes_per_s: that rate, the median.
         error: root mean square of the difference from float64 over that of the result.
-        block: of MatMulNBits, the fastest of those tried; 0 elsewhere.
+        block: of MatMulNBits, the fastest of those tried, and of NBitsMatMul; 0 elsewhere.
         copies: layers of a session.
         rounds: how often it was timed.
         note: why it was not timed, or what was tried; empty if there is nothing to say.

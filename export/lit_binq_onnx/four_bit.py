@@ -19,15 +19,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
 from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PackedLinear
 from lit_binq_onnx.functions import DOMAIN
-from lit_binq_onnx.fused import FusedBuilder
-from lit_binq_onnx.head import ACCURACY, MICROSOFT, Tables
-from lit_binq_onnx.session import LOGITS_START
+from lit_binq_onnx.functions.nbits import ACCURACY
+from lit_binq_onnx.fused import FusedBuilder, table_attributes
+from lit_binq_onnx.head import MICROSOFT, QuantizedTable, Tables
 from lit_binq_onnx.tensors import DataFile
 
 BLOCKS = (16, 32, 64, 128, 256)
@@ -58,89 +57,46 @@ class FourBitBuilder(FusedBuilder):
 
     def build(self) -> onnx.ModelProto:
         """All of it."""
-        blocks = self.model.model.layers
-        self._lengths()
-        self._angles()
-        h = self._embedding()
-        x = self._norm(blocks[0].input_layernorm, h, "model.layers.0.input_layernorm")
-        for number, block in enumerate(blocks):
-            name = f"model.layers.{number}"
-            y = self._attention(block.self_attn, x, number)
-            h, x = self._skip_norm(block.post_attention_layernorm, h, y, f"{name}.post_attention_layernorm")
-            y = self._mlp(block.mlp, x, f"{name}.mlp")
-            last = number + 1 == len(blocks)
-            norm = self.model.model.norm if last else blocks[number + 1].input_layernorm
-            label = "model.norm" if last else f"model.layers.{number + 1}.input_layernorm"
-            h, x = self._skip_norm(norm, h, y, label)
-        self._head(x)
-        proto = self.g.model(*self._interface(len(blocks)))
-        proto.graph.input.append(helper.make_tensor_value_info(LOGITS_START, TensorProto.INT64, [1]))
+        proto = super().build()
         foreign = [i for i, opset in enumerate(proto.opset_import) if opset.domain == DOMAIN]
         for i in reversed(foreign):  # a runtime without our library need not have heard of it
             del proto.opset_import[i]
         return proto
 
-    def _lengths(self) -> None:
-        """Each row's last position, and the length of the longest row: what GroupQueryAttention asks for."""
-        g = self.g
-        rows = g.add("ReduceSum", ["attention_mask", g.stored("axis 1", np.array([1]))], "row_tokens", keepdims=0)
-        last = g.add("Sub", [rows, g.stored("one", np.array(1))], "row_last")
-        g.add("Cast", [last], "last_positions", to=TensorProto.INT32)
-        shape = g.add("Shape", ["attention_mask"], "mask_shape")
-        total = g.add("Gather", [shape, g.stored("one", np.array(1))], "longest", axis=0)
-        g.add("Cast", [total], "total_tokens", to=TensorProto.INT32)
-
-    def _norm(self, norm: Any, h: str, name: str) -> str:
-        weight = self.g.stored(f"{name}.weight", norm.weight.detach().numpy())
-        epsilon = float(norm.variance_epsilon)
-        return self.g.add("SimplifiedLayerNormalization", [h, weight], name, epsilon=epsilon, axis=-1)
-
-    def _skip_norm(self, norm: Any, h: str, y: str, name: str) -> tuple[str, str]:
-        """(h + y, its norm)."""
-        weight = self.g.stored(f"{name}.weight", norm.weight.detach().numpy())
-        x, _, _, total = self.g.add_many(
-            "SkipSimplifiedLayerNormalization",
-            [h, y, weight],
-            [name, "", "", f"{name}.input"],
-            domain=MICROSOFT,
-            epsilon=float(norm.variance_epsilon),
-        )
-        return total, x
-
-    def _attention(self, attention: Any, x: str, number: int) -> str:
-        g, name = self.g, f"model.layers.{number}.self_attn"
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    def _projections(self, block: Any, h: str, y: str, name: str) -> tuple[str, tuple[str, str, str]]:
+        attention = block.self_attn
+        layers = {part: getattr(attention, part) for part in ("q_proj", "k_proj", "v_proj")}
+        h, x = self._skip_norm(block.input_layernorm, h, y, f"{name}.input_layernorm")
         if getattr(attention, "q_norm", None) is None:
-            q, k, v = self._linear(layers, x, f"{name}.qkv"), "", ""
-        else:
-            parts = zip(layers, "qkv", strict=True)
-            q, k, v = (self._linear([layer], x, f"{name}.{part}_proj") for layer, part in parts)
-            q = self._head_norm(attention.q_norm, q, f"{name}.q_norm", heads, attention.head_dim)
-            k = self._head_norm(attention.k_norm, k, f"{name}.k_norm", kv_heads, attention.head_dim)
+            return h, (self._linears(list(layers.values()), x, f"{name}.self_attn.qkv"), "", "")
+        q, k, v = (self._linear(layer, x, f"{name}.self_attn.{part}") for part, layer in layers.items())
+        return h, (q, k, v)
+
+    def _attend(self, q: str, k: str, v: str, number: int, **attributes: Any) -> str:
         past, present = f"past_key_values.{number}", f"present.{number}"
-        inputs = [q, k, v, f"{past}.key", f"{past}.value", "last_positions", "total_tokens", "cos", "sin"]
-        outputs = g.add_many(
+        return self.g.add_many(
             "GroupQueryAttention",
-            inputs,
-            [f"{name}.heads", f"{present}.key", f"{present}.value"],
+            [q, k, v, f"{past}.key", f"{past}.value", "last_positions", "total_tokens", "cos", "sin"],
+            [f"model.layers.{number}.self_attn.heads", f"{present}.key", f"{present}.value"],
             domain=MICROSOFT,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
-            scale=float(attention.scaling),
             do_rotary=1,
             rotary_interleaved=0,
             local_window_size=self._window(number),
-        )
-        return self._linear([attention.o_proj], outputs[0], f"{name}.o_proj")
+            **attributes,
+        )[0]
 
-    def _mlp(self, mlp: Any, x: str, name: str) -> str:
-        g = self.g
-        gate, up = (self._linear([getattr(mlp, part)], x, f"{name}.{part}") for part in ("gate_proj", "up_proj"))
+    def _mlp(self, block: Any, h: str, y: str, name: str) -> tuple[str, str]:
+        g, mlp = self.g, block.mlp
+        h, x = self._skip_norm(block.post_attention_layernorm, h, y, f"{name}.post_attention_layernorm")
+        name = f"{name}.mlp"
+        gate, up = (self._linear(getattr(mlp, part), x, f"{name}.{part}") for part in ("gate_proj", "up_proj"))
         opened = g.add("Mul", [gate, g.add("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.act_fn")
-        return self._linear([mlp.down_proj], g.add("Mul", [opened, up], f"{name}.gated"), f"{name}.down_proj")
+        return h, self._linear(mlp.down_proj, g.add("Mul", [opened, up], f"{name}.gated"), f"{name}.down_proj")
 
-    def _linear(self, layers: Sequence[PackedLinear], x: str, name: str) -> str:
+    def _linear(self, layer: PackedLinear, x: str, name: str) -> str:
+        return self._linears([layer], x, name)
+
+    def _linears(self, layers: Sequence[PackedLinear], x: str, name: str) -> str:
         """Linears of one input as one product, their outputs beside each other, and their biases if there are any."""
         K, N, g = layers[0].in_features, sum(layer.out_features for layer in layers), self._block
         groups = -(-K // g)
@@ -148,54 +104,20 @@ class FourBitBuilder(FusedBuilder):
         scales = (0.5 + self._rng.random((N, groups), np.float32)) * np.float32(K**-0.5 / _CODE_SIZE)
         self.stored_bits += 8 * (codes.nbytes + scales.nbytes)
         # flat scales are what every version of the runtime takes
-        y = self._product(x, K, N, 4, g, [("codes", codes), ("scales", scales.reshape(-1))], name)
+        tensors = [self.g.stored(f"{name}.codes", codes), self.g.stored(f"{name}.scales", scales.reshape(-1))]
+        y = self._product([x, *tensors], name, K=K, N=N, bits=4, block_size=g)
         if all(layer.bias is None for layer in layers):
             return y
         biases = [np.zeros(m.out_features) if m.bias is None else m.bias.float().numpy() for m in layers]
         bias = self.g.stored(f"{name}.bias", np.concatenate(biases).astype(np.float32))
         return self.g.add("Add", [y, bias], f"{name}.biased")
 
-    def _product(
-        self,
-        x: str,
-        K: int,
-        N: int,
-        bits: int,
-        block: int,
-        tensors: list[tuple[str, np.ndarray]],
-        name: str,
-        y: str = "",
-    ) -> str:
-        """A MatMulNBits; tensors are codes, scales and zero points where there are any, by the ends of their names."""
-        return self.g.add(
-            "MatMulNBits",
-            [x, *(self.g.stored(f"{name}.{label}", array) for label, array in tensors)],
-            y or name,
-            domain=MICROSOFT,
-            K=K,
-            N=N,
-            bits=bits,
-            block_size=block,
-            accuracy_level=ACCURACY,
-        )
+    def _rounded_product(self, x: str, table: QuantizedTable, name: str) -> None:
+        inputs = [x, self.g.stored(f"{name}.blocks", table.blocked()), *self._scales(table, name)]
+        self._product(inputs, "logits", **table_attributes(table))
 
-    def _head(self, x: str) -> None:
-        g = self.g
-        bounds = [
-            g.stored(LOGITS_START, np.array([0])),
-            g.stored("end", np.array([np.iinfo(np.int64).max])),
-            g.stored("axis 1", np.array([1])),
-        ]
-        x = g.add("Slice", [x, *bounds], "last_hidden")
-        if self.tables is None:
-            g.add("MatMul", [x, self._dense_head()], "logits")
-            return
-        table = self.tables.head
-        name = "embedding" if self.tables.embedding is table else "head"
-        tensors = [("blocks", table.blocked()), ("scales", table.scales)]
-        if table.zeros is not None:
-            tensors.append(("zeros", table.zeros))
-        self._product(x, table.width, len(table.codes), table.bits, table.block, tensors, name, "logits")
+    def _product(self, inputs: list[str], y: str, **attributes: int) -> str:
+        return self.g.add("MatMulNBits", inputs, y, domain=MICROSOFT, accuracy_level=ACCURACY, **attributes)
 
 
 def require_block(block: int) -> None:

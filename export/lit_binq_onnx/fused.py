@@ -8,19 +8,21 @@ and its new ones are the last of them. The cache has room for c >= t tokens. Att
 the buffers that come in, where a caller binds the same memory to past and present: nothing grows, nothing is copied.
 Padding on the left cannot be said in this form: the traced graph does that.
 
-Operators of ONNX Runtime: GroupQueryAttention (rotary embedding, grouped heads without repeating keys, sliding window),
-SimplifiedLayerNormalization, SkipSimplifiedLayerNormalization (x + y and its norm in one), GatherBlockQuantized and
-MatMulNBits where the tables are rounded. The initializer `logits_start` is an optional input: -1 asks for the last
-token's logits only, which saves the head's work over a prompt.
+Operators of ONNX Runtime: SimplifiedLayerNormalization, SkipSimplifiedLayerNormalization (h + y and its norm in one),
+GatherBlockQuantized where the tables are rounded. The initializer `logits_start` is an optional input: -1 asks for the
+last token's logits only, which saves the head's work over a prompt.
 
-Operators of ours: where q, k and v are all of the row x column format, they are one BinaryMatMulQKV, whose output
-attention reads as it is, and gate, up and down are one BinaryGatedMLP where they have no biases: a node costs the
-runtime microseconds, which is what a small linear takes. Every linear keeps column scales of its own. Other formats,
-and heads that are normalized one by one, keep a node for every product.
+Operators of ours: CachedAttention (rotary embedding, grouped heads without repeating keys, sliding window), which is
+the runtime's GroupQueryAttention where the native library is missing; NBitsMatMul for a rounded head, MatMulNBits
+there. Where q, k and v are all of the row x column format, they are one NormBinaryMatMulQKV, whose output attention
+reads as it is, and gate, up and down are one NormBinaryGatedMLP where they have no biases. Both do the residual sum and
+the norm in front of them too: a node costs the runtime microseconds, which is what a small linear takes, and a norm a
+tenth of one. Every linear keeps column scales of its own. Other formats, and heads that are normalized one by one, keep
+a node for every product.
 
 What is written here is believed only after its logits were compared with torch's (`lit_binq_onnx.export`).
 
-Legend: b batch, s new tokens, h hidden, x normalized hidden.
+Legend: b batch, s new tokens, h hidden, y what the next norm adds to it first ("": nothing), x normalized hidden.
 """
 
 from typing import Any
@@ -33,11 +35,12 @@ from transformers import PreTrainedModel
 
 from lit_binq.formats import PackedLinear
 from lit_binq.kv_cache import kv_bits
+from lit_binq_onnx.functions import DOMAIN, NBITS
 from lit_binq_onnx.graph import HALF_STORAGE_ELEMENTS
-from lit_binq_onnx.head import ACCURACY, MICROSOFT, QuantizedTable, Tables
+from lit_binq_onnx.head import MICROSOFT, QuantizedTable, Tables
 from lit_binq_onnx.session import LOGITS_START, cache_names
 from lit_binq_onnx.tensors import DataFile
-from lit_binq_onnx.writer import GraphWriter, one_operator
+from lit_binq_onnx.writer import GraphWriter, NormedRows, one_operator
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Blocks of RMS norm, rotary attention, RMS norm and gated MLP."""
@@ -90,18 +93,12 @@ class FusedBuilder:
         g, blocks = self.g, self.model.model.layers
         self._lengths()
         self._angles()
-        h, x = self._embedding(), ""
+        h, y = self._embedding(), ""
         for number, block in enumerate(blocks):
-            name = f"model.layers.{number}"
-            if number == 0:
-                x = self._norm(block.input_layernorm, h, f"{name}.input_layernorm")
-            y = self._attention(block.self_attn, x, number)
-            h, x = self._skip_norm(block.post_attention_layernorm, h, y, f"{name}.post_attention_layernorm")
-            y = self._mlp(block.mlp, x, f"{name}.mlp")
-            last = number + 1 == len(blocks)
-            norm = self.model.model.norm if last else blocks[number + 1].input_layernorm
-            label = "model.norm" if last else f"model.layers.{number + 1}.input_layernorm"
-            h, x = self._skip_norm(norm, h, y, label)
+            h, heads = self._projections(block, h, y, f"model.layers.{number}")
+            y = self._attention(block.self_attn, heads, number)
+            h, y = self._mlp(block, h, y, f"model.layers.{number}")
+        _, x = self._skip_norm(self.model.model.norm, h, y, "model.norm")
         self._head(x)
         proto = g.model(*self._interface(len(blocks)))
         # An initializer that is an input too is a default that a caller may replace.
@@ -124,7 +121,7 @@ class FusedBuilder:
         return inputs, outputs
 
     def _lengths(self) -> None:
-        """From the mask what GroupQueryAttention asks for: each row's last position, and t."""
+        """From the mask what attention asks for: each row's last position, and t."""
         g = self.g
         rows = g.add("ReduceSum", ["attention_mask", g.stored("axis 1", np.array([1]))], "row_tokens", keepdims=0)
         last = g.add("Sub", [rows, g.stored("one", np.array(1))], "row_last")
@@ -147,7 +144,9 @@ class FusedBuilder:
         return self.g.add("SimplifiedLayerNormalization", [h, weight], name, epsilon=_epsilon(norm), axis=-1)
 
     def _skip_norm(self, norm: Any, h: str, y: str, name: str) -> tuple[str, str]:
-        """(h + y, its norm)."""
+        """(h + y, its norm); (h, its norm) where y is ""."""
+        if not y:
+            return h, self._norm(norm, h, name)
         weight = self.g.stored(f"{name}.weight", _array(norm.weight))
         x, _, _, total = self.g.add_many(
             "SkipSimplifiedLayerNormalization",
@@ -158,36 +157,46 @@ class FusedBuilder:
         )
         return total, x
 
-    def _attention(self, attention: Any, x: str, number: int) -> str:
+    def _rows(self, norm: Any, h: str, y: str, name: str) -> NormedRows:
+        """The same, for an operator that adds and normalizes by itself."""
+        return NormedRows(h, y, self.g.stored(f"{name}.weight", _array(norm.weight)), _epsilon(norm))
+
+    def _projections(self, block: Any, h: str, y: str, name: str) -> tuple[str, tuple[str, str, str]]:
+        """(h + y, what attention takes as q, k and v); q alone where it holds all three."""
+        g, attention, parts = self.g, block.self_attn, ("q_proj", "k_proj", "v_proj")
+        norm = (block.input_layernorm, h, y, f"{name}.input_layernorm")
+        layers, names = [getattr(attention, p) for p in parts], [f"{name}.self_attn.{p}" for p in parts]
+        # o_proj too: where bodies run, ONNX Runtime 1.18 infers an attention output as wide as the packed query, which
+        # its body bears.
+        if not _normalizes_heads(attention) and one_operator([*layers, attention.o_proj], biases=True):
+            q, h = g.qkv(layers, self._rows(*norm), names, f"{name}.self_attn.qkv")
+            return h, (q, "", "")
+        h, x = self._skip_norm(*norm)
+        q, k, v = (self._linear(layer, x, n) for layer, n in zip(layers, names, strict=True))
+        return h, (q, k, v)
+
+    def _attention(self, attention: Any, projections: tuple[str, str, str], number: int) -> str:
         g, name = self.g, f"model.layers.{number}.self_attn"
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        parts = ("q_proj", "k_proj", "v_proj")
-        layers, names = [getattr(attention, p) for p in parts], [f"{name}.{p}" for p in parts]
-        normalized = getattr(attention, "q_norm", None) is not None
-        # o_proj too: its body bears that ONNX Runtime 1.18 infers an attention output as wide as the packed query.
-        if not normalized and one_operator([*layers, attention.o_proj], biases=True):
-            q, k, v = g.qkv(layers, x, names, f"{name}.qkv"), "", ""
-        else:
-            q, k, v = (g.linear(layer, x, n) for layer, n in zip(layers, names, strict=True))
-        if normalized:
+        q, k, v = projections
+        if _normalizes_heads(attention):
             q = self._head_norm(attention.q_norm, q, f"{name}.q_norm", heads, attention.head_dim)
             k = self._head_norm(attention.k_norm, k, f"{name}.k_norm", kv_heads, attention.head_dim)
+        x = self._attend(q, k, v, number, scale=float(attention.scaling), num_heads=heads, kv_num_heads=kv_heads)
+        return self._linear(attention.o_proj, x, f"{name}.o_proj")
+
+    def _attend(self, q: str, k: str, v: str, number: int, **attributes: Any) -> str:
+        """The heads' outputs side by side; k and v are "" where q holds all three."""
         past, present = f"past_key_values.{number}", f"present.{number}"
-        inputs = [q, k, v, f"{past}.key", f"{past}.value", "last_positions", "total_tokens", "cos", "sin"]
-        outputs = [f"{name}.heads", f"{present}.key", f"{present}.value"]
-        g.add_many(
-            "GroupQueryAttention",
-            inputs,
-            outputs,
-            domain=MICROSOFT,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
-            scale=float(attention.scaling),
-            do_rotary=1,
-            rotary_interleaved=0,
-            local_window_size=self._window(number),
-        )
-        return g.linear(attention.o_proj, outputs[0], f"{name}.o_proj")
+        inputs = [q, f"{past}.key", f"{past}.value", "last_positions", "total_tokens", "cos", "sin"]
+        outputs = [f"model.layers.{number}.self_attn.heads", f"{present}.key", f"{present}.value"]
+        inputs += [k, v] if k else []
+        attributes["local_window_size"] = self._window(number)
+        return self.g.add_many("CachedAttention", inputs, outputs, domain=DOMAIN, **attributes)[0]
+
+    def _linear(self, layer: PackedLinear, x: str, name: str) -> str:
+        """One product."""
+        return self.g.linear(layer, x, name)
 
     def _window(self, number: int) -> int:
         """How many tokens a token sees, itself included; -1 means all."""
@@ -204,14 +213,19 @@ class FusedBuilder:
         width = g.stored(f"to width {heads}", np.array([0, 0, heads * head_dim]))
         return g.add("Reshape", [self._norm(norm, split, f"{name}.heads"), width], name)
 
-    def _mlp(self, mlp: Any, x: str, name: str) -> str:
+    def _mlp(self, block: Any, h: str, y: str, name: str) -> tuple[str, str]:
+        """(h + y, the MLP's output)."""
         g, parts = self.g, ("gate_proj", "up_proj", "down_proj")
-        layers, names = [getattr(mlp, p) for p in parts], [f"{name}.{p}" for p in parts]
+        norm = (block.post_attention_layernorm, h, y, f"{name}.post_attention_layernorm")
+        name = f"{name}.mlp"
+        layers, names = [getattr(block.mlp, p) for p in parts], [f"{name}.{p}" for p in parts]
         if one_operator(layers, biases=False):
-            return g.gated_mlp(layers, x, names, name)
-        gate, up = (g.linear(layer, x, n) for layer, n in zip(layers[:2], names[:2], strict=True))
+            y, h = g.gated_mlp(layers, self._rows(*norm), names, name)
+            return h, y
+        h, x = self._skip_norm(*norm)
+        gate, up = (self._linear(layer, x, n) for layer, n in zip(layers[:2], names[:2], strict=True))
         opened = g.add("Mul", [gate, g.add("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.act_fn")
-        return g.linear(layers[2], g.add("Mul", [opened, up], f"{name}.gated"), names[2])
+        return h, self._linear(layers[2], g.add("Mul", [opened, up], f"{name}.gated"), names[2])
 
     def _embedding(self) -> str:
         g = self.g
@@ -241,19 +255,12 @@ class FusedBuilder:
         if self.tables is None:
             g.add("MatMul", [x, self._dense_head()], "logits")
             return
-        table = self.tables.head
-        name = "embedding" if self.tables.embedding is table else "head"
-        g.add(
-            "MatMulNBits",
-            [x, g.stored(f"{name}.blocks", table.blocked()), *self._scales(table, name)],
-            "logits",
-            domain=MICROSOFT,
-            K=table.width,
-            N=len(table.codes),
-            bits=table.bits,
-            block_size=table.block,
-            accuracy_level=ACCURACY,
-        )
+        self._rounded_product(x, self.tables.head, "embedding" if self.tables.embedding is self.tables.head else "head")
+
+    def _rounded_product(self, x: str, table: QuantizedTable, name: str) -> None:
+        """The logits."""
+        inputs = [x, self.g.stored(f"{name}.blocks", table.blocked()), *self._scales(table, name)]
+        self.g.add(NBITS, inputs, "logits", domain=DOMAIN, **table_attributes(table))
 
     def _dense_head(self) -> str:
         """(hidden, V), in the order of bytes in which the traced graph has stored it."""
@@ -281,6 +288,11 @@ class FusedBuilder:
         return self.g.add("Cast", [self.g.stored(f"{name}.float16", half)], f"{name}.float32", to=TensorProto.FLOAT)
 
 
+def table_attributes(table: QuantizedTable) -> dict[str, int]:
+    """Attributes of a product with a rounded table."""
+    return {"K": table.width, "N": len(table.codes), "bits": table.bits, "block_size": table.block}
+
+
 def _array(tensor: torch.Tensor) -> np.ndarray:
     array: np.ndarray = tensor.detach().numpy()
     return array
@@ -290,6 +302,10 @@ def _as_half(full: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # what float16 cannot hold becomes inf and is refused by comparison
         half: np.ndarray = full.astype(np.float16)
     return half
+
+
+def _normalizes_heads(attention: Any) -> bool:
+    return getattr(attention, "q_norm", None) is not None
 
 
 def _epsilon(norm: Any) -> float:

@@ -19,7 +19,7 @@ import onnxscript.optimizer
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PackedLinear
-from lit_binq_onnx.functions import DOMAIN
+from lit_binq_onnx.functions import DOMAIN, MICROSOFT, TABLE_BODIES
 
 HALF_STORAGE_ELEMENTS = 1 << 14
 """Smaller float32 tensors are stored as they are: a node for each would cost more than it saves."""
@@ -140,7 +140,7 @@ def store_half(graph: ir.Graph) -> int:
     """Store large float32 tensors that float16 holds exactly as float16, with a Cast that runs at load.
 
     The rest of a packed model (embeddings, head, positions) is rounded to float16 when it is packed, so this
-    halves most of the data file and changes no value. What our operator reads stays float32.
+    halves most of the data file and changes no value. What our operators and rounded tables read stays float32.
 
     Returns:
         Number of tensors now stored in half the bytes.
@@ -150,7 +150,7 @@ def store_half(graph: ir.Graph) -> int:
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < HALF_STORAGE_ELEMENTS:
             continue
-        if any(use.node.domain == DOMAIN for use in value.uses()) or value.is_graph_output():
+        if any(use.node.domain in (DOMAIN, MICROSOFT) for use in value.uses()) or value.is_graph_output():
             continue
         full = tensor.numpy()
         with np.errstate(over="ignore"):  # values that float16 cannot hold become inf and are refused below
@@ -193,7 +193,7 @@ def require_packed_nodes(model: ir.Model, layers: dict[str, PackedLinear]) -> No
     Raises:
         LitBinqError: a call has no node, a node has no layer, or a tensor was changed on the way.
     """
-    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type not in TABLE_BODIES]
     wanted = [
         (name, _digest(kind, (t.detach().cpu().numpy() for t in stored)))
         for name, layer in layers.items()

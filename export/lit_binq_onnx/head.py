@@ -1,10 +1,11 @@
-"""Embedding and head in 8 or 4 bits: ONNX Runtime's GatherBlockQuantized and MatMulNBits on packed tables.
+"""Embedding and head in 8 or 4 bits: ONNX Runtime's GatherBlockQuantized and our NBitsMatMul on packed tables.
 
 At one bit a linear these two dominate: of SmolLM2's 134M weights 28M are a tied table, which a token reads whole as a
 head, and one row of as an embedding. So a head of 4 bits goes with an embedding of 8: an embedding costs the time and
 the memory of the rows that are read, and rounding them to 4 bits costs perplexity. At 8 bits a tied table stays one.
 
-Both operators read the same bytes, the same scales and the same zero points, but declare the bytes in two shapes,
+NBitsMatMul is lit_binq's own; its function body is one MatMulNBits of ONNX Runtime with the same tensors. Both
+operators read the same bytes, the same scales and the same zero points, but declare the bytes in two shapes,
 (V, K p) and (V, G, g p) with p = bits / 8, and ONNX Runtime takes neither for the other. So there are two initializers
 of equal bytes; `lit_binq_onnx.tensors.DataFile` lets both point at one place of the data file.
 
@@ -30,14 +31,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError
+from lit_binq_onnx.functions import DOMAIN, MICROSOFT, NBITS, VERSION
 from lit_binq_onnx.head_rounding import HEAD_BITS, QuantizedTable, quantize_table
 from lit_binq_onnx.session import MODEL
 
 __all__ = ["HEAD_BITS", "MICROSOFT", "QuantizedTable", "Tables", "quantize_readers", "quantize_table", "rounded_tables"]
-
-MICROSOFT = "com.microsoft"
-ACCURACY = 4
-"""accuracy_level of MatMulNBits: 4 rounds activations to int8, 1 keeps float32 (for exact comparisons; slow)."""
 
 NEAR = 0.6
 """Largest error of a rounded row over its norm: 4 bits with error feedback come to 0.12 on average."""
@@ -214,11 +212,10 @@ def _multiply(graph: ir.Graph, node: ir.Node, at: int, table: QuantizedTable, st
         "N": len(table.codes),
         "bits": table.bits,
         "block_size": table.block,
-        "accuracy_level": ACCURACY,
     }
     inputs = [node.inputs[0], blocked, scales, *zeros]
     made = [ir.AttrInt64(name, value) for name, value in attributes.items()]
-    _replace(graph, node, ir.Node(MICROSOFT, "MatMulNBits", inputs, made, num_outputs=1))
+    _replace(graph, node, ir.Node(DOMAIN, NBITS, inputs, made, num_outputs=1))
     return True
 
 
@@ -280,3 +277,4 @@ def quantize_readers(model: ir.Model, tables: Tables) -> None:
             if not value.uses():  # a table of its own is read in one of the two shapes only
                 del graph.initializers[str(value.name)]
     graph.opset_imports.setdefault(MICROSOFT, 1)
+    graph.opset_imports.setdefault(DOMAIN, VERSION)

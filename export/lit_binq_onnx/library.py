@@ -132,7 +132,7 @@ class NativeLibrary:
             raise LitBinqError(f"native operators: {self.path} cannot be loaded ({error}); {HOW_TO_BUILD}") from error
 
     def calls(self) -> int:
-        """Multiplications that native operators have done since the library was loaded."""
+        """Multiplications and attentions that native operators have done since the library was loaded."""
         return int(self.handle.lit_binq_calls())
 
     def isa(self) -> str:

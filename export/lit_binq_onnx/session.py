@@ -11,6 +11,7 @@ Knows ONNX Runtime and the files of an export; torch is not needed to run one.
 Legend: b batch, s new tokens, p tokens in the cache, V vocabulary.
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -350,11 +351,14 @@ _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def _with_float_activations(path: Path) -> bytes:
-    """A graph whose rounded head reads float32 activations (accuracy_level 1), for comparisons."""
+    """A graph whose rounded head reads float32 activations (accuracy_level 1), for comparisons.
+
+    That is the head's function body: the native operator has a mode.
+    """
     import onnx  # 13 MB resident, which running a model does without
 
     model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
+    for node in itertools.chain(model.graph.node, *(body.node for body in model.functions)):
         for attribute in node.attribute:
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = 1

@@ -4,7 +4,7 @@ Legend: x (..., K) input of a linear, y (..., N) its output.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -24,6 +24,22 @@ IR_VERSION = 10
 def one_operator(layers: Sequence[PackedLinear], *, biases: bool) -> bool:
     """Whether linears can be one operator: all of the row x column format, and without biases where none may be."""
     return all(type(layer) is BinaryLinear and (biases or layer.bias is None) for layer in layers)
+
+
+class NormedRows(NamedTuple):
+    """What products behind a norm are taken of: hidden + skip, normalized.
+
+    Attributes:
+        hidden: name of a value (..., K).
+        skip: name of one of the same shape; "" where nothing is added.
+        gamma: name of an initializer (K,) float32.
+        epsilon: of the norm.
+    """
+
+    hidden: str
+    skip: str
+    gamma: str
+    epsilon: float
 
 
 class GraphWriter:
@@ -92,27 +108,44 @@ class GraphWriter:
             )
         return self._product(products[0], x, layer.in_features, layer, name)
 
-    def qkv(self, layers: Sequence[PackedLinear], x: str, names: Sequence[str], name: str) -> str:
-        """q, k and v as one operator, their outputs beside each other; `one_operator` says where that can be.
+    def qkv(self, layers: Sequence[PackedLinear], rows: NormedRows, names: Sequence[str], name: str) -> tuple[str, str]:
+        """q, k and v behind their norm as one operator; `one_operator` says where that can be.
 
         Args:
             layers: q, k, v.
-            x: name of their input.
+            rows: what they are taken of.
             names: the modules' names, for their tensors.
             name: of the output.
+
+        Returns:
+            Names of the three outputs beside each other, and of hidden + skip.
         """
         tensors, biases = self._operands(layers, names)
-        return self.add("BinaryMatMulQKV", [x, *tensors, *biases], name, domain=DOMAIN, K=layers[0].in_features)
+        return self._behind_norm("NormBinaryMatMulQKV", rows, [*tensors, *biases], name, K=layers[0].in_features)
 
-    def gated_mlp(self, layers: Sequence[PackedLinear], x: str, names: Sequence[str], name: str) -> str:
-        """down(silu(gate(x)) * up(x)) as one operator; see `qkv`, with layers gate, up, down, none with a bias."""
+    def gated_mlp(
+        self, layers: Sequence[PackedLinear], rows: NormedRows, names: Sequence[str], name: str
+    ) -> tuple[str, str]:
+        """down(silu(gate) * up) behind its norm; see `qkv`, with layers gate, up, down, none with a bias."""
         tensors, _ = self._operands(layers, names)
         gate = layers[0]
-        return self.add("BinaryGatedMLP", [x, *tensors], name, domain=DOMAIN, K=gate.in_features, H=gate.out_features)
+        return self._behind_norm("NormBinaryGatedMLP", rows, tensors, name, K=gate.in_features, H=gate.out_features)
+
+    def _behind_norm(self, kind: str, rows: NormedRows, inputs: list[str], name: str, **sizes: int) -> tuple[str, str]:
+        skip = rows.skip or self.stored("no skip", np.zeros(sizes["K"], np.float32))
+        inputs = [rows.hidden, skip, rows.gamma, *inputs]
+        y, total = self.add_many(kind, inputs, [name, f"{name}.sum"], domain=DOMAIN, epsilon=rows.epsilon, **sizes)
+        return y, total
 
     def _operands(self, layers: Sequence[PackedLinear], names: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Initializers of BinaryLinear layers: tensors of all, then biases of all, "" where there is none."""
-        tensors, biases = [], []
+        """Initializers of BinaryLinear layers: tensors of all, then biases of all, or of none where there is none.
+
+        One that is missing among others is zeros: ONNX Runtime 1.18 crashes at a custom operator that lacks an input
+        other than the last.
+        """
+        tensors: list[str] = []
+        biases: list[str] = []
+        biased = any(layer.bias is not None for layer in layers)
         for layer, name in zip(layers, names, strict=True):
             ((_, stored),) = layer.operands()
             labels = ("codes", "row_scale", "col_scale", "bias")
@@ -121,9 +154,8 @@ class GraphWriter:
                 for label, tensor in zip(labels, stored, strict=False)  # the bias may be absent
             ]
             tensors += inputs[:3]
-            biases.append("".join(inputs[3:]))
-        while biases and not biases[-1]:
-            biases.pop()
+            if biased:
+                biases.append(*inputs[3:] or [self.stored(f"{name}.bias", np.zeros(layer.out_features, np.float32))])
         return tensors, biases
 
     def _planes(self, layer: PlanesLinear, x: str, name: str) -> str:

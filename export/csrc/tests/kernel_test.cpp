@@ -1,7 +1,7 @@
 // Every instruction set of this machine against plain C++: tables, products, gates and whole multiplications must be
 // equal bit for bit, at shapes that leave tails everywhere, and close to float64; products that share x must equal
-// those made one by one. Needs no ONNX Runtime and no Python, so that it also runs cross-compiled, under an emulator.
-// Prints the sets it compared; status 1 and a line for each difference.
+// those made one by one; attention must be close to float64. Needs no ONNX Runtime and no Python, so that it also runs
+// cross-compiled, under an emulator. Prints the sets it compared; status 1 and a line for each difference.
 //
 // Legend: as in kernel.h.
 #include <cmath>
@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_test.h"
 #include "cpu.h"
 #include "multiply.h"
 #include "packed_matrix.h"
@@ -167,7 +168,7 @@ void compare_gates(const Kernels& kernels, Random& random) {
   }
 }
 
-// Several matrices at once against one after the other.
+// Several matrices at once against one after the other, of rows as they are and of rows that a norm makes on the way.
 void compare_fused(const Kernels& kernels, Random& random) {
   const int64_t shapes[][3] = {{1, 300, 130}, {3, 31, 1}, {70, 257, 260}};  // M, K, H
   for (const auto& shape : shapes) {
@@ -178,9 +179,16 @@ void compare_fused(const Kernels& kernels, Random& random) {
       return PackedMatrix::row_column(codes.data(), r.data(), c.data(), rows, columns, kernels.layout);
     };
     const PackedMatrix a = matrix(H, K), b = matrix(H, K), c = matrix(N, K), down = matrix(N, H);
-    const std::vector<float> x = random.normal(M * K), bias = random.normal(H);
+    const std::vector<float> hidden = random.normal(M * K), skip = random.normal(M * K), gamma = random.normal(K);
+    const std::vector<float> bias = random.normal(H);
+    std::vector<float> x(hidden.size()), sum(hidden.size());
+    const Norm norm = {skip.data(), K, gamma.data(), 1e-5f, sum.data()};
+    for (int64_t m = 0; m < M; ++m) norm.apply(hidden.data() + m * K, m, K, x.data() + m * K);
     SerialExecutor serial;
-    for (const Mode mode : {Mode::kLut, Mode::kExact}) {
+    for (int i = 0; i < 4; ++i) {
+      const Mode mode = i % 2 == 0 ? Mode::kLut : Mode::kExact;
+      const Norm* const on_the_way = i / 2 == 0 ? nullptr : &norm;
+      const float* const rows = on_the_way == nullptr ? x.data() : hidden.data();
       const std::vector<float> ya = product(kernels, a, mode, x, M, {}), yb = product(kernels, b, mode, x, M, bias);
       const std::vector<float> yc = product(kernels, c, mode, x, M, {});
       const int64_t stride = 2 * H + N;
@@ -188,7 +196,7 @@ void compare_fused(const Kernels& kernels, Random& random) {
       const Product products[] = {{&a, nullptr, got.data(), stride},
                                   {&b, bias.data(), got.data() + H, stride},
                                   {&c, nullptr, got.data() + 2 * H, stride}};
-      multiply_all(kernels, products, 3, mode, x.data(), M, serial);
+      multiply_all(kernels, products, 3, mode, on_the_way, rows, M, serial);
       for (int64_t m = 0; m < M; ++m) {
         std::memcpy(&want[static_cast<size_t>(m * stride)], &ya[static_cast<size_t>(m * H)], sizeof(float) * H);
         std::memcpy(&want[static_cast<size_t>(m * stride + H)], &yb[static_cast<size_t>(m * H)], sizeof(float) * H);
@@ -199,7 +207,7 @@ void compare_fused(const Kernels& kernels, Random& random) {
       std::vector<float> h = ya, gated(static_cast<size_t>(M * N));
       const std::vector<float> up = product(kernels, b, mode, x, M, {});
       kernels.apply_gate(h.data(), up.data(), M * H);
-      multiply_gated(kernels, a, b, down, mode, x.data(), M, gated.data(), serial);
+      multiply_gated(kernels, a, b, down, mode, on_the_way, rows, M, gated.data(), serial);
       expect(same_bits(product(kernels, down, mode, h, M, {}), gated), kernels.name, "gated products, " + size);
     }
   }
@@ -214,6 +222,7 @@ int main() {
     compare_products(*kernels, random);
     compare_gates(*kernels, random);
     compare_fused(*kernels, random);
+    failures += attention_failures(kernels->name);
     std::printf("%s\n", kernels->name);
   }
   return failures != 0;

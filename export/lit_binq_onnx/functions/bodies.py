@@ -25,6 +25,9 @@ from lit_binq_onnx.functions.pieces import (
 )
 
 DOMAIN = "lit_binq"
+MICROSOFT = "com.microsoft"
+"""Domain of the runtime's own operators beyond ONNX."""
+
 VERSION = 1
 OPSET = 18
 """BitwiseAnd on integers is standard from opset 18 on."""
