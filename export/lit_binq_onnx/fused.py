@@ -176,7 +176,7 @@ class FusedBuilder:
         return h, (q, k, v)
 
     def _attention(self, attention: Any, projections: tuple[str, str, str], number: int) -> str:
-        g, name = self.g, f"model.layers.{number}.self_attn"
+        name = f"model.layers.{number}.self_attn"
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         q, k, v = projections
         if _normalizes_heads(attention):
