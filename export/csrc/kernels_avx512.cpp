@@ -41,32 +41,28 @@ Magnitudes largest(const float* x, const float* c, int64_t K) {
   return {most, c == nullptr ? most : _mm512_reduce_max_epi32(live)};
 }
 
-// z of one block into `z` (64-byte aligned), zero up to kBlock.
-void scaled_activations(const float* x, const float* c, int64_t count, float pre, float* z) {
-  const __m512 p = _mm512_set1_ps(pre);
-  for (int64_t k = 0; k < kBlock; k += 16) {
-    const __mmask16 inside = first_lanes(count - k);
-    const __m512 scale = _mm512_maskz_loadu_ps(inside, c + k);
-    const __mmask16 live = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_NEQ_OQ);
-    const __m512 value = _mm512_maskz_loadu_ps(inside, x + k);
-    _mm512_store_ps(z + k, _mm512_maskz_mul_ps(live, _mm512_mul_ps(value, p), scale));
-  }
+// z of 16 columns from k on, zero from `count` on.
+inline __m512 scaled(const float* x, const float* c, int64_t k, int64_t count, __m512 pre) {
+  const __mmask16 inside = first_lanes(count - k);
+  const __m512 scale = _mm512_maskz_loadu_ps(inside, c + k);
+  const __mmask16 live = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+  return _mm512_maskz_mul_ps(live, _mm512_mul_ps(_mm512_maskz_loadu_ps(inside, x + k), pre), scale);
 }
 
-// 16 groups of 4 activations, taken apart: z[j] holds the j-th activation of every group.
+// 16 groups of 4 activations, taken apart: z[j] holds the j-th activation of every group. Lane l of its 4 lanes holds
+// groups 2 l, 2 l + 1, 2 l + 8 and 2 l + 9, so that store_tables finds its results in their places.
 struct Groups {
   __m512 z[4];
 };
 
-inline Groups load_groups(const float* z) {
-  const __m512 a = _mm512_load_ps(z), b = _mm512_load_ps(z + 16);
-  const __m512 c = _mm512_load_ps(z + 32), d = _mm512_load_ps(z + 48);
-  const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(2));
-  const __m512 ab01 = _mm512_permutex2var_ps(a, even, b), cd01 = _mm512_permutex2var_ps(c, even, d);
-  const __m512 ab23 = _mm512_permutex2var_ps(a, odd, b), cd23 = _mm512_permutex2var_ps(c, odd, d);
-  return {{_mm512_shuffle_f32x4(ab01, cd01, 0x44), _mm512_shuffle_f32x4(ab01, cd01, 0xee),
-           _mm512_shuffle_f32x4(ab23, cd23, 0x44), _mm512_shuffle_f32x4(ab23, cd23, 0xee)}};
+// Of 64 columns: a to d are 16 each.
+inline Groups groups_of(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512i first = _mm512_setr_epi32(0, 4, 16, 20, 8, 12, 24, 28, 1, 5, 17, 21, 9, 13, 25, 29);  // z[0] and z[1]
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
+  const __m512 ac01 = _mm512_permutex2var_ps(a, first, c), bd01 = _mm512_permutex2var_ps(b, first, d);
+  const __m512 ac23 = _mm512_permutex2var_ps(a, second, c), bd23 = _mm512_permutex2var_ps(b, second, d);
+  return {{_mm512_shuffle_f32x4(ac01, bd01, 0x44), _mm512_shuffle_f32x4(ac01, bd01, 0xee),
+           _mm512_shuffle_f32x4(ac23, bd23, 0x44), _mm512_shuffle_f32x4(ac23, bd23, 0xee)}};
 }
 
 inline __m512 magnitude(__m512 v) {
@@ -84,64 +80,67 @@ inline __m512i four_bytes(__m512 a, __m512 b, __m512 c, __m512 d, __m512 units) 
   return _mm512_shuffle_epi8(_mm512_packs_epi16(ab, cd), turn);
 }
 
-// The bytes in a lane turned round and negated: the sums of the inverted indices.
-inline __m512i mirrored(__m512i bytes) {
+// The bytes in a lane turned round and negated, with their bias: the sums of the inverted indices.
+inline __m512i mirrored(__m512i bytes, __m512i bias) {
   const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12));
-  return _mm512_sub_epi8(_mm512_setzero_si512(), _mm512_shuffle_epi8(bytes, turn));
+  return _mm512_sub_epi8(bias, _mm512_shuffle_epi8(bytes, turn));
 }
 
-// The tables of 16 groups, that is of two quads. Only 8 of a group's 16 sums are computed: the sum of an inverted index
-// is the negative one, and rounding is symmetric.
-inline void store_tables(const Groups& g, __m512 units, uint8_t* table) {
+// The tables of 16 groups, that is of two quads, or of the first only. Of a group's 16 sums only 8 are computed: the sum
+// of an inverted index is the negative one, and rounding is symmetric.
+inline void store_tables(const Groups& g, __m512 units, int64_t quads, uint8_t* table) {
   const __m512 same01 = _mm512_add_ps(g.z[0], g.z[1]), differ01 = _mm512_sub_ps(g.z[0], g.z[1]);  // + z0 and +- z1
   const __m512 same23 = _mm512_add_ps(g.z[2], g.z[3]), differ23 = _mm512_sub_ps(g.z[3], g.z[2]);  // + z3 and +- z2
   // Index i = bits of z0, z1, z2, z3 from the lowest on; 8 to 15 have + z3.
-  const __m512i i8 = four_bytes(_mm512_sub_ps(differ23, same01), _mm512_add_ps(differ23, differ01),
+  const __m512i s8 = four_bytes(_mm512_sub_ps(differ23, same01), _mm512_add_ps(differ23, differ01),
                                 _mm512_sub_ps(differ23, differ01), _mm512_add_ps(differ23, same01), units);
-  const __m512i i12 = four_bytes(_mm512_sub_ps(same23, same01), _mm512_add_ps(same23, differ01),
+  const __m512i s12 = four_bytes(_mm512_sub_ps(same23, same01), _mm512_add_ps(same23, differ01),
                                  _mm512_sub_ps(same23, differ01), _mm512_add_ps(same23, same01), units);
-  const __m512i i0 = mirrored(i12), i4 = mirrored(i8);
-  // Lane g of i0, i4, i8, i12 are the 16 bytes of group g: a transpose of 4 x 4 within each 128-bit lane.
+  const __m512i bias = _mm512_set1_epi8(static_cast<char>(kTableBias));
+  const __m512i i0 = mirrored(s12, bias), i4 = mirrored(s8, bias);
+  const __m512i i8 = _mm512_xor_si512(s8, bias), i12 = _mm512_xor_si512(s12, bias);
+  // The 4 bytes at place p of lane l in i0, i4, i8 and i12 are the 16 of one group: a transpose of 4 x 4 in each lane.
   const __m512i low = _mm512_unpacklo_epi32(i0, i4), high = _mm512_unpackhi_epi32(i0, i4);
   const __m512i low8 = _mm512_unpacklo_epi32(i8, i12), high8 = _mm512_unpackhi_epi32(i8, i12);
-  const __m512i bias = _mm512_set1_epi8(static_cast<char>(kTableBias));
-  const __m512i t0 = _mm512_xor_si512(_mm512_unpacklo_epi64(low, low8), bias);    // groups 0, 4, 8, 12
-  const __m512i t1 = _mm512_xor_si512(_mm512_unpackhi_epi64(low, low8), bias);    // groups 1, 5, 9, 13
-  const __m512i t2 = _mm512_xor_si512(_mm512_unpacklo_epi64(high, high8), bias);  // groups 2, 6, 10, 14
-  const __m512i t3 = _mm512_xor_si512(_mm512_unpackhi_epi64(high, high8), bias);  // groups 3, 7, 11, 15
   // A quad's low nibbles are its groups 0, 2, 4, 6; the high ones 1, 3, 5, 7.
-  const __m512i order = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-  const __m512i even = _mm512_permutex2var_epi64(t0, order, t2), even2 = _mm512_permutex2var_epi64(
-      t0, _mm512_add_epi64(order, _mm512_set1_epi64(4)), t2);
-  const __m512i odd = _mm512_permutex2var_epi64(t1, order, t3), odd2 = _mm512_permutex2var_epi64(
-      t1, _mm512_add_epi64(order, _mm512_set1_epi64(4)), t3);
-  _mm512_storeu_si512(table, even);
-  _mm512_storeu_si512(table + kHalf, odd);
-  _mm512_storeu_si512(table + kTable, even2);
-  _mm512_storeu_si512(table + kTable + kHalf, odd2);
+  _mm512_storeu_si512(table, _mm512_unpacklo_epi64(low, low8));
+  _mm512_storeu_si512(table + kHalf, _mm512_unpackhi_epi64(low, low8));
+  if (quads == 1) return;
+  _mm512_storeu_si512(table + kTable, _mm512_unpacklo_epi64(high, high8));
+  _mm512_storeu_si512(table + kTable + kHalf, _mm512_unpackhi_epi64(high, high8));
 }
 
-void build_lut(const float* x, const float* c, int64_t count, float pre, bool, uint8_t* table, float* scale) {
-  alignas(64) float z[kBlock];
-  scaled_activations(x, c, count, pre, z);
+// Up to `Chunks` times 64 columns, all of them in registers from their loads to their tables.
+template <int Chunks>
+void build_lut_chunks(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale) {
+  const __m512 p = _mm512_set1_ps(pre);
+  Groups groups[Chunks];
   __m512 sums = _mm512_setzero_ps();
-  for (int64_t k = 0; k < count; k += 64) {
-    const Groups g = load_groups(z + k);
+#pragma GCC unroll 4
+  for (int i = 0; i < Chunks; ++i) {
+    const int64_t k = 64 * i;
+    const Groups g = groups_of(scaled(x, c, k, count, p), scaled(x, c, k + 16, count, p),
+                               scaled(x, c, k + 32, count, p), scaled(x, c, k + 48, count, p));
     sums = _mm512_max_ps(sums, _mm512_add_ps(_mm512_add_ps(magnitude(g.z[0]), magnitude(g.z[1])),
                                              _mm512_add_ps(magnitude(g.z[2]), magnitude(g.z[3]))));
+    groups[i] = g;
   }
   const float largest = _mm512_reduce_max_ps(sums);
   const bool zero = !(largest >= kTiniestSum);
   const __m512 units = _mm512_set1_ps(zero ? 0.0f : kTableLimit / largest);
   *scale = zero ? 0.0f : largest / kTableLimit;
-  const int64_t bytes = block_bytes(count);
-  int64_t k = 0;
-  for (; k + 2 * kQuad <= bytes; k += 2 * kQuad) store_tables(load_groups(z + 8 * k), units, table + kLutEntries * k);
-  if (k < bytes) {  // one quad is left
-    alignas(64) uint8_t last[2 * kTable];
-    store_tables(load_groups(z + 8 * k), units, last);
-    _mm512_storeu_si512(table + kLutEntries * k, _mm512_load_si512(last));
-    _mm512_storeu_si512(table + kLutEntries * k + kHalf, _mm512_load_si512(last + kHalf));
+  const int64_t quads = block_bytes(count) / kQuad;
+#pragma GCC unroll 4
+  for (int i = 0; i < Chunks; ++i) store_tables(groups[i], units, quads - 2 * i, table + 2 * kTable * i);
+}
+
+void build_lut(const float* x, const float* c, int64_t count, float pre, bool, uint8_t* table, float* scale) {
+  static_assert(kBlock == 4 * 64, "as many chunks as there are cases");
+  switch ((count + 63) / 64) {
+    case 1: return build_lut_chunks<1>(x, c, count, pre, table, scale);
+    case 2: return build_lut_chunks<2>(x, c, count, pre, table, scale);
+    case 3: return build_lut_chunks<3>(x, c, count, pre, table, scale);
+    default: return build_lut_chunks<4>(x, c, count, pre, table, scale);
   }
 }
 
@@ -150,7 +149,7 @@ inline __m256 signed_by(float z, __m256 flip) { return _mm256_xor_ps(_mm256_set1
 
 void build_exact(const float* x, const float* c, int64_t count, float pre, float* table) {
   alignas(64) float z[kBlock];
-  scaled_activations(x, c, count, pre, z);
+  for (int64_t k = 0; k < kBlock; k += 16) _mm512_store_ps(z + k, scaled(x, c, k, count, _mm512_set1_ps(pre)));
   const __m256 flip0 = _mm256_setr_ps(-0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f);
   const __m256 flip1 = _mm256_setr_ps(-0.f, -0.f, 0.f, 0.f, -0.f, -0.f, 0.f, 0.f);
   const __m256 flip2 = _mm256_setr_ps(-0.f, -0.f, -0.f, -0.f, 0.f, 0.f, 0.f, 0.f);
