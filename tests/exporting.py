@@ -45,6 +45,17 @@ def random_model(kind: str, blocks: int = 2) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+FUSABLE_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+"""Of a configuration that the fused route takes: heads of 16, two query heads to a key head."""
+
 FUSED_KINDS = ("llama", "llama3-rope", "mistral", "qwen2", "qwen3")
 
 
@@ -55,13 +66,7 @@ def fusable_model(kind: str) -> PreTrainedModel:
     block only, a window of 6; "llama3-rope" is a LLaMA with scaled angles.
     """
     options: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
+        **FUSABLE_SIZES,
         "max_position_embeddings": 128,
         "tie_word_embeddings": kind in ("llama", "qwen3"),
         "bos_token_id": 256,

@@ -1,10 +1,5 @@
-"""NormBinaryMatMulQKV and NormBinaryGatedMLP: bit for bit their norm and linears one by one, natively and as bodies.
+"""NormBinaryMatMulQKV and NormBinaryGatedMLP: bit for bit their norm and linears one by one; their extremes."""
 
-Legend: as in native.py; H the rows of gate and up; x the normalized rows of hidden and skip.
-"""
-
-import ctypes
-import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -13,169 +8,33 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from fused_problems import (
+    EPSILON,
+    activations,
+    apply_gate,
+    attention,
+    feeds,
+    float64_norm,
+    gamma,
+    mlp,
+    mlp_one_by_one,
+    model,
+    normalized,
+    one_by_one,
+    rows_of,
+    run,
+    skip_for,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import Problem, instruction_sets, multiply, random_problem, require_native, session
-from onnx import TensorProto, helper, numpy_helper
+from native import instruction_sets, require_native, session
 
-from lit_binq_onnx.functions import add_functions
 from lit_binq_onnx.library import NativeLibrary
-
-LEVELS = [
-    ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-]
-INLINED: dict[str, str] = {}
-EPSILON = 1e-5
-NOT_INLINED_AHEAD = {"session.disable_aot_function_inlining": "1"}
 
 
 @pytest.fixture(scope="module")
 def native() -> NativeLibrary:
     return require_native()
-
-
-def gamma(K: int) -> np.ndarray:
-    """(K,) float32, with a zero where there is room for one."""
-    made = np.random.default_rng(K).uniform(0.5, 1.5, K).astype(np.float32)
-    made[K // 2 : K // 2 + K // 30] = 0
-    return made
-
-
-def skip_for(hidden: np.ndarray) -> np.ndarray:
-    """Something of the same shape, for tests that need not know what is added; each row depends on its own only."""
-    return np.ascontiguousarray(hidden[..., ::-1]) * np.float32(0.5)
-
-
-def normalized(
-    native: NativeLibrary, hidden: np.ndarray, skip: np.ndarray, weight: np.ndarray, epsilon: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """(sum, x) of rows (M, K), as the native operators compute them."""
-    call, pointer = native.handle.lit_binq_normalize, ctypes.c_void_p
-    call.argtypes = [pointer] * 3 + [ctypes.c_float, ctypes.c_int64, ctypes.c_int64] + [pointer] * 2
-    arrays = [np.ascontiguousarray(a, np.float32) for a in (hidden, skip, weight)]
-    total, x = (np.full(hidden.shape, 12345.0, np.float32) for _ in range(2))
-    call(*(a.ctypes.data for a in arrays), epsilon, *hidden.shape, total.ctypes.data, x.ctypes.data)
-    return total, x
-
-
-def rows_of(native: NativeLibrary, hidden: np.ndarray) -> np.ndarray:
-    """x (M, K) in the models here."""
-    return normalized(native, hidden, skip_for(hidden), gamma(hidden.shape[1]), EPSILON)[1]
-
-
-def float64_norm(total: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
-    """x in float64, of a sum in float32."""
-    s = total.astype(np.float64)
-    x: np.ndarray = s / np.sqrt((s * s).mean(-1, keepdims=True) + np.float64(np.float32(epsilon))) * weight
-    return x
-
-
-def activations(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def model(
-    kind: str,
-    problems: list[Problem],
-    x_shape: list[int | str | None] | None,
-    *,
-    exact: int | None = None,
-    inputs: tuple[str, ...] = (),
-    body: bool = False,
-    one_skip: bool = False,
-    **attributes: float,
-) -> onnx.ModelProto:
-    """hidden, skip -> one fused operator -> Y, sum.
-
-    Tensors named in `inputs` are graph inputs instead of initializers; with `one_skip` skip is (K,).
-    """
-    suffixes = ("q", "k", "v") if kind == "NormBinaryMatMulQKV" else ("gate", "up", "down")
-    tensors: dict[str, np.ndarray | None] = {"gamma": gamma(problems[0].K)}
-    for suffix, p in zip(suffixes, problems, strict=True):
-        tensors |= {f"codes_{suffix}": p.codes, f"row_scale_{suffix}": p.r, f"col_scale_{suffix}": p.c}
-    if kind == "NormBinaryMatMulQKV":
-        tensors |= {f"bias_{suffix}": p.bias for suffix, p in zip(suffixes, problems, strict=True)}
-    sizes = {"K": problems[0].K} | ({"H": problems[0].N} if kind == "NormBinaryGatedMLP" else {})
-    attributes = {**sizes, "epsilon": EPSILON, **attributes}
-    attributes |= {} if exact is None else {"exact": exact}
-    names = [name if value is not None else "" for name, value in tensors.items()]
-    while not names[-1]:
-        names.pop()
-    given_tensors = {name: value for name, value in tensors.items() if value is not None}
-    graph_inputs = [
-        helper.make_tensor_value_info("hidden", TensorProto.FLOAT, x_shape),
-        helper.make_tensor_value_info("skip", TensorProto.FLOAT, [problems[0].K] if one_skip else x_shape),
-    ]
-    unknown = None if x_shape is None else [None] * len(x_shape)
-    for name in inputs:
-        kind_of = helper.np_dtype_to_tensor_dtype(given_tensors[name].dtype)
-        graph_inputs.append(helper.make_tensor_value_info(name, kind_of, given_tensors[name].shape))
-    graph = helper.make_graph(
-        [helper.make_node(kind, ["hidden", "skip", *names], ["Y", "sum"], "fused", domain="lit_binq", **attributes)],
-        "one_node",
-        graph_inputs,
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, unknown) for name in ("Y", "sum")],
-        [numpy_helper.from_array(value, name) for name, value in given_tensors.items() if name not in inputs],
-    )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("lit_binq", 1)]
-    made = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    if body:
-        add_functions(made)
-    return made
-
-
-def attention(sizes: tuple[int, int, int], K: int, *, bias: bool = True, seed: int = 0) -> list[Problem]:
-    """q, k and v."""
-    return [random_problem(N, K, bias=bias, seed=seed + i) for i, N in enumerate(sizes)]
-
-
-def mlp(K: int, H: int, N: int, *, seed: int = 0) -> list[Problem]:
-    """gate, up and down."""
-    shapes = ((H, K), (H, K), (N, H))
-    return [random_problem(n, k, bias=False, seed=seed + i) for i, (n, k) in enumerate(shapes)]
-
-
-def one_by_one(
-    native: NativeLibrary, problems: list[Problem], hidden: np.ndarray, *, exact: bool, isa: str
-) -> np.ndarray:
-    """[Q, K, V] from a norm and three multiplications."""
-    x = rows_of(native, hidden)
-    return np.concatenate([multiply(native, p, x, exact=exact, isa=isa) for p in problems], axis=1)
-
-
-def apply_gate(native: NativeLibrary, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """silu(gate) * up as the native operator computes it."""
-    call = native.handle.lit_binq_apply_gate
-    call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    opened, up = np.array(gate, np.float32), np.ascontiguousarray(up, np.float32)
-    call(opened.ctypes.data, up.ctypes.data, opened.size)
-    return opened
-
-
-def mlp_one_by_one(
-    native: NativeLibrary, problems: list[Problem], hidden: np.ndarray, *, exact: bool, isa: str
-) -> np.ndarray:
-    """A norm, three multiplications and the gate between them."""
-    gate, up, down = problems
-    x = rows_of(native, hidden)
-    opened = apply_gate(
-        native, multiply(native, gate, x, exact=exact, isa=isa), multiply(native, up, x, exact=exact, isa=isa)
-    )
-    return multiply(native, down, opened, exact=exact, isa=isa)
-
-
-def feeds(hidden: np.ndarray) -> dict[str, np.ndarray]:
-    return {"hidden": hidden, "skip": skip_for(hidden)}
-
-
-def run(made: onnx.ModelProto, native: NativeLibrary | None, hidden: np.ndarray, threads: int = 1) -> np.ndarray:
-    """Y, after a look at the other output."""
-    y, total = session(made, native, threads=threads).run(None, feeds(hidden))
-    with np.errstate(over="ignore", invalid="ignore"):
-        np.testing.assert_array_equal(total, hidden + skip_for(hidden))
-    return y
 
 
 # --- bit for bit the linears one by one
@@ -404,126 +263,3 @@ def test_the_mlp_in_exact_mode_equals_float64(native: NativeLibrary, scale: floa
     np.testing.assert_allclose(got, down.reference(h), atol=1e-5 * down.magnitude(h).max(), rtol=0)
     stock = run(model("NormBinaryGatedMLP", parts, [5, 300], body=True), None, x)
     np.testing.assert_allclose(stock, got, atol=1e-5 * down.magnitude(h).max(), rtol=0)
-
-
-# --- in the runtime
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("config", [INLINED, NOT_INLINED_AHEAD])
-def test_body_and_native_operator_in_one_file(
-    native: NativeLibrary, level: ort.GraphOptimizationLevel, config: dict[str, str]
-) -> None:
-    """Bodies call BinaryMatMul, whose body the model carries too; the native operator wins over all of them."""
-    for made in (
-        model("NormBinaryMatMulQKV", attention((16, 8, 8), 37), ["b", "s", 37], body=True),
-        model("NormBinaryGatedMLP", mlp(37, 48, 24), ["b", "s", 37], body=True),
-    ):
-        onnx.checker.check_model(made, full_check=True)
-        x, before = activations(2, 5, 37), native.calls()
-        stock = session(made, None, level=level, config=config).run(None, feeds(x))[0]
-        assert native.calls() == before
-        with native.force_mode("exact"):
-            exact = session(made, native, level=level, config=config).run(None, feeds(x))[0]
-        assert native.calls() == before + 3
-        lut = session(made, native, level=level, config=config).run(None, feeds(x))[0]
-        assert exact.shape == stock.shape == (2, 5, 24 if made.graph.node[0].op_type == "NormBinaryGatedMLP" else 32)
-        np.testing.assert_allclose(exact, stock, atol=1e-5 * np.abs(stock).max())
-        assert 1e-4 < np.abs(lut - stock).max() / np.abs(stock).max() < 0.1
-
-
-@pytest.mark.parametrize("kind", ["NormBinaryMatMulQKV", "NormBinaryGatedMLP"])
-def test_natively_one_node_runs(native: NativeLibrary, kind: str, tmp_path: Path) -> None:
-    """Inlined, the body would give the same numbers with more nodes."""
-    problems = attention((16, 8, 8), 37) if kind == "NormBinaryMatMulQKV" else mlp(37, 48, 24)
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(native.path))
-    made = model(kind, problems, ["M", 37], body=True)
-    ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    assert [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node] == [kind]
-
-
-def test_adding_bodies_twice_changes_nothing() -> None:
-    made = model("NormBinaryGatedMLP", mlp(8, 8, 8), ["M", 8], body=True)
-    assert [f.name for f in made.functions] == ["BinaryMatMul", "NormBinaryGatedMLP"]
-    once = made.SerializeToString(deterministic=True)
-    add_functions(made)
-    assert made.SerializeToString(deterministic=True) == once
-
-
-def test_dynamic_dimensions_keep_their_names(native: NativeLibrary) -> None:
-    for made, rows in (
-        (model("NormBinaryMatMulQKV", attention((16, 8, 4), 37), ["batch", "sequence", 37]), 28),
-        (model("NormBinaryGatedMLP", mlp(37, 48, 24), ["batch", "sequence", 37]), 24),
-    ):
-        s = session(made, native)
-        assert [o.shape for o in s.get_outputs()] == [["batch", "sequence", rows], ["batch", "sequence", 37]]
-        assert s.run(None, feeds(activations(2, 0, 37)))[0].shape == (2, 0, rows)
-
-
-# --- errors
-
-
-def with_gamma(made: onnx.ModelProto, weight: np.ndarray) -> onnx.ModelProto:
-    next(t for t in made.graph.initializer if t.name == "gamma").CopyFrom(numpy_helper.from_array(weight, "gamma"))
-    return made
-
-
-def test_tensors_that_do_not_fit(native: NativeLibrary) -> None:
-    heads = attention((16, 8, 8), 37)
-    with pytest.raises(Exception, match=r"QKV: codes_q has shape \(16, 5\), expected \(N, 6\) for attribute K = 41"):
-        session(with_gamma(model("NormBinaryMatMulQKV", heads, None, K=41), gamma(41)), native)
-    heads[1] = random_problem(8, 20)
-    with pytest.raises(Exception, match=r"QKV: codes_k has shape \(8, 3\), expected \(N, 5\) for attribute K = 37"):
-        session(model("NormBinaryMatMulQKV", heads, None), native)
-    parts = mlp(37, 48, 24)
-    with pytest.raises(Exception, match=r"MLP: codes_down has shape \(24, 6\), expected \(N, 5\) for attribute H = 40"):
-        session(model("NormBinaryGatedMLP", parts, None, H=40), native)
-    parts[1] = random_problem(47, 37)
-    with pytest.raises(Exception, match="NormBinaryGatedMLP: codes_up has 47 rows, expected 48 as attribute H says"):
-        session(model("NormBinaryGatedMLP", parts, None), native)
-    parts = mlp(37, 48, 24)
-    with pytest.raises(Exception, match=r"NormBinaryGatedMLP: gamma has shape \(36,\), expected \(37,\)"):
-        session(with_gamma(model("NormBinaryGatedMLP", parts, None), gamma(36)), native)
-    parts[2].r[3] = np.inf
-    with pytest.raises(Exception, match=r"NormBinaryGatedMLP: row_scale_down\[3\] is not finite"):
-        session(model("NormBinaryGatedMLP", parts, None), native)
-
-
-def test_attributes_that_do_not_fit(native: NativeLibrary) -> None:
-    with pytest.raises(Exception, match="NormBinaryMatMulQKV: attribute exact is 2, expected 0 or 1"):
-        session(model("NormBinaryMatMulQKV", attention((16, 8, 8), 37), None, exact=2), native)
-    for name, meaning in (("H", "the rows of gate and up"), ("epsilon", "what the norm adds to the mean of squares")):
-        made = model("NormBinaryGatedMLP", mlp(37, 48, 24), None)
-        made.graph.node[0].attribute.remove(next(a for a in made.graph.node[0].attribute if a.name == name))
-        with pytest.raises(Exception, match=f"NormBinaryGatedMLP: attribute {name} is missing, expected {meaning}"):
-            session(made, native)
-    for bad in (-1e-5, np.nan, np.inf):
-        with pytest.raises(Exception, match=r"attribute epsilon is .*, expected a finite number of at least 0"):
-            session(model("NormBinaryGatedMLP", mlp(37, 48, 24), None, epsilon=float(bad)), native)
-
-
-@pytest.mark.parametrize("name", ["gamma", "codes_v", "row_scale_k", "col_scale_q"])
-def test_weights_that_are_not_constant(native: NativeLibrary, name: str) -> None:
-    with pytest.raises(Exception, match=f"QKV: {name} is computed at run time .* expected a constant"):
-        session(model("NormBinaryMatMulQKV", attention((16, 8, 8), 37), None, inputs=(name,)), native)
-
-
-def test_inputs_that_do_not_fit_at_run_time(native: NativeLibrary) -> None:
-    heads = attention((16, 8, 8), 37)
-    s, before = session(model("NormBinaryMatMulQKV", heads, None), native), native.calls()
-    with pytest.raises(Exception, match=r"QKV: hidden has shape \(2, 36\), expected \(..., 37\)"):
-        s.run(None, feeds(activations(2, 36)))
-    s = session(model("NormBinaryGatedMLP", mlp(37, 48, 24), None), native)
-    with pytest.raises(Exception, match=r"NormBinaryGatedMLP: hidden has shape \(2, 38\), expected \(..., 37\)"):
-        s.run(None, feeds(activations(2, 38)))
-    for shape in ((1, 37), (36,), (2, 1, 37), (37, 2)):
-        wanted = r"expected \(2, 37\) as hidden, or \(37,\)"
-        with pytest.raises(Exception, match=rf"MLP: skip has shape {re.escape(str(shape))}, {wanted}"):
-            s.run(None, {"hidden": activations(2, 37), "skip": activations(*shape)})
-    heads[2].bias = heads[2].bias[:7]
-    with pytest.raises(Exception, match=r"QKV: bias_v has shape \(7,\), expected \(8,\)"):
-        run(model("NormBinaryMatMulQKV", heads, None), native, activations(2, 37))
-    assert native.calls() == before

@@ -43,8 +43,7 @@ class FakeRuntime:
     def put(self, position: int, kind: Callable[..., object], function: Callable[..., object]) -> None:
         callback = kind(function)
         self.keep.append(callback)
-        # mypy: ctypes takes callbacks too
-        self.table[position] = ctypes.cast(callback, ctypes.c_void_p)  # type: ignore[arg-type]
+        self.table[position] = ctypes.cast(callback, ctypes.c_void_p)  # type: ignore[arg-type]  # it takes callbacks too
 
     def create_status(self, code: int, message: bytes) -> int:
         self.messages.append(message.decode())

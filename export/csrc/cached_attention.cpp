@@ -21,9 +21,6 @@
 // Else new tokens are the last s of each row. Where a present buffer is the memory of past, only new tokens are
 // written; else it takes past's tokens, the new ones, and zeros.
 #include <algorithm>
-#include <climits>
-#include <memory>
-#include <vector>
 
 #include "attention.h"
 #include "cpu.h"
@@ -125,35 +122,18 @@ class CachedAttention final : public Operator {
 
   // Only `heads`: how large the cache will be is not known before total_tokens is.
   static void infer(const Signature&, const OrtShapeInferContext* context) {
-    OrtTensorTypeAndShapeInfo *query = nullptr, *past = nullptr, *key = nullptr;  // the context's, not ours to release
-    check(ort().ShapeInferContext_GetInputTypeShape(context, 0, &query));
-    check(ort().ShapeInferContext_GetInputTypeShape(context, kPastKey, &past));
+    OrtTensorTypeAndShapeInfo* key = nullptr;
     if (OrtStatus* status = ort().ShapeInferContext_GetInputTypeShape(context, kKey, &key)) {
       ort().ReleaseStatus(status);
       key = nullptr;  // left out
     }
-    size_t rank = 0, past_rank = 0;
-    check(ort().GetDimensionsCount(query, &rank));
-    check(ort().GetDimensionsCount(past, &past_rank));
-    if (rank != 3 || past_rank != 4) return;
-    int64_t dims[3], cache[4];
-    const char* symbols[3] = {"", "", ""};
-    check(ort().GetDimensions(query, dims, 3));
-    check(ort().GetSymbolicDimensions(query, symbols, 3));
-    check(ort().GetDimensions(past, cache, 4));
-    if (key == nullptr) dims[2] = cache[1] < 0 || cache[3] < 0 ? -1 : dims[2] - 2 * cache[1] * cache[3];
-    symbols[2] = "";
-    for (size_t i = 0; i < 3; ++i) {
-      if (dims[i] < 0 && symbols[i][0] == '\0') return;  // has neither a size nor a name: cannot be handed on
-    }
-    OrtTensorTypeAndShapeInfo* raw = nullptr;
-    check(ort().CreateTensorTypeAndShapeInfo(&raw));
-    const std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> heads(
-        raw, ort().ReleaseTensorTypeAndShapeInfo);
-    check(ort().SetTensorElementType(raw, kOrtFloat));
-    check(ort().SetDimensions(raw, dims, 3));
-    check(ort().SetSymbolicDimensions(raw, symbols, 3));
-    check(ort().ShapeInferContext_SetOutputTypeShape(context, 0, raw));
+    Shape heads = input_shape(context, 0);
+    const Shape past = input_shape(context, kPastKey);
+    if (heads.dims.size() != 3 || past.dims.size() != 4) return;
+    const int64_t kv = past.dims[1], d = past.dims[3];
+    if (key == nullptr) heads.dims[2] = kv < 0 || d < 0 ? -1 : heads.dims[2] - 2 * kv * d;
+    heads.symbols[2] = "";
+    set_output_shape(context, 0, heads);
   }
 
  private:

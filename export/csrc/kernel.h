@@ -78,6 +78,18 @@ struct Magnitudes {
   int32_t all, live;
 };
 
+// Those of columns k to K as well: what is left behind whole registers. Static: see block_bytes.
+static inline Magnitudes with_rest(Magnitudes m, const float* x, const float* c, int64_t k, int64_t K) {
+  for (; k < K; ++k) {
+    int32_t word;
+    __builtin_memcpy(&word, x + k, sizeof word);
+    word &= 0x7fffffff;
+    if (word > m.all) m.all = word;
+    if (word > m.live && (c == nullptr || c[k] != 0.0f)) m.live = word;
+  }
+  return m;
+}
+
 // Kernels of one instruction set. Every function is safe to call from many threads.
 struct Kernels {
   const char* name;

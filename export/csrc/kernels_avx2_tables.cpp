@@ -148,14 +148,7 @@ Magnitudes largest(const float* x, const float* c, int64_t K) {
   }
   Magnitudes m = {largest_lane(_mm256_max_epi32(all[0], all[1])), largest_lane(_mm256_max_epi32(live[0], live[1]))};
   if (c == nullptr) m.live = m.all;
-  for (; k < K; ++k) {
-    int32_t word;
-    __builtin_memcpy(&word, x + k, sizeof word);
-    word &= 0x7fffffff;
-    if (word > m.all) m.all = word;
-    if (word > m.live && (c == nullptr || c[k] != 0.0f)) m.live = word;
-  }
-  return m;
+  return with_rest(m, x, c, k, K);
 }
 
 void build_lut(const float* x, const float* c, int64_t count, float pre, bool halves, uint8_t* table, float* scale) {

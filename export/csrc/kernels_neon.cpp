@@ -28,14 +28,7 @@ Magnitudes largest(const float* x, const float* c, int64_t K) {
   }
   Magnitudes m = {vmaxvq_s32(all), vmaxvq_s32(live)};
   if (c == nullptr) m.live = m.all;
-  for (; k < K; ++k) {
-    int32_t word;
-    __builtin_memcpy(&word, x + k, sizeof word);
-    word &= 0x7fffffff;
-    if (word > m.all) m.all = word;
-    if (word > m.live && (c == nullptr || c[k] != 0.0f)) m.live = word;
-  }
-  return m;
+  return with_rest(m, x, c, k, K);
 }
 
 // z of one block into `z`, zero up to kBlock.

@@ -1,7 +1,6 @@
 // The kernels in plain C++: the reference for every other instruction set, and what runs where there is none.
 // Knows kernel.h only.
 #include <cmath>
-#include <cstring>
 
 #include "kernel.h"
 #include "silu.h"
@@ -10,15 +9,7 @@ namespace lit_binq {
 namespace {
 
 Magnitudes largest(const float* x, const float* c, int64_t K) {
-  Magnitudes m = {0, 0};
-  for (int64_t k = 0; k < K; ++k) {
-    int32_t word;
-    std::memcpy(&word, x + k, sizeof word);
-    word &= 0x7fffffff;
-    if (word > m.all) m.all = word;
-    if (word > m.live && (c == nullptr || c[k] != 0.0f)) m.live = word;
-  }
-  return m;
+  return with_rest({0, 0}, x, c, 0, K);
 }
 
 // z of one block, zero up to whole groups.

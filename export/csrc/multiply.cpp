@@ -8,9 +8,9 @@
 #include "multiply.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
+#include "powers.h"
 #include "workspace.h"
 
 namespace lit_binq {
@@ -44,19 +44,11 @@ struct RowScale {
   bool finite;
 };
 
-float power_of_two(int exponent) {
-  const uint32_t word = static_cast<uint32_t>(exponent + 127) << 23;
-  float value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-}
-
 // Chooses the power so that neither huge nor tiny activations leave the range of float32 on the way: the largest
 // magnitude of a column with c != 0 (of all columns, where c is nullptr) lands in [1, 4), or in [2^-23, 1) where it is
 // subnormal.
 RowScale row_scale(const Kernels& kernels, const float* x, const float* c, int64_t K) {
   const Magnitudes largest = kernels.largest(x, c, K);
-  constexpr int32_t kInfinity = 0x7f800000;
   if (largest.all >= kInfinity) return {0.0f, 0.0f, false};
   if (largest.live == 0) return {1.0f, 1.0f, true};
   const int exponent = std::clamp(static_cast<int>(largest.live >> 23) - 127, -126, 126);

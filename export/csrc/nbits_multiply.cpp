@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 
+#include "powers.h"
 #include "workspace.h"
 
 namespace lit_binq {
@@ -43,24 +44,6 @@ struct Panel {
   Row row[kPanel];
   NBitsActivations activations[kPanel];
 };
-
-float power_of_two(int exponent) {
-  const uint32_t word = static_cast<uint32_t>(exponent + 127) << 23;
-  float value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-}
-
-// Bits of the largest magnitude. As integers they are ordered rightly, infinities and NaN on top.
-int32_t largest_magnitude(const float* x, int64_t count) {
-  int32_t largest = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    int32_t word;
-    std::memcpy(&word, x + k, sizeof word);
-    largest = std::max(largest, word & 0x7fffffff);
-  }
-  return largest;
-}
 
 // One block of a row: a of its activations, times `down`; returns -sum a. Columns beyond `count` have a = 0.
 int32_t round_block(const float* x, int64_t count, int64_t block, float down, int8_t* a, float* unit) {
@@ -100,7 +83,6 @@ void prepare(void* argument, size_t task) {
   const int64_t m = static_cast<int64_t>(task), K = w.cols();
   const float* x = p.x + m * K;
   const int32_t largest = largest_magnitude(x, K);
-  constexpr int32_t kInfinity = 0x7f800000;
   Row& row = p.row[m];
   row.finite = largest < kInfinity;
   row.exponent = largest == 0 ? 0 : std::clamp((largest >> 23) - 127, -126, 126);

@@ -3,7 +3,8 @@
 #include "two_plane_activations.h"
 
 #include <algorithm>
-#include <cstring>
+
+#include "powers.h"
 
 namespace lit_binq {
 namespace {
@@ -11,24 +12,6 @@ namespace {
 constexpr int64_t kPartial = 8;
 
 int64_t float_bytes(const TwoPlaneMatrix& w) { return (w.positions() * 4 + 63) / 64 * 64; }
-
-float power_of_two(int exponent) {
-  const uint32_t word = static_cast<uint32_t>(exponent + 127) << 23;
-  float value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-}
-
-// Bits of the largest magnitude. As integers they are ordered rightly, infinities and NaN on top.
-int32_t largest_magnitude(const float* x, int64_t K) {
-  int32_t largest = 0;
-  for (int64_t k = 0; k < K; ++k) {
-    int32_t word;
-    std::memcpy(&word, x + k, sizeof word);
-    largest = std::max(largest, word & 0x7fffffff);
-  }
-  return largest;
-}
 
 // x at the positions of blocks, zeros where they are filled up.
 void gather(const TwoPlaneMatrix& w, const float* x, float scale, float* out) {
@@ -181,7 +164,6 @@ void prepare_row(const TwoPlaneMatrix& w, const float* x, const TwoPlanePrepared
                  TwoPlaneRow& row) {
   row = {};
   const int32_t largest = largest_magnitude(x, w.cols());
-  constexpr int32_t kInfinity = 0x7f800000;
   row.finite = largest < kInfinity;
   row.up = 1.0f;
   if (!row.finite) return;

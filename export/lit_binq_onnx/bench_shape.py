@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError
 from lit_binq.files import new_folder, write_json
+from lit_binq.packed_layers import packed_linears
 from lit_binq_onnx.bench_generation import Entry, Record, require_numbers, time_entries
 from lit_binq_onnx.four_bit import FourBitBuilder, require_block
 from lit_binq_onnx.functions import DOMAIN, OPSET
@@ -122,7 +123,7 @@ def _facts(model: PreTrainedModel, graph: onnx.ModelProto, written: Written, opt
         "true_bits": written.true_bits,
         "head_bits": options.head_bits,
         "fused": True,
-        "packed_nodes": sum(node.domain == DOMAIN for node in graph.graph.node),
+        "packed_nodes": len(packed_linears(model)) if any(n.domain == DOMAIN for n in graph.graph.node) else 0,
         "nodes": len(graph.graph.node),
         "opset": OPSET,
         "data_bytes": (written.folder / DATA).stat().st_size,
