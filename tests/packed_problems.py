@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
-from native import BLOCK
+from native import BLOCK, largest_error
 from onnx import TensorProto, helper, numpy_helper
 
 from lit_binq_onnx.functions import BODIES
@@ -37,8 +37,8 @@ class Packed:
         y = np.abs(x.astype(np.float64)) @ sum(sizes).T
         return y if self.bias is None else y + np.abs(self.bias)
 
-    def lut_bound(self, x: np.ndarray) -> np.ndarray:
-        """(M, N): half a table unit for each group of 4 activations, block by block."""
+    def lut_bound(self, x: np.ndarray, isa: str) -> np.ndarray:
+        """(M, N): what rounding the tables can cost, block by block."""
         total = np.zeros((len(x), len(self.W)))
         K = self.W.shape[1]
         for mask, size in self.products:
@@ -47,8 +47,7 @@ class Packed:
                     last = min(K, start + self.group, first + BLOCK)
                     z = np.abs(x[:, first:last].astype(np.float64)) * mask[first:last]
                     z = np.pad(z, ((0, 0), (0, -(last - first) % 8)))
-                    largest = z.reshape(len(x), -1, 4).sum(2).max(1)
-                    total += 0.5 / 127 * z.shape[1] / 4 * np.outer(largest, size[:, first])
+                    total += np.outer(largest_error(z, isa), size[:, first])
         return total
 
 

@@ -74,8 +74,8 @@ def test_any_size(
             gated = run(model("NormBinaryGatedMLP", parts, [M, K], exact=int(exact)), native, x)
         finally:
             native.force_isa(best)
-        np.testing.assert_array_equal(got, one_by_one(native, heads, x, exact=exact, isa=best))
-        np.testing.assert_array_equal(gated, mlp_one_by_one(native, parts, x, exact=exact, isa=best))
+        np.testing.assert_array_equal(got, one_by_one(native, heads, x, exact=exact, isa=isa))
+        np.testing.assert_array_equal(gated, mlp_one_by_one(native, parts, x, exact=exact, isa=isa))
 
 
 @pytest.mark.parametrize("dead", list(product([False, True], repeat=3)))

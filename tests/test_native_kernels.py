@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from native import BLOCK, Problem, instruction_sets, multiply, random_problem, require_native
+from native import BLOCK, Problem, instruction_sets, multiply, plain_results, plain_set, random_problem, require_native
 
 from lit_binq_onnx.library import NativeLibrary
 
@@ -23,17 +23,19 @@ def native() -> NativeLibrary:
 
 
 def both_modes_agree(native: NativeLibrary, p: Problem, x: np.ndarray) -> None:
-    """All instruction sets give the same bits, and those lie within what the modes promise."""
+    """All instruction sets give the bits of their plain one, and those lie within what the modes promise."""
     results = {}
     for exact in (False, True):
-        results[exact] = [multiply(native, p, x, exact=exact, isa=isa) for isa in instruction_sets(native)]
-        for other in results[exact][1:]:
-            np.testing.assert_array_equal(results[exact][0], other)
+        everywhere = {isa: multiply(native, p, x, exact=exact, isa=isa) for isa in instruction_sets(native)}
+        results[exact] = plain_results(everywhere)
     want, magnitude = p.reference(x), p.magnitude(x)
-    error = np.abs(results[True][0] - want)
-    assert (error <= EXACT_ERROR * magnitude + SUBNORMAL).all(), (error / magnitude).max()
-    error = np.abs(results[False][0] - want)
-    assert (error <= p.lut_bound(x) + FLOAT_ERROR * magnitude + SUBNORMAL).all(), (error / magnitude).max()
+    for isa, y in results[True].items():
+        error = np.abs(y - want)
+        assert (error <= EXACT_ERROR * magnitude + SUBNORMAL).all(), (isa, (error / magnitude).max())
+    for isa, y in results[False].items():
+        error = np.abs(y - want)
+        bound = p.lut_bound(x, isa) + FLOAT_ERROR * magnitude + SUBNORMAL
+        assert (error <= bound).all(), (isa, (error / magnitude).max())
 
 
 @settings(deadline=None, max_examples=60)
@@ -167,19 +169,22 @@ def test_padding_bits_do_not_count(native: NativeLibrary) -> None:
     p = random_problem(50, 13, seed=8)
     x = np.random.default_rng(0).standard_normal((2, 13)).astype(np.float32)
     for exact in (False, True):
-        want = multiply(native, p, x, exact=exact, isa=native.isa())
         dirty = Problem(p.codes | np.array([0, 0b11100000], np.uint8), p.r, p.c, p.bias)
         for isa in instruction_sets(native):
+            want = multiply(native, p, x, exact=exact, isa=isa)
             np.testing.assert_array_equal(multiply(native, dirty, x, exact=exact, isa=isa), want)
 
 
 def test_worst_sums_do_not_overflow_int16(native: NativeLibrary) -> None:
-    """Every entry picked in a block is +127, or -127: the largest 16-bit sums there are."""
+    """Every entry picked in a block is +127, or -127: the largest 16-bit sums there are, of one row and of several."""
     for byte, sign in ((255, 1.0), (0, -1.0)):
         p = Problem(np.full((128, 32), byte, np.uint8), np.ones(128, np.float16), np.ones(256, np.float16), None)
         for isa in instruction_sets(native):
-            y = multiply(native, p, np.ones((1, 256), np.float32), exact=False, isa=isa)
-            np.testing.assert_allclose(y, np.full((1, 128), sign * 256), rtol=1e-6)
+            for M in (1, 20):
+                y = multiply(native, p, np.ones((M, 256), np.float32), exact=False, isa=isa)
+                # Of 256 columns of fives 16 are in groups of 4, and 4/5 of 127 is not whole.
+                whole = M == 1 or plain_set(isa) == "scalar"
+                np.testing.assert_allclose(y, np.full((M, 128), sign * 256), rtol=1e-6 if whole else 3e-4)
 
 
 def table_by_definition(x: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.float32]:
@@ -214,6 +219,64 @@ def test_tables_follow_their_definition(native: NativeLibrary, K: int, power: in
         native.force_isa(best)
         np.testing.assert_array_equal(table, want)
         assert scale.value == want_scale
+
+
+def fives_by_definition(x: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """The byte tables of fives in numpy, from the words of kernel.h: (groups, 16)."""
+    halves = 2 * -(-len(x) // 32)
+    z = np.zeros(16 * halves, np.float32)
+    z[: len(x)] = x * c
+    # [half][byte][4]: of a quad the low nibbles of its 4 bytes, then the high ones
+    nibbles = z.reshape(-1, 4, 2, 4).transpose(0, 2, 1, 3).reshape(halves, 4, 4)
+    signs = halves // 5
+    kept, fifth = nibbles[: halves - signs], np.zeros((halves - signs, 4), np.float32)
+    for half in range(4 * signs):  # bit e of the nibbles of the a-th half of signs, for half 4 a + e
+        fifth[half] = nibbles[halves - signs + half // 4, :, half % 4]
+    v, f = kept.reshape(-1, 4), fifth.reshape(-1, 1)
+    a = np.abs(v)
+    largest = (((a[:, 0] + a[:, 1]) + (a[:, 2] + a[:, 3])) + np.abs(f[:, 0])).max()
+    if largest < np.float32(2.0**-100):
+        return np.full((len(v), 16), 128, np.uint8), np.float32(0)
+    units = np.float32(127 * 256) / largest
+    q, last = np.rint(v * units).astype(np.int64), np.rint(f * units).astype(np.int64)
+    index = np.arange(16)
+    sums = last + sum(np.where(index >> j & 1, q[:, j : j + 1], -q[:, j : j + 1]) for j in range(4))
+    return (128 + ((sums + 128) >> 8)).astype(np.uint8), np.float32(largest / np.float32(127))
+
+
+@settings(deadline=None, max_examples=60)
+@given(K=st.integers(1, BLOCK), power=st.integers(-30, 30), seed=st.integers(0, 2**31))
+@example(K=256, power=0, seed=0)
+@example(K=128, power=-120, seed=0)  # counts as zero
+def test_fives_follow_their_definition(native: NativeLibrary, K: int, power: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(K) * 2.0**power).astype(np.float32)
+    c = rng.choice(np.array([0.0, 0.5, 1.25], np.float32), K)
+    want, want_scale = fives_by_definition(x, c)
+    best, pointer = native.isa(), ctypes.c_void_p
+    native.handle.lit_binq_build_fives.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]
+    for isa in instruction_sets(native):
+        native.force_isa(isa)
+        table, scale = np.empty_like(want), ctypes.c_float()
+        status = native.handle.lit_binq_build_fives(
+            x.ctypes.data, c.ctypes.data, K, table.ctypes.data, ctypes.byref(scale)
+        )
+        native.force_isa(best)
+        assert status == (0 if plain_set(isa) == "scalar-fives" else -1)
+        if status == 0:
+            np.testing.assert_array_equal(table, want)
+            assert scale.value == want_scale
+
+
+@pytest.mark.parametrize("M", [1, 2, 64, 65, 70])
+def test_rows_of_a_call_are_rounded_alike(native: NativeLibrary, M: int) -> None:
+    """A row's result does not depend on its neighbours, only on whether it has any in its panel of 64."""
+    p, x = random_problem(40, 300), np.random.default_rng(0).standard_normal((M, 300)).astype(np.float32)
+    y = multiply(native, p, x, exact=False, isa=native.isa())
+    for first in range(0, M, 64):
+        rows = x[first : first + 64]
+        turned = multiply(native, p, rows[::-1], exact=False, isa=native.isa())[::-1]
+        np.testing.assert_array_equal(y[first : first + 64], turned)
 
 
 def test_float16_conversion_is_exact(native: NativeLibrary) -> None:

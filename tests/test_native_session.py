@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import onnxruntime as ort
 import pytest
-from native import instruction_sets, multiply, one_node_model, random_problem, require_native, session
+from native import instruction_sets, multiply, one_node_model, plain_results, random_problem, require_native, session
 
 from lit_binq_onnx.library import NativeLibrary
 
@@ -105,14 +105,13 @@ def test_forced_mode_is_read_at_creation(native: NativeLibrary) -> None:
 
 def test_forced_instruction_set_runs(native: NativeLibrary) -> None:
     p, x = random_problem(100, 300), activations((2, 300))
-    results = []
+    results = {}
     best = native.isa()
     for isa in instruction_sets(native):
         native.force_isa(isa)
-        results.append(session(one_node_model(p, [2, 300]), native).run(None, {"X": x})[0])
+        results[isa] = session(one_node_model(p, [2, 300]), native).run(None, {"X": x})[0]
     native.force_isa(best)
-    for other in results[1:]:
-        np.testing.assert_array_equal(results[0], other)
+    assert len(plain_results(results)) == 2
 
 
 def test_registering_twice_and_outliving_the_options(native: NativeLibrary) -> None:

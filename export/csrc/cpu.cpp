@@ -65,6 +65,7 @@ constexpr Candidate kCandidates[] = {
     {&kNeonKernels, [] { return true; }},
 #endif
     {&kScalarKernels, [] { return true; }},
+    {&kScalarFivesKernels, [] { return true; }},
 };
 
 std::atomic<const Kernels*>& choice() {

@@ -11,7 +11,7 @@ const Kernels& current_kernels();
 // Those that this machine can run, the best ones first; nullptr where there are not so many.
 const Kernels* available_kernels(int i);
 
-// Chooses by name ("scalar", "avx2", "avx512", "neon"). False, and nothing changed, where the name is unknown or the
+// Chooses by name ("scalar", "scalar-fives", "avx2", "avx512", "neon"). False, and nothing changed, where the name is unknown or the
 // machine lacks it.
 bool force_kernels(const char* name);
 

@@ -15,11 +15,20 @@
 // The bytes are biased by 128, hence unsigned: an AVX2 kernel adds them up in 16-bit lanes that hold two bytes each,
 // and splitting such a lane into its even and odd byte is right for unsigned bytes only.
 //
+// Fives (AVX-512, for several rows of activations). A fifth activation costs no lookup where the product that adds up
+// bytes takes signed ones beside them, as VPDPBUSD does: the 16 sums that have + z4 are stored, and
+//     +-z0 +-z1 +-z2 +-z3 +- z4 = s4 * table[i],  s4 the fifth sign, bit j of i set: z_j has the sign s4
+// A block of Q quads has 2 Q halves (of a quad, the low nibbles of its 4 bytes or the high ones). The last 2 Q / 5 of
+// them hold fifth signs, 4 halves' worth each: bit e of its 4 nibbles are those of the 4 nibbles of half 4 a + e, for
+// the a-th of them. Halves that are left over have no fifth sign and z4 = 0. So 256 columns take 52 lookups for 64.
+//     table[i] = 128 + (q0.. + 128 >> 8),  q_j = round(256 * 127 * z_j / max|s|), the sums of q in integers
+//
 // Exact mode. The same idea in float32: a byte of weights picks from three tables of 8 floats, for its bits 0-2, 3-5
 // and 6-7 (8 floats fill one 256-bit register, which a lane permutation indexes by 3 bits).
 //
 // All sets compute the same integers and round the same float operations in the same order: their results are equal
-// bit for bit, in both modes. tests/test_native_kernels.py holds them to it.
+// bit for bit to those of a plain one (Kernels::reference), in both modes. tests/test_native_kernels.py holds them to
+// it.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +63,14 @@ enum class Layout {
 constexpr int64_t kQuad = 4;
 static constexpr int64_t block_bytes(int64_t count) { return (count + 8 * kQuad - 1) / (8 * kQuad) * kQuad; }
 
-constexpr int64_t kNoHalves = INT64_MAX;  // of Kernels::rows_for_halves
+constexpr int64_t kNeverDense = INT64_MAX;  // of Kernels::rows_for_dense
+
+// Fives of a block of so many quads: halves that hold signs, halves that are looked up, and of these the signed ones.
+static constexpr int sign_halves(int64_t quads) { return static_cast<int>(2 * quads / 5); }
+static constexpr int lookups(int64_t quads) { return static_cast<int>(2 * quads) - sign_halves(quads); }
+static constexpr int signed_lookups(int64_t quads) { return 4 * sign_halves(quads); }
+constexpr int64_t kFivesFrom = 2;      // rows of activations: one alone waits for the memory, and signs take time
+constexpr int kFivesFraction = 8;      // bits of q behind the point
 
 constexpr int kTableBias = 128;
 constexpr float kTableLimit = 127.0f;
@@ -99,14 +115,17 @@ struct Kernels {
   // of all, and of those whose `c` is not zero (of all, where c is nullptr).
   Magnitudes (*largest)(const float* x, const float* c, int64_t K);
 
-  // From so many rows of activations in a panel on, tables are halves: a block's take the first half of their place, in
-  // a form of the set's own. Only kernels that say a number here are asked for them.
-  int64_t rows_for_halves;
+  // The plain set whose results these equal.
+  const Kernels* reference;
+
+  // From so many rows of activations in a panel on, tables are dense: a form of the set's own that takes less of their
+  // place (AVX2: half of each table; AVX-512: fives). Only kernels that say a number here are asked for them.
+  int64_t rows_for_dense;
 
   // Tables of one block. `x` and `c` have `count` (1 to kBlock) elements; z = (x * pre) * c, zero beyond `count` and
   // where c is zero: `pre` is chosen for the columns that count, so it may send x of the others to infinity.
   // `table` takes block_bytes(count) * kLutEntries bytes; `scale` takes the float that one table unit stands for.
-  void (*build_lut)(const float* x, const float* c, int64_t count, float pre, bool halves, uint8_t* table,
+  void (*build_lut)(const float* x, const float* c, int64_t count, float pre, bool dense, uint8_t* table,
                     float* scale);
   // `table` takes block_bytes(count) * kExactEntries floats, byte after byte in either layout.
   void (*build_exact)(const float* x, const float* c, int64_t count, float pre, float* table);
@@ -115,7 +134,7 @@ struct Kernels {
   // its sums at `sums` + m * kTileRows; in LUT mode its scale is scales[m * scale_stride]. Where `factors` is not
   // null, the block's products are multiplied by it on the way, row n of the weights by factors[n] (block.width of
   // them): that is what a scale for each group of columns costs.
-  void (*add_lut)(const TileBlock& block, const uint8_t* tables, bool halves, int64_t stride, const float* scales,
+  void (*add_lut)(const TileBlock& block, const uint8_t* tables, bool dense, int64_t stride, const float* scales,
                   int64_t scale_stride, const float* factors, int64_t rows, float* sums);
   // float32 inside a block (at most 36 roundings on the way of a product: 2 + 2 in and between tables, 32 bytes),
   // float64 across blocks: the error is at most 36 * 2^-24 = 2.2e-6 of sum |z|, whatever K.
@@ -127,6 +146,7 @@ struct Kernels {
 };
 
 extern const Kernels kScalarKernels;
+extern const Kernels kScalarFivesKernels;  // with fives: what AVX-512 is compared with
 #if LIT_BINQ_HAVE_AVX2
 extern const Kernels kAvx2Kernels;  // call only where cpu.h says that AVX2 is there
 #endif

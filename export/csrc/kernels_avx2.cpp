@@ -233,7 +233,7 @@ void add_signed_rows(const SignedBlock& block, int64_t bytes, int64_t width, con
 // constants and 3 temporaries are 15 of the 16 registers. Two rows: 2 vectors of weights, 8 sums again. From 12 rows on
 // the weights are rewritten; 4 rows at a time, so that an index and a sign serve 4 tables: 8 sums, 2 of each, a table
 // and a temporary.
-void add_lut(const TileBlock& block, const uint8_t* tables, bool halves, int64_t stride, const float* scales,
+void add_lut(const TileBlock& block, const uint8_t* tables, bool dense, int64_t stride, const float* scales,
              int64_t scale_stride, const float* factors, int64_t rows, float* sums) {
   Rows r{tables, stride, scales, scale_stride, sums};
   const auto skip = [&](int64_t done) {
@@ -242,7 +242,7 @@ void add_lut(const TileBlock& block, const uint8_t* tables, bool halves, int64_t
     r.sums += done * kTileRows;
     rows -= done;
   };
-  if (halves) {
+  if (dense) {
     SignedBlock rewritten;
     rewrite(block, rewritten);
     for (; rows >= 4; skip(4)) add_signed_rows<4>(rewritten, block.bytes, block.width, r, factors);
@@ -310,7 +310,7 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2",  Layout::kBytes, avx2::largest, kFewestRows, avx2::build_lut, avx2::build_exact,
-    add_lut, add_exact,      apply_gate};
+    "avx2",          Layout::kBytes,    avx2::largest, &kScalarKernels, kFewestRows,
+    avx2::build_lut, avx2::build_exact, add_lut,       add_exact,       apply_gate};
 
 }  // namespace lit_binq

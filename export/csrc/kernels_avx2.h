@@ -12,7 +12,7 @@ constexpr int64_t kHalfEntries = 16;
 
 // As in kernel.h.
 Magnitudes largest(const float* x, const float* c, int64_t K);
-void build_lut(const float* x, const float* c, int64_t count, float pre, bool halves, uint8_t* table, float* scale);
+void build_lut(const float* x, const float* c, int64_t count, float pre, bool dense, uint8_t* table, float* scale);
 void build_exact(const float* x, const float* c, int64_t count, float pre, float* table);
 
 }  // namespace lit_binq::avx2

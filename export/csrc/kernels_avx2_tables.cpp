@@ -151,7 +151,7 @@ Magnitudes largest(const float* x, const float* c, int64_t K) {
   return with_rest(m, x, c, k, K);
 }
 
-void build_lut(const float* x, const float* c, int64_t count, float pre, bool halves, uint8_t* table, float* scale) {
+void build_lut(const float* x, const float* c, int64_t count, float pre, bool dense, uint8_t* table, float* scale) {
   alignas(32) float z[kBlock];
   scaled_activations(x, c, count, pre, z);
   const float largest = largest_sum(z, count);
@@ -159,7 +159,7 @@ void build_lut(const float* x, const float* c, int64_t count, float pre, bool ha
   const __m256 units = _mm256_set1_ps(zero ? 0.0f : kTableLimit / largest);
   *scale = zero ? 0.0f : largest / kTableLimit;
   const int64_t bytes = block_bytes(count);
-  if (halves) {
+  if (dense) {
     for (int64_t k = 0; k < bytes; k += kQuad) store_halves(load_groups(z + 8 * k), units, table + kHalfEntries * k);
   } else {
     for (int64_t k = 0; k < bytes; k += kQuad) store_tables(load_groups(z + 8 * k), units, table + kLutEntries * k);

@@ -1,30 +1,25 @@
-// The kernels for x86-64 with AVX-512: F, BW, VL, VBMI and VNNI (Ice Lake, Zen 4 and later). Knows kernel.h,
+// The kernels for x86-64 with AVX-512: F, BW, VL, VBMI and VNNI (Ice Lake, Zen 4 and later). Knows kernels_avx512.h,
 // prefetch.h, silu.h and the intrinsics only.
 //
 // LUT mode here. vpermb picks 64 bytes from a table of 64, by 6 bits each. A register of codes (Layout::kQuads) is 16
 // rows of 4 weight bytes; byte j of a row looks into the j-th 16 entries of the table, so its index is a nibble and the
 // constant 16 j. The 4 picked bytes of a row lie beside each other: vpdpbusd adds all 4 to the row's 32-bit sum. For
-// 512 weights that is 1 load and 7 operations (2 x index, 1 shift, 2 x vpermb, 2 x vpdpbusd).
+// 512 weights that is 1 load and 7 operations (2 x index, 1 shift, 2 x vpermb, 2 x vpdpbusd). Several rows of activations
+// are multiplied in kernels_avx512_fives.cpp.
 //
 // As in kernels_avx2.cpp: nothing of the standard library may be instantiated here, and there is no fused
 // multiply-add: results must equal kernels_scalar.cpp bit for bit.
 #include <immintrin.h>
 
-#include "kernel.h"
+#include "kernels_avx512.h"
 #include "prefetch.h"
 #include "silu.h"
 
 namespace lit_binq {
+
+using namespace avx512;
+
 namespace {
-
-constexpr int64_t kRows = 16;               // of a register of codes: one cache line
-constexpr int64_t kVectors = kTileRows / kRows;
-constexpr int64_t kHalf = 16 * kQuad;       // entries of the low (or the high) nibbles of a quad
-constexpr int64_t kTable = 2 * kHalf;       // entries of a quad
-
-inline __mmask16 first_lanes(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << (count > 0 ? count : 0)) - 1u);
-}
 
 Magnitudes largest(const float* x, const float* c, int64_t K) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -39,34 +34,6 @@ Magnitudes largest(const float* x, const float* c, int64_t K) {
   }
   const int32_t most = _mm512_reduce_max_epi32(all);
   return {most, c == nullptr ? most : _mm512_reduce_max_epi32(live)};
-}
-
-// z of 16 columns from k on, zero from `count` on.
-inline __m512 scaled(const float* x, const float* c, int64_t k, int64_t count, __m512 pre) {
-  const __mmask16 inside = first_lanes(count - k);
-  const __m512 scale = _mm512_maskz_loadu_ps(inside, c + k);
-  const __mmask16 live = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_NEQ_OQ);
-  return _mm512_maskz_mul_ps(live, _mm512_mul_ps(_mm512_maskz_loadu_ps(inside, x + k), pre), scale);
-}
-
-// 16 groups of 4 activations, taken apart: z[j] holds the j-th activation of every group. Lane l of its 4 lanes holds
-// groups 2 l, 2 l + 1, 2 l + 8 and 2 l + 9, so that store_tables finds its results in their places.
-struct Groups {
-  __m512 z[4];
-};
-
-// Of 64 columns: a to d are 16 each.
-inline Groups groups_of(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512i first = _mm512_setr_epi32(0, 4, 16, 20, 8, 12, 24, 28, 1, 5, 17, 21, 9, 13, 25, 29);  // z[0] and z[1]
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
-  const __m512 ac01 = _mm512_permutex2var_ps(a, first, c), bd01 = _mm512_permutex2var_ps(b, first, d);
-  const __m512 ac23 = _mm512_permutex2var_ps(a, second, c), bd23 = _mm512_permutex2var_ps(b, second, d);
-  return {{_mm512_shuffle_f32x4(ac01, bd01, 0x44), _mm512_shuffle_f32x4(ac01, bd01, 0xee),
-           _mm512_shuffle_f32x4(ac23, bd23, 0x44), _mm512_shuffle_f32x4(ac23, bd23, 0xee)}};
-}
-
-inline __m512 magnitude(__m512 v) {
-  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
 }
 
 // Four sums of all groups as bytes: lane g holds a, b, c, d of group g, from the lowest byte on.
@@ -134,7 +101,8 @@ void build_lut_chunks(const float* x, const float* c, int64_t count, float pre, 
   for (int i = 0; i < Chunks; ++i) store_tables(groups[i], units, quads - 2 * i, table + 2 * kTable * i);
 }
 
-void build_lut(const float* x, const float* c, int64_t count, float pre, bool, uint8_t* table, float* scale) {
+void build_lut(const float* x, const float* c, int64_t count, float pre, bool fives, uint8_t* table, float* scale) {
+  if (fives) return build_fives(x, c, count, pre, table, scale);
   static_assert(kBlock == 4 * 64, "as many chunks as there are cases");
   switch ((count + 63) / 64) {
     case 1: return build_lut_chunks<1>(x, c, count, pre, table, scale);
@@ -165,37 +133,9 @@ void build_exact(const float* x, const float* c, int64_t count, float pre, float
   }
 }
 
-// Where the tables and sums of the rows of activations are (kernel.h, add_lut).
-struct Rows {
-  const uint8_t* tables;
-  int64_t stride;
-  const float* scales;
-  int64_t scale_stride;
-  float* sums;
-};
-
-// The nibbles of a block as indices, once for all rows of activations: 8 KB at most, in L1 with the tables of 4 rows.
-struct Indices {
-  __m512i low[kBlockBytes / kQuad * kVectors];  // [quads][vectors]
-  __m512i high[kBlockBytes / kQuad * kVectors];
-};
-
 inline __m512i index_of(__m512i nibbles) {
   const __m512i nibble = _mm512_set1_epi8(15), place = _mm512_set1_epi32(0x30201000);
   return _mm512_ternarylogic_epi32(nibbles, nibble, place, 0xea);  // (nibbles & nibble) | place
-}
-
-void expand(const TileBlock& block, Indices& out) {
-  const int64_t vectors = block.width / kRows;
-  for (int64_t k = 0; k < block.bytes / kQuad; ++k) {
-    for (int64_t i = 0; i < vectors; ++i) {
-      const uint8_t* const line = block.codes + (k * vectors + i) * kRows * kQuad;
-      const __m512i quads = _mm512_loadu_si512(line);
-      prefetch(line, block.bytes * block.width);  // the next block, while many rows of activations use this one
-      out.low[k * kVectors + i] = index_of(quads);
-      out.high[k * kVectors + i] = index_of(_mm512_srli_epi16(quads, 4));
-    }
-  }
 }
 
 // A lookup whose result nobody reads, so that a loop does not outrun the memory: lines that are asked for faster than
@@ -207,113 +147,60 @@ inline void keep_busy(__m512i index, __m512i table, __m512i ones) {
   asm volatile("" : : "v"(sum));
 }
 
-// One block for `Tokens` rows of activations and `Vectors` * 16 rows of weights, from row `first` of the tile on. Where
-// not `Expanded`, `indices` may be nullptr: they are made on the way. `Paced` is for codes that come from memory.
-template <int Vectors, int Tokens, bool Expanded, bool Paced = false>
-inline void add_lut_part(const TileBlock& block, const Indices* indices, int64_t first, const Rows& r,
-                         const float* factors) {
+// One block for one row of activations and `Vectors` * 16 rows of weights, from row `first` of the tile on: 8 registers
+// of sums where it is the whole tile, so that tables are loaded once. `Paced` is for codes that come from memory.
+template <int Vectors, bool Paced>
+inline void add_lut_part(const TileBlock& block, int64_t first, const uint8_t* tables, float scale,
+                         const float* factors, float* sums) {
   const __m512i ones = _mm512_set1_epi8(1);
   const __m512i start = _mm512_set1_epi32(static_cast<int>(-2 * block.bytes * kTableBias));
-  __m512i sums[Tokens][Vectors];
-#pragma GCC unroll 4
-  for (int t = 0; t < Tokens; ++t) {
+  __m512i units[Vectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < Vectors; ++i) sums[t][i] = start;
-  }
-  const auto add = [&](const __m512i* index, const uint8_t* tables) {
-#pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) {
-      const __m512i table = _mm512_loadu_si512(tables + t * r.stride);
+  for (int i = 0; i < Vectors; ++i) units[i] = start;
+  const auto add = [&](const __m512i* index, const uint8_t* entries) {
+    const __m512i table = _mm512_loadu_si512(entries);
 #pragma GCC unroll 8
-      for (int i = 0; i < Vectors; ++i) {
-        sums[t][i] = _mm512_dpbusd_epi32(sums[t][i], _mm512_permutexvar_epi8(index[i], table), ones);
-        if (Paced) keep_busy(index[i], table, ones);
-      }
+    for (int i = 0; i < Vectors; ++i) {
+      units[i] = _mm512_dpbusd_epi32(units[i], _mm512_permutexvar_epi8(index[i], table), ones);
+      if (Paced) keep_busy(index[i], table, ones);
     }
   };
   const uint8_t* codes = block.codes + first * kQuad;
-  const uint8_t* tables = r.tables;
-  int64_t place = first / kRows;
-  for (int64_t k = 0; k < block.bytes; k += kQuad) {
-    __m512i index[Vectors];
-    if (Expanded) {
-#pragma GCC unroll 8
-      for (int i = 0; i < Vectors; ++i) index[i] = indices->low[place + i];
-      add(index, tables);
-#pragma GCC unroll 8
-      for (int i = 0; i < Vectors; ++i) index[i] = indices->high[place + i];
-      add(index, tables + kHalf);
-    } else {
-      __m512i quads[Vectors];
-#pragma GCC unroll 8
-      for (int i = 0; i < Vectors; ++i) {
-        quads[i] = _mm512_loadu_si512(codes + i * kRows * kQuad);
-        if (Paced) prefetch(codes + i * kRows * kQuad, kAhead);
-        index[i] = index_of(quads[i]);
-      }
-      add(index, tables);
-#pragma GCC unroll 8
-      for (int i = 0; i < Vectors; ++i) index[i] = index_of(_mm512_srli_epi16(quads[i], 4));
-      add(index, tables + kHalf);
-    }
-    codes += block.width * kQuad;
-    place += kVectors;
-    tables += kTable;
-  }
-#pragma GCC unroll 4
-  for (int t = 0; t < Tokens; ++t) {
-    const __m512 scale = _mm512_set1_ps(r.scales[t * r.scale_stride]);
-    float* sum = r.sums + t * kTileRows + first;
+  for (int64_t k = 0; k < block.bytes; k += kQuad, codes += block.width * kQuad, tables += kTable) {
+    __m512i quads[Vectors], index[Vectors];
 #pragma GCC unroll 8
     for (int i = 0; i < Vectors; ++i) {
-      __m512 value = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sums[t][i]));
-      if (factors != nullptr) value = _mm512_mul_ps(value, _mm512_loadu_ps(factors + first + i * kRows));
-      _mm512_storeu_ps(sum + i * kRows, _mm512_add_ps(_mm512_loadu_ps(sum + i * kRows), value));
+      quads[i] = _mm512_loadu_si512(codes + i * kRows * kQuad);
+      if (Paced) prefetch(codes + i * kRows * kQuad, kAhead);
+      index[i] = index_of(quads[i]);
+    }
+    add(index, tables);
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; ++i) index[i] = index_of(_mm512_srli_epi16(quads[i], 4));
+    add(index, tables + kHalf);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Vectors; ++i) {
+    const int64_t row = first + i * kRows;
+    add_units(units[i], _mm512_set1_ps(scale), factors != nullptr ? factors + row : nullptr, sums + row);
+  }
+}
+
+void add_lut(const TileBlock& block, const uint8_t* tables, bool fives, int64_t stride, const float* scales,
+             int64_t scale_stride, const float* factors, int64_t rows, float* sums) {
+  if (fives) return add_fives(block, {tables, stride, scales, scale_stride, sums}, factors, rows);
+  for (int64_t m = 0; m < rows; ++m) {
+    const uint8_t* const table = tables + m * stride;
+    const float scale = scales[m * scale_stride];
+    float* const sum = sums + m * kTileRows;
+    if (block.width < kTileRows) {
+      for (int64_t n = 0; n < block.width; n += 2 * kRows) add_lut_part<2, false>(block, n, table, scale, factors, sum);
+    } else if (block.streamed) {
+      add_lut_part<kVectors, true>(block, 0, table, scale, factors, sum);
+    } else {
+      add_lut_part<kVectors, false>(block, 0, table, scale, factors, sum);
     }
   }
-}
-
-// All rows of the tile. One row of activations: 8 registers of sums over the whole tile, tables loaded once. Several:
-// 4 x 4 sums, so that an index serves 4 tables and a table 4 registers of codes; with 4 of codes, 4 indices and a few
-// constants that is 29 of the 32 registers.
-template <int Tokens, bool Expanded>
-inline void add_lut_tokens(const TileBlock& block, const Indices* indices, const Rows& r, const float* factors) {
-  if (Tokens == 1 && block.width == kTileRows) {
-    return add_lut_part<kVectors, Tokens, Expanded>(block, indices, 0, r, factors);
-  }
-  int64_t first = 0;
-  for (; first + 4 * kRows <= block.width; first += 4 * kRows) {
-    add_lut_part<4, Tokens, Expanded>(block, indices, first, r, factors);
-  }
-  if (first < block.width) add_lut_part<2, Tokens, Expanded>(block, indices, first, r, factors);
-}
-
-template <bool Expanded>
-inline void add_lut_rows(const TileBlock& block, const Indices* indices, Rows r, const float* factors, int64_t rows) {
-  for (; rows >= 4; rows -= 4) {
-    add_lut_tokens<4, Expanded>(block, indices, r, factors);
-    r.tables += 4 * r.stride;
-    r.scales += 4 * r.scale_stride;
-    r.sums += 4 * kTileRows;
-  }
-  if (rows == 3) add_lut_tokens<3, Expanded>(block, indices, r, factors);
-  if (rows == 2) add_lut_tokens<2, Expanded>(block, indices, r, factors);
-  if (rows == 1) add_lut_tokens<1, Expanded>(block, indices, r, factors);
-}
-
-// Expanding costs what it saves on about 10 rows of activations.
-void add_lut(const TileBlock& block, const uint8_t* tables, bool, int64_t stride, const float* scales,
-             int64_t scale_stride, const float* factors, int64_t rows, float* sums) {
-  const Rows r{tables, stride, scales, scale_stride, sums};
-  constexpr int64_t kFewestRows = 16;
-  // The last row of several finds the codes in a cache: only one alone is paced.
-  if (rows == 1 && block.streamed && block.width == kTileRows) {
-    return add_lut_part<kVectors, 1, false, true>(block, nullptr, 0, r, factors);
-  }
-  if (rows < kFewestRows) return add_lut_rows<false>(block, nullptr, r, factors, rows);
-  Indices indices;
-  expand(block, indices);
-  add_lut_rows<true>(block, &indices, r, factors, rows);
 }
 
 // The three parts of byte J of 16 rows. vpermps reads 4 bits of an index: with the table in both halves of the register
@@ -367,6 +254,7 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
 }  // namespace
 
 const Kernels kAvx512Kernels = {
-    "avx512", Layout::kQuads, largest, kNoHalves, build_lut, build_exact, add_lut, add_exact, apply_gate};
+    "avx512",  Layout::kQuads, largest, &kScalarFivesKernels, kFivesFrom,
+    build_lut, build_exact,    add_lut, add_exact,            apply_gate};
 
 }  // namespace lit_binq

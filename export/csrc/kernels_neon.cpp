@@ -226,7 +226,7 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon",      Layout::kBytes, largest,   kNoHalves, build_lut,
-                              build_exact, add_lut,        add_exact, apply_gate};
+const Kernels kNeonKernels = {"neon",    Layout::kBytes, largest, &kScalarKernels, kNeverDense,
+                              build_lut, build_exact,    add_lut, add_exact,       apply_gate};
 
 }  // namespace lit_binq

@@ -83,7 +83,7 @@ static_assert(kExactPanel <= kLutPanel, "Part::scale holds either");
 struct Panel {
   Panel(const Kernels& kernels, Mode mode, bool gated, size_t count, const float* x, int64_t rows)
       : kernels(kernels), mode(mode), gated(gated), count(count), x(x), rows(rows),
-        halves(rows >= kernels.rows_for_halves) {}
+        dense(rows >= kernels.rows_for_dense) {}
 
   // From now on x are the normalized rows, which `memory` takes; the panel's first row is row `first_row` of the call.
   void normalize(const Norm* with, int64_t first_row, uint8_t* memory) {
@@ -100,7 +100,7 @@ struct Panel {
   size_t count;       // of parts
   const float* x;     // (rows, K)
   int64_t rows;
-  bool halves;        // form of the tables (kernel.h)
+  bool dense;         // form of the tables (kernel.h)
   int64_t segments;   // table tasks for each row, of all parts
   int64_t row_parts;  // multiplication tasks for each tile
   const Norm* norm = nullptr;
@@ -156,7 +156,7 @@ void make_tables(void* argument, size_t task) {
     const float* c = w.col_scale() + b.scale;
     const int64_t table = m * w.table_bytes() + b.table;
     if (p.mode == Mode::kLut) {
-      p.kernels.build_lut(x, c, b.count, scale.down, p.halves, part->lut + table * kLutEntries,
+      p.kernels.build_lut(x, c, b.count, scale.down, p.dense, part->lut + table * kLutEntries,
                           part->lut_scale + m * w.blocks() + i);
     } else {
       p.kernels.build_exact(x, c, b.count, scale.down, part->exact + table * kExactEntries);
@@ -168,7 +168,7 @@ void make_tables(void* argument, size_t task) {
 void add_block(const Panel& p, const Part& part, const TileBlock& block, const float* factors, int64_t b, int64_t m0,
                int64_t rows, float* sums) {
   const PackedMatrix& w = *part.weights;
-  p.kernels.add_lut(block, part.lut + (m0 * w.table_bytes() + w.block(b).table) * kLutEntries, p.halves,
+  p.kernels.add_lut(block, part.lut + (m0 * w.table_bytes() + w.block(b).table) * kLutEntries, p.dense,
                     w.table_bytes() * kLutEntries, part.lut_scale + m0 * w.blocks() + b, w.blocks(), factors, rows,
                     sums);
 }
