@@ -167,6 +167,40 @@ def test_tables_err_little(native: NativeLibrary, sets: list[str]) -> None:
         assert 1e-4 < error < 1e-2
 
 
+def rounded_dense(p: Problem) -> np.ndarray:
+    """(N, K) float64: weights of four levels as two_plane_kernel.h rounds them, from its words."""
+    l0, l1, l2, l3 = np.moveaxis(p.levels.astype(np.float64), 2, 0)
+    m = np.stack([l3 - l0 + l1 - l2, l3 - l0 - l1 + l2, l1 + l2 - l0 - l3, l0 + l1 + l2 + l3], 2) / 4
+    unit = np.abs(m).max((1, 2), keepdims=True) / 2047
+    m = np.rint(np.divide(m, unit, out=np.zeros_like(m), where=unit > 0)) * unit
+    m = np.repeat(m, p.group, axis=1)[:, : p.K]
+    A, B = 2.0 * p.A - 1, 2.0 * p.B - 1
+    weights: np.ndarray = m[:, :, 3] + m[:, :, 0] * A + m[:, :, 1] * B - m[:, :, 2] * A * B
+    return weights
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3, 0.0])
+@pytest.mark.parametrize("shape", [{"N": 70, "K": 300, "group": 64}, {"N": 64, "K": 512, "group": 128}])
+def test_rounded_levels_follow_their_definition(
+    native: NativeLibrary, sets: list[str], shape: dict[str, int], spread: float
+) -> None:
+    """Activations whose tables are exact: one whole number in each 4 columns, the largest of a block 127."""
+    p = problem(**shape, L=4, bias=False)
+    p.levels[:, 0] = (p.levels[:, 0] * spread).astype(np.float16)  # a group far above the others
+    p.levels[3] = 0
+    rng = np.random.default_rng(0)
+    x = np.zeros((2, p.K), np.float32)
+    x[:, 1::4] = rng.integers(-127, 128, x[:, 1::4].shape)
+    x[:, 1 :: p.group] = 127
+    for isa in sets:
+        weights = rounded_dense(p) if isa == "avx512" else p.dense()
+        want = x @ weights.T
+        for rows in (x, x[:1]):
+            y = multiply(native, p, rows, isa)
+            assert (np.abs(y - want[: len(rows)]) <= FLOAT_ERROR * (np.abs(rows) @ np.abs(p.dense()).T)).all()
+            assert (y[:, 3] == 0).all()
+
+
 @pytest.mark.parametrize("bits", [0, 4, 8])
 def test_rows_that_are_not_finite_are_nan(native: NativeLibrary, sets: list[str], bits: int) -> None:
     p = problem(70, 100, L=4, bits=bits, group=64)

@@ -31,6 +31,11 @@
 //     codes   [chunk][A, B][row of the tile][lane bytes]     a chunk is 8 * lane bytes columns
 //     levels  [L][row of the tile] float16
 //
+// or, in LUT mode, for L = 4 and kernels that round levels, in three quarters of the space and without arithmetic:
+//
+//     rounded [m1 and m2, -m3 and m0][row of the tile][3 bytes]      12 bits each, the first one lowest, in units of a
+//             row: largest |m| / 2047. A product of a block is then one of integers, X rounded to one as well.
+//
 // lane bytes: how many bytes of a row lie together. It is what the instruction set likes best; columns that fill up the
 // last chunk of a block have clear bits and activations of zero.
 #pragma once
@@ -51,6 +56,8 @@ constexpr int64_t kMaxPlanes = 8;      // binary planes of activations: 4 or 8
 constexpr int64_t kWeightPlanes = 3;   // A, B, A & B: in `counts`
 constexpr float kTwoPlaneLimit = 127.0f;
 constexpr int64_t kQuadBytes = 16;     // of the lut table of 4 columns
+constexpr int64_t kPairBytes = 3;      // of two rounded levels
+constexpr int kRoundedLimit = 2047;
 
 // Blocks whose largest sum is below this count as zero, see kTiniestSum in kernel.h.
 constexpr float kTiniestQuad = 0x1p-100f;
@@ -58,9 +65,11 @@ constexpr float kTiniestQuad = 0x1p-100f;
 // One block of one tile.
 struct TwoPlaneBlock {
   const uint8_t* codes;
-  const uint16_t* levels;
+  const uint8_t* levels;
   int64_t chunks;
-  int64_t ahead;  // bytes from a line that is read to one to ask for (prefetch.h), or 0 where weights are in a cache
+  bool streamed;  // weights come from memory: one row of activations reads them once
+
+  const uint16_t* halves() const { return reinterpret_cast<const uint16_t*>(levels); }
 };
 
 // One block of one row of activations.
@@ -78,6 +87,7 @@ struct TwoPlaneKernels {
   int64_t lane_bytes;
   int64_t exact_bytes;  // prepared bytes of 8 columns, exact
   int64_t plane_bytes;  // prepared bytes of 8 columns and one plane of activations
+  bool rounds_levels;   // L = 4, lut: levels are `rounded`, and sums are in units of their rows
 
   // x: chunks * 8 * lane_bytes floats, zero beyond the block's end. 32 prepared bytes for 8 columns.
   void (*build_lut)(const float* x, int64_t chunks, uint8_t* prepared, float* unit);

@@ -192,7 +192,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
     const uint8_t* codes = block.codes + n;
     for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes) {
       // A chunk is two cache lines: of A and of B.
-      if (n == 0) prefetch(codes, block.ahead), prefetch(codes + kTwoPlaneRows, block.ahead);
+      if (n == 0 && block.streamed) prefetch(codes, kAhead), prefetch(codes + kTwoPlaneRows, kAhead);
       const __m256i low = table(x.prepared + kLutChunk * c), high = table(x.prepared + kLutChunk * c + kQuadBytes);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
@@ -207,7 +207,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
         }
       }
     }
-    if (n == 0) prefetch(block.levels, block.ahead, 2 * L);
+    if (n == 0 && block.streamed) prefetch(block.levels, kAhead, 2 * L);
     const __m256i bias = _mm256_set1_epi16(static_cast<short>(2 * block.chunks * 128));
     const __m256 unit = _mm256_set1_ps(x.unit), total = _mm256_set1_ps(x.total);
     for (int v = 0; v < kVectors; ++v) {
@@ -221,7 +221,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
         }
         if (L < 4) S[2] = total;  // not read
         const int64_t row = n + v * kVector + i;
-        combine<L>(block.levels + row, S[0], S[1], S[2], total, sums + row);
+        combine<L>(block.halves() + row, S[0], S[1], S[2], total, sums + row);
       }
     }
   }
@@ -257,7 +257,7 @@ void add_exact(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* 
       }
     }
     for (int v = 0; v < 2; ++v) {
-      combine<L>(block.levels + n + 8 * v, S[v][0], S[v][1], S[v][2], total, sums + n + 8 * v);
+      combine<L>(block.halves() + n + 8 * v, S[v][0], S[v][1], S[v][2], total, sums + n + 8 * v);
     }
   }
 }
@@ -330,7 +330,7 @@ void add_planes(const TwoPlaneBlock& block, int64_t planes, const TwoPlaneActiva
       } else {
         V[2] = total;  // not read
       }
-      combine<L>(block.levels + n + i, V[0], V[1], V[2], total, sums + n + i);
+      combine<L>(block.halves() + n + i, V[0], V[1], V[2], total, sums + n + i);
     }
     if (counts == nullptr) continue;
     for (int w = 0; w < kPlanes; ++w) {
@@ -368,7 +368,8 @@ void add_planes_any(const TwoPlaneBlock& block, int64_t levels, int64_t planes, 
 
 }  // namespace
 
-const TwoPlaneKernels kTwoPlaneAvx2 = {"avx2",       1,           4 * kExactFloats, kQuadBytes,    build_lut,
-                                       build_exact,  build_planes, add_lut_any,      add_exact_any, add_planes_any};
+const TwoPlaneKernels kTwoPlaneAvx2 = {
+    "avx2",    1,           4 * kExactFloats, kQuadBytes,  false,
+    build_lut, build_exact, build_planes,     add_lut_any, add_exact_any, add_planes_any};
 
 }  // namespace lit_binq

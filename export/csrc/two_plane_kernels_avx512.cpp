@@ -121,9 +121,36 @@ void build_planes(const uint8_t* q, int64_t planes, int64_t chunks, uint8_t* pre
   }
 }
 
+// Pairs of rounded levels of 16 rows as 16-bit integers, 16 times themselves. Two rows are 6 bytes: they are brought to
+// 8, of which vpmultishiftqb takes the bytes that begin 4 bits before a level and 4 bits behind that.
+inline __m512i rounded_pairs(const uint8_t* levels) {
+  const __m512i bytes = _mm512_maskz_loadu_epi8(0xffffffffffff, levels);
+  const __m512i spread = _mm512_setr_epi64(0x050403020100, 0x0b0a09080706, 0x11100f0e0d0c, 0x171615141312,
+                                           0x1d1c1b1a1918, 0x232221201f1e, 0x292827262524, 0x2f2e2d2c2b2a);
+  const __m512i shifts = _mm512_set1_epi64(0x28201c141008043c);  // in bits, the lowest byte's first
+  const __m512i levels_and_more = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, bytes));
+  return _mm512_and_si512(levels_and_more, _mm512_set1_epi16(static_cast<short>(0xfff0)));
+}
+
+// sum[0..15] += unit * the products of 16 rows, in units of their levels. |A|, |B| and |C| are at most 127 a quad, and so
+// is X: pairs of 16-bit integers, whose products stay below 2^30. X is in the upper half of every lane.
+inline void combine_rounded(const uint8_t* levels, int v, __m512i A, __m512i B, __m512i C, __m512i X, __m512 unit,
+                            float* sum) {
+  static_assert(kTwoPlaneBlock / 4 * 127 < (1 << 13) && kRoundedLimit < (1 << 11), "4 products of 2^13 and 2^15");
+  constexpr __mmask32 kUpper = 0xaaaaaaaa;
+  const __m512i AB = _mm512_mask_blend_epi16(kUpper, A, _mm512_slli_epi32(B, 16));
+  const __m512i CX = _mm512_mask_blend_epi16(kUpper, C, X);
+  const uint8_t* const first = levels + v * kVector * kPairBytes;
+  const __m512i signs = _mm512_dpwssd_epi32(_mm512_setzero_si512(), AB, rounded_pairs(first));
+  const __m512i all = _mm512_dpwssd_epi32(signs, CX, rounded_pairs(first + kTwoPlaneRows * kPairBytes));
+  _mm512_storeu_ps(sum, _mm512_fmadd_ps(unit, _mm512_cvtepi32_ps(all), _mm512_loadu_ps(sum)));
+}
+
 template <int L>
 void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* sums) {
   constexpr int kPlanes = L == 4 ? 3 : 2;
+  constexpr int kTimes = L == 4 ? 3 : 4;  // two words outrun the memory by more than three
+  constexpr int kLevelLines = L == 4 ? 2 * kPairBytes : 2 * L;
   const __m512i nibble = _mm512_set1_epi32(0x0f0f0f0f), places = _mm512_set1_epi32(0x30201000);
   const __m512i ones = _mm512_set1_epi8(1);
   __m512i units[kPlanes][kVectors];
@@ -132,33 +159,41 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
   }
   const uint8_t* codes = block.codes;
   for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes) {
-    // With two words the loop outruns the memory, lines asked for are dropped, and it ends slower (0.21 ms for 0.20 at
-    // 4096 x 4096 on a Zen 4): three words keep the memory's pace (0.18 for 0.25).
-    if (kPlanes == 3) prefetch(codes, block.ahead, 2 * kVectors);
+    if (block.streamed) prefetch_again(codes, kTimes, 2 * kVectors);
     const __m512i low = load(x.prepared + c * 2 * kRegister), high = load(x.prepared + c * 2 * kRegister + kRegister);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      __m512i word[3];
-      word[0] = load(codes + v * kRegister);
-      word[1] = load(codes + kPlaneBytes + v * kRegister);
-      if (L == 4) word[2] = _mm512_xor_si512(word[0], word[1]);
+      constexpr int kAndOr = 0xea, kXor = 0x96;  // (word & nibble) | places; first ^ second ^ third
+      __m512i first[3], second[3];
+#pragma GCC unroll 2
+      for (int w = 0; w < 2; ++w) {
+        const __m512i word = load(codes + w * kPlaneBytes + v * kRegister);
+        first[w] = _mm512_ternarylogic_epi32(word, nibble, places, kAndOr);
+        second[w] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(word, 4), nibble, places, kAndOr);
+      }
+      first[2] = _mm512_ternarylogic_epi32(first[0], first[1], places, kXor);
+      second[2] = _mm512_ternarylogic_epi32(second[0], second[1], places, kXor);
 #pragma GCC unroll 3
       for (int w = 0; w < kPlanes; ++w) {
-        constexpr int kAndOr = 0xea;  // (word & nibble) | places
-        const __m512i first = _mm512_ternarylogic_epi32(word[w], nibble, places, kAndOr);
-        const __m512i second = _mm512_ternarylogic_epi32(_mm512_srli_epi32(word[w], 4), nibble, places, kAndOr);
-        units[w][v] = _mm512_dpbusd_epi32(units[w][v], ones, _mm512_permutexvar_epi8(first, low));
-        units[w][v] = _mm512_dpbusd_epi32(units[w][v], ones, _mm512_permutexvar_epi8(second, high));
+        units[w][v] = _mm512_dpbusd_epi32(units[w][v], ones, _mm512_permutexvar_epi8(first[w], low));
+        units[w][v] = _mm512_dpbusd_epi32(units[w][v], ones, _mm512_permutexvar_epi8(second[w], high));
       }
     }
   }
-  if (kPlanes == 3) prefetch(block.levels, block.ahead, 2 * L);
+  if (block.streamed) prefetch_again(block.levels, kTimes, kLevelLines);
   const __m512 unit = _mm512_set1_ps(x.unit), total = _mm512_set1_ps(x.total);
+  // 16 times less, as rounded_pairs gives 16 times more. A block that counts as zero has no unit.
+  const __m512 sixteenth = _mm512_set1_ps(x.unit * 0.0625f);
+  const __m512i X = _mm512_slli_epi32(_mm512_cvtps_epi32(_mm512_set1_ps(x.unit > 0.0f ? x.total / x.unit : 0.0f)), 16);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    const __m512 A = _mm512_cvtepi32_ps(units[0][v]), B = _mm512_cvtepi32_ps(units[1][v]);
-    const __m512 C = L == 4 ? _mm512_cvtepi32_ps(units[kPlanes - 1][v]) : B;
-    combine<L>(block.levels + v * kVector, A, B, C, unit, total, sums + v * kVector);
+    float* const sum = sums + v * kVector;
+    if constexpr (L == 4) {
+      combine_rounded(block.levels, v, units[0][v], units[1][v], units[kPlanes - 1][v], X, sixteenth, sum);
+    } else {
+      const __m512 A = _mm512_cvtepi32_ps(units[0][v]), B = _mm512_cvtepi32_ps(units[1][v]);
+      combine<L>(block.halves() + v * kVector, A, B, B, unit, total, sum);
+    }
   }
 }
 
@@ -193,7 +228,7 @@ void add_exact(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* 
   }
   const __m512 one = _mm512_set1_ps(1.0f), total = _mm512_set1_ps(x.total);
   for (int v = 0; v < kVectors; ++v) {
-    combine<L>(block.levels + v * kVector, S[0][v], S[1][v], S[2][v], one, total, sums + v * kVector);
+    combine<L>(block.halves() + v * kVector, S[0][v], S[1][v], S[2][v], one, total, sums + v * kVector);
   }
 }
 
@@ -209,12 +244,11 @@ void add_planes(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float*
         for (__m512i& c : plane) c = _mm512_setzero_si512();
       }
     }
-    if (n == 0) prefetch(block.levels, block.ahead, 2 * L);
+    if (n == 0 && block.streamed) prefetch(block.levels, kAhead, 2 * L);
     const uint8_t* codes = block.codes + 4 * n;
     const uint8_t* q = x.prepared;
     for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes, q += 4 * Planes) {
-      prefetch(codes, block.ahead, Vectors);
-      prefetch(codes + kPlaneBytes, block.ahead, Vectors);
+      if (block.streamed) prefetch(codes, kAhead, Vectors), prefetch(codes + kPlaneBytes, kAhead, Vectors);
       __m512i word[3][Vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v) {
@@ -252,7 +286,7 @@ void add_planes(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float*
       } else {
         V[2] = total;  // not read
       }
-      combine<L>(block.levels + row, V[0], V[1], V[2], one, total, sums + row);
+      combine<L>(block.halves() + row, V[0], V[1], V[2], one, total, sums + row);
     }
   }
 }
@@ -291,7 +325,8 @@ void add_planes_any(const TwoPlaneBlock& block, int64_t levels, int64_t planes, 
 
 }  // namespace
 
-const TwoPlaneKernels kTwoPlaneAvx512 = {"avx512",    4,            128,         1,             build_lut,
-                                         build_exact, build_planes, add_lut_any, add_exact_any, add_planes_any};
+const TwoPlaneKernels kTwoPlaneAvx512 = {"avx512",  4,           128,          1,           true,
+                                         build_lut, build_exact, build_planes, add_lut_any, add_exact_any,
+                                         add_planes_any};
 
 }  // namespace lit_binq

@@ -90,7 +90,7 @@ void add_lut(const TwoPlaneBlock& block, int64_t levels, const TwoPlaneActivatio
     }
     const Sums s = {x.unit * static_cast<float>(units[0]), x.unit * static_cast<float>(units[1]),
                     x.unit * static_cast<float>(units[2])};
-    sums[n] += combine(block.levels, levels, n, s, x.total);
+    sums[n] += combine(block.halves(), levels, n, s, x.total);
   }
 }
 
@@ -111,7 +111,7 @@ void add_exact(const TwoPlaneBlock& block, int64_t levels, const TwoPlaneActivat
       s.B += signed_sum(v, B);
       if (levels == 4) s.C += signed_sum(v, A ^ B);
     }
-    sums[n] += combine(block.levels, levels, n, s, x.total);
+    sums[n] += combine(block.halves(), levels, n, s, x.total);
   }
 }
 
@@ -140,13 +140,13 @@ void add_planes(const TwoPlaneBlock& block, int64_t levels, int64_t planes, cons
     }
     // s_A s_B = 2 s_AB - s_A - s_B + 1, and s_C = -s_A s_B
     const Sums s = {V[0], V[1], levels == 4 ? V[0] + V[1] - 2.0f * V[2] - x.total : 0.0f};
-    sums[n] += combine(block.levels, levels, n, s, x.total);
+    sums[n] += combine(block.halves(), levels, n, s, x.total);
   }
 }
 
 }  // namespace
 
-const TwoPlaneKernels kTwoPlaneScalar = {"scalar",     kLane,        32,      1,        build_lut,
-                                         build_exact,  build_planes, add_lut, add_exact, add_planes};
+const TwoPlaneKernels kTwoPlaneScalar = {"scalar",  kLane,       32,           1,       false,
+                                         build_lut, build_exact, build_planes, add_lut, add_exact, add_planes};
 
 }  // namespace lit_binq

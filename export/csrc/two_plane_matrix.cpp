@@ -2,6 +2,7 @@
 #include "two_plane_matrix.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -20,6 +21,31 @@ float weight_of(const float* number, int64_t L, int A, int B) {
   return mean + (A ? a[0] : -a[0]) + (B ? a[1] : -a[1]);
 }
 
+// m1, m2, -m3, m0 of four levels (two_plane_kernel.h).
+void rounded_order(const float* level, float* m) {
+  const float outer = level[0] + level[3], inner = level[1] + level[2];
+  const float rise = level[3] - level[0], twist = level[1] - level[2];
+  m[0] = 0.25f * (rise + twist);
+  m[1] = 0.25f * (rise - twist);
+  m[2] = 0.25f * (inner - outer);
+  m[3] = 0.25f * (outer + inner);
+}
+
+// Of one row; `out` are the rounded levels of a block.
+void round_levels(const float* level, float unit, int64_t row, uint8_t* out) {
+  float m[4];
+  rounded_order(level, m);
+  for (int pair = 0; pair < 2; ++pair) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 2; ++i) {
+      const long q = unit > 0.0f ? std::lrint(m[2 * pair + i] / unit) : 0;
+      bits |= (static_cast<uint32_t>(q) & 0xfffu) << (12 * i);
+    }
+    uint8_t* const at = out + (pair * kTwoPlaneRows + row) * kPairBytes;
+    for (int i = 0; i < kPairBytes; ++i) at[i] = static_cast<uint8_t>(bits >> (8 * i));
+  }
+}
+
 }  // namespace
 
 TwoPlaneMatrix::TwoPlaneMatrix(const TwoPlaneKernels& kernels, const TwoPlaneTensors& t, bool exact)
@@ -28,6 +54,7 @@ TwoPlaneMatrix::TwoPlaneMatrix(const TwoPlaneKernels& kernels, const TwoPlaneTen
       N_(t.N),
       K_(t.K),
       L_(t.L) {
+  if (input_ == TwoPlaneInput::kLut && L_ == 4 && kernels_.rounds_levels) find_units(t);
   cut(t);
   order_columns(t);
   pack(t);
@@ -57,7 +84,7 @@ void TwoPlaneMatrix::cut(const TwoPlaneTensors& t) {
     b.prepared = prepared_bytes_;
     const int64_t filled = b.chunks * chunk;
     positions_ += filled;
-    tile_bytes_ += filled / 8 * 2 * kTwoPlaneRows + L_ * kTwoPlaneRows * static_cast<int64_t>(sizeof(uint16_t));
+    tile_bytes_ += filled / 8 * 2 * kTwoPlaneRows + level_bytes() * kTwoPlaneRows;
     const int64_t for_8_columns = input_ == TwoPlaneInput::kLut     ? 2 * kQuadBytes
                                   : input_ == TwoPlaneInput::kExact ? kernels_.exact_bytes
                                                                     : kernels_.plane_bytes * b.planes;
@@ -66,6 +93,25 @@ void TwoPlaneMatrix::cut(const TwoPlaneTensors& t) {
     blocks_.push_back(b);
     column = end;
   }
+}
+
+void TwoPlaneMatrix::find_units(const TwoPlaneTensors& t) {
+  const int64_t groups = (K_ + t.group - 1) / t.group;
+  row_units_.assign(static_cast<size_t>(tiles() * kTwoPlaneRows), 0.0f);
+  for (int64_t n = 0; n < N_; ++n) {
+    float largest = 0.0f;
+    for (int64_t g = 0; g < groups; ++g) {
+      float level[4], m[4];
+      std::transform(t.levels + (n * groups + g) * 4, t.levels + (n * groups + g + 1) * 4, level, half_to_float);
+      rounded_order(level, m);
+      for (float value : m) largest = std::max(largest, std::fabs(value));
+    }
+    row_units_[static_cast<size_t>(n)] = largest / static_cast<float>(kRoundedLimit);
+  }
+}
+
+int64_t TwoPlaneMatrix::level_bytes() const {
+  return row_units_.empty() ? L_ * static_cast<int64_t>(sizeof(uint16_t)) : 2 * kPairBytes;
 }
 
 void TwoPlaneMatrix::order_columns(const TwoPlaneTensors& t) {
@@ -105,7 +151,12 @@ void TwoPlaneMatrix::pack(const TwoPlaneTensors& t) {
       for (int c = 0; c < 4; ++c) {
         sum += static_cast<double>(of_code[c]) * static_cast<double>(weight_of(number, L_, c & 1, c >> 1));
       }
-      uint16_t* levels = reinterpret_cast<uint16_t*>(out + b.chunks * 2 * kTwoPlaneRows * lane);
+      uint8_t* const behind = out + b.chunks * 2 * kTwoPlaneRows * lane;
+      if (const float* units = row_units(tile)) {
+        round_levels(number, units[row], row, behind);
+        continue;
+      }
+      uint16_t* levels = reinterpret_cast<uint16_t*>(behind);
       for (int64_t i = 0; i < L_; ++i) levels[i * kTwoPlaneRows + row] = halves[i];
     }
   }
@@ -130,8 +181,7 @@ void TwoPlaneMatrix::read_scales(const uint16_t* input_scales) {
 TwoPlaneBlock TwoPlaneMatrix::tile_block(int64_t tile, int64_t block) const {
   const TwoPlaneColumns& b = blocks_[block];
   const uint8_t* codes = weights_.get() + tile * tile_bytes_ + b.weights;
-  const uint8_t* levels = codes + b.chunks * 2 * kTwoPlaneRows * kernels_.lane_bytes;
-  return {codes, reinterpret_cast<const uint16_t*>(levels), b.chunks, 0};
+  return {codes, codes + b.chunks * 2 * kTwoPlaneRows * kernels_.lane_bytes, b.chunks, false};
 }
 
 const float* TwoPlaneMatrix::row_sums(TwoPlanePart part, int64_t tile) const {

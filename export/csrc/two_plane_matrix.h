@@ -65,6 +65,10 @@ class TwoPlaneMatrix {
   TwoPlaneBlock tile_block(int64_t tile, int64_t block) const;
   // Sums of the weights of a part, of the rows of a tile: what the offset z of the activations is multiplied by.
   const float* row_sums(TwoPlanePart part, int64_t tile) const;
+  // Units of the rounded levels of the rows of a tile; nullptr where levels are not rounded.
+  const float* row_units(int64_t tile) const {
+    return row_units_.empty() ? nullptr : row_units_.data() + tile * kTwoPlaneRows;
+  }
 
   const float* fixed_range() const { return fixed_range_ ? input_range_ : nullptr; }  // (4,)
   float zeta() const { return zeta_; }
@@ -76,6 +80,8 @@ class TwoPlaneMatrix {
   void cut(const TwoPlaneTensors& t);
   void order_columns(const TwoPlaneTensors& t);
   void pack(const TwoPlaneTensors& t);
+  void find_units(const TwoPlaneTensors& t);
+  int64_t level_bytes() const;  // of a row and block
   void read_scales(const uint16_t* input_scales);
 
   const TwoPlaneKernels& kernels_;
@@ -85,6 +91,7 @@ class TwoPlaneMatrix {
   std::vector<int32_t> source_;
   LayerBytes weights_;
   std::vector<float> row_sums_;  // part after part, tile after tile
+  std::vector<float> row_units_;
   bool fixed_range_ = false;
   float input_range_[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   float zeta_ = 0.0f, rho_[4] = {0.0f, 0.0f, 0.0f, 0.0f}, midpoints_[15] = {0.0f};

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "prefetch.h"
 #include "two_plane_activations.h"
 #include "workspace.h"
 
@@ -53,11 +52,17 @@ void write_tile(const Panel& p, int64_t m, int64_t tile, const float* sums) {
     std::fill_n(y, count, std::numeric_limits<float>::quiet_NaN());
     return;
   }
-  const float* four = w.row_sums(kFour, tile);
-  const float* eight = w.row_sums(kEight, tile);
-  for (int64_t n = 0; n < count; ++n) {
-    const float offset = row.offset[kFour] * four[n] + row.offset[kEight] * eight[n];
-    y[n] = (sums[n] + offset) * row.up + (bias != nullptr ? bias[n] : 0.0f);
+  const auto write = [&](auto product) {
+    for (int64_t n = 0; n < count; ++n) y[n] = product(n) * row.up + (bias != nullptr ? bias[n] : 0.0f);
+  };
+  if (w.input() == TwoPlaneInput::kPlanes) {
+    const float* four = w.row_sums(kFour, tile);
+    const float* eight = w.row_sums(kEight, tile);
+    write([&](int64_t n) { return sums[n] + (row.offset[kFour] * four[n] + row.offset[kEight] * eight[n]); });
+  } else if (const float* units = w.row_units(tile)) {
+    write([&](int64_t n) { return sums[n] * units[n]; });
+  } else {
+    write([&](int64_t n) { return sums[n]; });
   }
 }
 
@@ -72,7 +77,7 @@ void multiply_tile(void* argument, size_t task) {
   for (int64_t b = 0; b < w.blocks(); ++b) {
     const TwoPlaneColumns& columns = w.block(b);
     TwoPlaneBlock block = w.tile_block(tile, b);
-    block.ahead = m1 - m0 == 1 ? kAhead : 0;  // several rows find the weights in a cache
+    block.streamed = m1 - m0 == 1;  // several rows find the weights in a cache
     for (int64_t m = m0; m < m1; ++m) {
       if (!p.row[m].finite) continue;
       const float* unit_and_total = p.prepared.of(b, m);
