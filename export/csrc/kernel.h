@@ -87,7 +87,7 @@ struct TileBlock {
   const uint8_t* codes;  // see Layout
   int64_t width;         // rows: 32, 64, 96 or 128
   int64_t bytes;         // 4 to kBlockBytes, whole quads
-  bool streamed;         // in a layer too large to stay in a cache: one row of activations reads it from memory
+  bool streamed;         // codes as they are stored, which one row of activations reads once and from memory
 };
 
 struct Magnitudes {

@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "powers.h"
+#include "prefetch.h"
 #include "workspace.h"
 
 namespace lit_binq {
@@ -216,10 +217,19 @@ void write_row(const Part& part, int64_t m, int64_t first, int64_t last, const S
   }
 }
 
+// Scales that are read when a tile is done; one row of activations finds them in no cache.
+void prefetch_floats(const float* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) prefetch(p + i, 0);
+}
+
 // One tile of one part, or the same tile of gate and up, for `rows` rows from m0 on. `sums` takes rows * kTileRows.
 template <typename Sum>
 void multiply_rows(const Panel& p, const Part& part, int64_t tile, int64_t m0, int64_t rows, Sum* sums) {
   const int64_t first = tile * kTileRows, last = std::min(part.weights->rows(), first + kTileRows);
+  if (p.rows == 1) {
+    prefetch_floats(part.weights->row_scale() + first, last - first);
+    if (p.gated) prefetch_floats(p.parts[1].weights->row_scale() + first, last - first);
+  }
   add_blocks(p, part, tile, m0, rows, sums);
   for (int64_t m = 0; m < rows; ++m) {
     write_row(part, m0 + m, first, last, sums + m * kTileRows, part.y + (m0 + m) * part.stride + first);

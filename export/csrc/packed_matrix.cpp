@@ -6,9 +6,6 @@
 
 namespace lit_binq {
 
-// A model with layers of a megabyte has some hundred of them: no cache keeps one until the next token.
-static constexpr size_t kStreamedBytes = size_t{1} << 20;
-
 float half_to_float(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
   const uint32_t exponent = (bits >> 10) & 0x1fu;
@@ -157,9 +154,8 @@ TileBlock PackedMatrix::tile_block(int64_t plane, int64_t tile, int64_t block, u
   const int64_t width = tile_width(tile);
   // Every tile before this one is full, so it starts at kTileRows * bytes a tile.
   const int64_t start = tile * kTileRows * bytes_ + b.byte * width, size = b.bytes * width;
-  const bool streamed = code_bytes() >= kStreamedBytes;
-  if (planes_ == 1) return {codes_[0].get() + start, width, b.bytes, streamed};
-  if (plane == 1 || plane == 2) return {codes_[plane - 1].get() + start, width, b.bytes, streamed};
+  if (planes_ == 1) return {codes_[0].get() + start, width, b.bytes, true};
+  if (plane == 1 || plane == 2) return {codes_[plane - 1].get() + start, width, b.bytes, true};
   if (plane == 0) {
     std::memset(scratch, 0xff, static_cast<size_t>(size));
   } else {

@@ -111,7 +111,7 @@ void compare_products(const Kernels& kernels, Random& random) {
   const int64_t shapes[][3] = {{1, 1, 1},     {1, 128, 256}, {1, 40, 13},    {1, 500, 1100}, {2, 33, 31},  {3, 95, 257},
                                {4, 129, 300}, {5, 64, 512},  {7, 200, 520},  {8, 300, 700},  {13, 70, 290},
                                {15, 31, 100}, {18, 129, 70}, {19, 97, 300},  {42, 97, 264},  {65, 33, 40},
-                               {1, 1057, 8200}};  // a megabyte of codes: TileBlock::streamed
+                               {1, 1057, 8200}};  // a megabyte of codes
   for (const auto& shape : shapes) {
     const int64_t M = shape[0], N = shape[1], K = shape[2], width = (K + 7) / 8;
     const std::string size = std::to_string(M) + " x " + std::to_string(K) + " x " + std::to_string(N);
