@@ -298,6 +298,14 @@ def test_bench_ops_prints_a_table_and_writes_records(tmp_path, capsys):
     assert {(r["M"], r["K"], r["N"]) for r in records} == {(1, 512, 1024), (2, 512, 1024)}
 
 
+def test_bench_ops_of_some_kernels(tmp_path, capsys):
+    out = tmp_path / "ops.json"
+    arguments = ["--shapes", "64x96", "--M", "1", "--rounds", "1", "--cache_mb", "1", "--json", str(out)]
+    assert cli.main(["bench", "ops", *arguments, "--kernels", "lit-binq-lut,ort-4bit"]) == 0
+    assert [record["kernel"] for record in json.loads(out.read_text())] == ["ort-4bit", "lit-binq-lut"]
+    assert "| ort-4bit, block " in capsys.readouterr().out  # fp32 is not needed for a table
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -309,6 +317,7 @@ def test_bench_ops_prints_a_table_and_writes_records(tmp_path, capsys):
         (["--threads", "1;2"], ["'1;2'", "--threads"]),
         (["--rounds", "0"], ["rounds", "0"]),
         (["--cache_mb", "-1"], ["cache_mb", "-1"]),
+        (["--kernels", "ort-fp32,lut"], ["got lut,", "lit-binq-lut"]),
     ],
 )
 def test_wrong_options_of_ops_are_one_line(arguments, words, tmp_path, capsys):

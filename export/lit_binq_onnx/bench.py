@@ -50,6 +50,7 @@ def ops(
     threads: str = "1",
     rounds: int = 15,
     cache_mb: int = 0,
+    kernels: str | None = None,
     json: str | None = None,
 ) -> None:
     """Time one product by our kernels and by ONNX Runtime's: fp32, 8, 4 and 2 bits.
@@ -63,6 +64,7 @@ def ops(
         threads: threads inside an operator; several numbers with commas between take turns too.
         rounds: timed runs of each contestant at M = 1; a third of them at other M.
         cache_mb: MiB of last-level cache to rotate past; 0 asks the system.
+        kernels: names of the contestants, as the table has them, with commas between; all without it.
         json: file for the figures, a list of records.
     """
     from lit_binq_onnx.bench_memory import cache_bytes
@@ -73,7 +75,8 @@ def ops(
     if min(counts) < 1 or cache_mb < 0:
         raise LitBinqError(f"threads and cache_mb: got {threads} and {cache_mb}, expected numbers from 1 and from 0")
     cache = cache_mb << 20 if cache_mb else cache_bytes(max(counts))[0]
-    result = bench_ops(products, threads=counts, rounds=rounds, cache=cache)
+    names = kernels.split(",") if kernels is not None else None
+    result = bench_ops(products, threads=counts, rounds=rounds, cache=cache, kernels=names)
     _write(json, result.records)
     print(ops_tables(result), end="")
 

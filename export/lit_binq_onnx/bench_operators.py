@@ -306,6 +306,12 @@ def nbits_kernels(K: int) -> list[list[Kernel]]:
     return [*families, tables]
 
 
+def kernel_names(K: int = 1024) -> list[str]:
+    """All contestants at a width of `K`, in the order in which they take turns."""
+    ours = [kernel.name for kernel in our_kernels()]
+    return [float_kernel().name, *(family[0].name for family in nbits_kernels(K)), *ours]
+
+
 def graph_of(layers: list[Layer], M: int, K: int, N: int) -> onnx.ModelProto:
     """A model in which every layer reads the same x (M, K) and gives an output (M, N) of its own: y0, y1, ..."""
     graph = helper.make_graph(

@@ -27,7 +27,15 @@ import onnxruntime as ort
 
 from lit_binq.errors import LitBinqError
 from lit_binq_onnx.bench_memory import MemoryReader, buffer_bytes
-from lit_binq_onnx.bench_operators import Kernel, Layer, float_kernel, graph_of, nbits_kernels, our_kernels
+from lit_binq_onnx.bench_operators import (
+    Kernel,
+    Layer,
+    float_kernel,
+    graph_of,
+    kernel_names,
+    nbits_kernels,
+    our_kernels,
+)
 from lit_binq_onnx.bench_timing import Spread, alternate
 from lit_binq_onnx.library import HOW_TO_BUILD, NativeLibrary, library_path, register
 
@@ -245,9 +253,9 @@ def _fastest(family: list[Kernel], build: Callable[[Kernel], Contestant], pause:
 
 
 def _enter(
-    shape: Shape, threads: int, cache: int, x: np.ndarray, native: bool
+    shape: Shape, threads: int, cache: int, x: np.ndarray, native: bool, names: list[str] | None
 ) -> tuple[list[Record], list[Contestant]]:
-    """All contestants at a shape with a number of threads: their records so far, and those that will be timed."""
+    """The contestants at a shape with a number of threads: their records so far, and those that will be timed."""
     records: list[Record] = []
     contestants: list[Contestant] = []
 
@@ -271,9 +279,10 @@ def _enter(
         gc.collect()  # a session's model is large
 
     for family in [[float_kernel()], *nbits_kernels(shape.K)]:
-        enter(family)
+        if names is None or family[0].name in names:
+            enter(family)
     for kernel in our_kernels():
-        if kernel.rows is not None and kernel.rows < shape.M:
+        if (names is not None and kernel.name not in names) or (kernel.rows is not None and kernel.rows < shape.M):
             continue
         if native:
             enter([kernel])
@@ -296,9 +305,15 @@ def _fill(record: Record, contestant: Contestant, seconds: list[float], base: li
 
 
 def measure_shape(
-    shape: Shape, threads: list[int], cache: int, rounds: int, readers: dict[int, MemoryReader], native: bool
+    shape: Shape,
+    threads: list[int],
+    cache: int,
+    rounds: int,
+    readers: dict[int, MemoryReader],
+    native: bool,
+    names: list[str] | None,
 ) -> list[Record]:
-    """Time all contestants at one shape.
+    """Time contestants at one shape.
 
     Args:
         shape: of the product.
@@ -307,12 +322,13 @@ def measure_shape(
         rounds: at least 1.
         readers: a memory reader for each number of threads.
         native: whether our library is there.
+        names: of the contestants; None for all.
     """
     x = np.random.default_rng(0).standard_normal((shape.M, shape.K), np.float32)
     records: dict[int, list[Record]] = {}
     contestants: dict[tuple[str, int], Contestant] = {}
     for t in threads:
-        records[t], ready = _enter(shape, t, cache, x, native)
+        records[t], ready = _enter(shape, t, cache, x, native, names)
         contestants.update({(c.kernel.name, t): c for c in ready})
     turns: dict[tuple[str, int], Callable[[], Any]] = {key: c.run for key, c in contestants.items()}
     turns.update({("read", t): readers[t].read for t in threads})
@@ -330,18 +346,23 @@ def measure_shape(
     return [record for t in threads for record in records[t]]
 
 
-def bench_ops(shapes: list[Shape], *, threads: list[int], rounds: int, cache: int) -> OpsResult:
-    """Time all contestants at all shapes.
+def bench_ops(
+    shapes: list[Shape], *, threads: list[int], rounds: int, cache: int, kernels: list[str] | None = None
+) -> OpsResult:
+    """Time contestants at all shapes.
 
     Args:
         shapes: of the products.
         threads: numbers of threads inside an operator.
         rounds: runs of each contestant at M = 1; a third of them, 3 at least, at other M, whose times are long.
         cache: bytes of last-level cache to rotate past, see `bench_memory.cache_bytes`.
+        kernels: names of the contestants, of `kernel_names`; None takes all.
 
     Raises:
-        LitBinqError: an option out of its range.
+        LitBinqError: an option out of its range, or an unknown name.
     """
+    if unknown := [name for name in kernels or [] if name not in kernel_names()]:
+        raise LitBinqError(f"kernels: got {', '.join(unknown)}, expected some of {', '.join(kernel_names())}")
     for name, values in (("threads", threads), ("rounds", [rounds]), ("cache", [cache])):
         if not values or min(values) < 1:
             raise LitBinqError(f"{name}: got {values}, expected numbers from 1")
@@ -359,7 +380,7 @@ def bench_ops(shapes: list[Shape], *, threads: list[int], rounds: int, cache: in
         for shape in shapes:
             log.info("bench ops: M %d, %dx%d", shape.M, shape.K, shape.N)
             few = rounds if shape.M == 1 else max(min(3, rounds), rounds // 3)
-            result.records += measure_shape(shape, threads, cache, few, readers, native)
+            result.records += measure_shape(shape, threads, cache, few, readers, native, kernels)
     finally:
         for reader in readers.values():
             reader.close()
