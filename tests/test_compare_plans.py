@@ -198,3 +198,16 @@ def test_plans_in_the_repository_can_be_read(monkeypatch):
             assert run.options["data"]["eval_windows"] == 64
     outs = [read_plan(path).out for path in paths]
     assert len(set(outs)) == len(outs)
+
+
+def test_the_start_from_the_weights_is_the_row_that_was_measured(monkeypatch):
+    """configs/from-the-weights.yaml on top of a protocol is the row of the comparison."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    on_top = yaml.safe_load(Path("configs/from-the-weights.yaml").read_text())
+    for protocol in ("s", "l"):
+        rows = yaml.safe_load(Path(f"configs/compare-further-{protocol}.yaml").read_text())["rows"]
+        row: dict[str, dict[str, dict[str, object]]] = {}
+        for name, value in rows["both, from the weights"].items():
+            model, part, option = name.split(".")
+            row.setdefault(model, {}).setdefault(part, {})[option] = value
+        assert on_top == row

@@ -73,6 +73,15 @@ std::atomic<const Kernels*>& choice() {
   return kernels;
 }
 
+int find_times_to_ask() {
+#if LIT_BINQ_HAVE_AVX2 || LIT_BINQ_HAVE_AVX512
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAuth = 0x68747541, kHygo = 0x6f677948;  // the first letters of the vendor's name
+  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) && (ebx == kAuth || ebx == kHygo)) return 4;
+#endif
+  return 1;
+}
+
 }  // namespace
 
 const Kernels& current_kernels() { return *choice().load(); }
@@ -92,6 +101,11 @@ bool force_kernels(const char* name) {
     return true;
   }
   return false;
+}
+
+int times_to_ask() {
+  static const int times = find_times_to_ask();
+  return times;
 }
 
 }  // namespace lit_binq

@@ -15,4 +15,8 @@ const Kernels* available_kernels(int i);
 // machine lacks it.
 bool force_kernels(const char* name);
 
+// How often one row of activations asks for a line that it will read (prefetch.h): 4 times where the processor drops lines
+// it has no room to remember, as AMD's do, else once: Intel's wait, and asking again costs a quarter of the time.
+int times_to_ask();
+
 }  // namespace lit_binq

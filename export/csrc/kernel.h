@@ -87,7 +87,7 @@ struct TileBlock {
   const uint8_t* codes;  // see Layout
   int64_t width;         // rows: 32, 64, 96 or 128
   int64_t bytes;         // 4 to kBlockBytes, whole quads
-  bool streamed;         // codes as they are stored, which one row of activations reads once and from memory
+  int asks;              // times one row of activations asks ahead for these codes (cpu.h); 0: they are in a cache
 };
 
 struct Magnitudes {

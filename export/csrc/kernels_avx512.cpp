@@ -139,8 +139,8 @@ inline __m512i index_of(__m512i nibbles) {
 }
 
 // One block for one row of activations and `Vectors` * 16 rows of weights, from row `first` of the tile on: 8 registers
-// of sums where it is the whole tile, so that tables are loaded once. `Streamed` is for codes that come from memory.
-template <int Vectors, bool Streamed>
+// of sums where it is the whole tile, so that tables are loaded once. `Asks`: see TileBlock.
+template <int Vectors, int Asks>
 inline void add_lut_part(const TileBlock& block, int64_t first, const uint8_t* tables, float scale,
                          const float* factors, float* sums) {
   const __m512i ones = _mm512_set1_epi8(1);
@@ -161,7 +161,7 @@ inline void add_lut_part(const TileBlock& block, int64_t first, const uint8_t* t
 #pragma GCC unroll 8
     for (int i = 0; i < Vectors; ++i) {
       quads[i] = _mm512_loadu_si512(codes + i * kRows * kQuad);
-      if (Streamed) prefetch_again(codes + i * kRows * kQuad, 4);
+      prefetch_again(codes + i * kRows * kQuad, Asks);
       index[i] = index_of(quads[i]);
     }
     add(index, tables);
@@ -184,11 +184,13 @@ void add_lut(const TileBlock& block, const uint8_t* tables, bool fives, int64_t 
     const float scale = scales[m * scale_stride];
     float* const sum = sums + m * kTileRows;
     if (block.width < kTileRows) {
-      for (int64_t n = 0; n < block.width; n += 2 * kRows) add_lut_part<2, false>(block, n, table, scale, factors, sum);
-    } else if (block.streamed) {
-      add_lut_part<kVectors, true>(block, 0, table, scale, factors, sum);
+      for (int64_t n = 0; n < block.width; n += 2 * kRows) add_lut_part<2, 0>(block, n, table, scale, factors, sum);
+    } else if (block.asks > 1) {
+      add_lut_part<kVectors, 4>(block, 0, table, scale, factors, sum);
+    } else if (block.asks == 1) {
+      add_lut_part<kVectors, 1>(block, 0, table, scale, factors, sum);
     } else {
-      add_lut_part<kVectors, false>(block, 0, table, scale, factors, sum);
+      add_lut_part<kVectors, 0>(block, 0, table, scale, factors, sum);
     }
   }
 }

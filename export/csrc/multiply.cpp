@@ -32,7 +32,7 @@ constexpr int64_t kLutGrain = int64_t{1} << 19;
 constexpr int64_t kExactGrain = int64_t{1} << 17;
 constexpr int64_t kSegmentColumns = 16 * kBlock;  // a task of table making
 constexpr int64_t kMinSegments = 4;
-constexpr int64_t kMinNormalized = int64_t{1} << 15;  // activations; 5 a nanosecond
+constexpr int64_t kMinNormalized = int64_t{1} << 15;  // activations; 5 a nanosecond, and largest magnitudes of 20
 
 // Tasks that a panel should at least give, so that few tiles and many rows still feed several threads.
 constexpr int64_t kWantedTasks = 16;
@@ -276,8 +276,9 @@ void prepare_row(void* argument, size_t task) {
 
 void run_panel(Panel& p, Executor& executor) {
   SerialExecutor serial;
-  const int64_t normalized = p.norm != nullptr ? p.rows * p.parts[0].weights->cols() : 0;
-  (normalized >= kMinNormalized ? executor : serial).run(p.rows, p.rows, prepare_row, &p);
+  const int64_t activations = p.rows * p.parts[0].weights->cols();
+  const bool share_preparation = activations >= kMinNormalized * (p.norm != nullptr ? 1 : 4);
+  (share_preparation ? executor : serial).run(p.rows, p.rows, prepare_row, &p);
 
   int64_t tables = 0, signs = 0, tiles = 0;  // of a row; columns of tables
   p.segments = 0;

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu.h"
+
 namespace lit_binq {
 
 float half_to_float(uint16_t bits) {
@@ -154,8 +156,8 @@ TileBlock PackedMatrix::tile_block(int64_t plane, int64_t tile, int64_t block, u
   const int64_t width = tile_width(tile);
   // Every tile before this one is full, so it starts at kTileRows * bytes a tile.
   const int64_t start = tile * kTileRows * bytes_ + b.byte * width, size = b.bytes * width;
-  if (planes_ == 1) return {codes_[0].get() + start, width, b.bytes, true};
-  if (plane == 1 || plane == 2) return {codes_[plane - 1].get() + start, width, b.bytes, true};
+  if (planes_ == 1) return {codes_[0].get() + start, width, b.bytes, times_to_ask()};
+  if (plane == 1 || plane == 2) return {codes_[plane - 1].get() + start, width, b.bytes, times_to_ask()};
   if (plane == 0) {
     std::memset(scratch, 0xff, static_cast<size_t>(size));
   } else {
@@ -163,7 +165,7 @@ TileBlock PackedMatrix::tile_block(int64_t plane, int64_t tile, int64_t block, u
     const uint8_t* q = codes_[1].get() + start;
     for (int64_t i = 0; i < size; ++i) scratch[i] = static_cast<uint8_t>(~(p[i] ^ q[i]));
   }
-  return {scratch, width, b.bytes, false};
+  return {scratch, width, b.bytes, 0};
 }
 
 }  // namespace lit_binq

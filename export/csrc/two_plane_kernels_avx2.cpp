@@ -192,7 +192,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
     const uint8_t* codes = block.codes + n;
     for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes) {
       // A chunk is two cache lines: of A and of B.
-      if (n == 0 && block.streamed) prefetch(codes, kAhead), prefetch(codes + kTwoPlaneRows, kAhead);
+      if (n == 0 && block.asks > 0) prefetch(codes, kAhead), prefetch(codes + kTwoPlaneRows, kAhead);
       const __m256i low = table(x.prepared + kLutChunk * c), high = table(x.prepared + kLutChunk * c + kQuadBytes);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
@@ -207,7 +207,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
         }
       }
     }
-    if (n == 0 && block.streamed) prefetch(block.levels, kAhead, 2 * L);
+    if (n == 0 && block.asks > 0) prefetch(block.levels, kAhead, 2 * L);
     const __m256i bias = _mm256_set1_epi16(static_cast<short>(2 * block.chunks * 128));
     const __m256 unit = _mm256_set1_ps(x.unit), total = _mm256_set1_ps(x.total);
     for (int v = 0; v < kVectors; ++v) {

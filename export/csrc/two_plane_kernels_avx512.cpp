@@ -146,10 +146,9 @@ inline void combine_rounded(const uint8_t* levels, int v, __m512i A, __m512i B, 
   _mm512_storeu_ps(sum, _mm512_fmadd_ps(unit, _mm512_cvtepi32_ps(all), _mm512_loadu_ps(sum)));
 }
 
-template <int L>
+template <int L, int Asks>
 void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* sums) {
   constexpr int kPlanes = L == 4 ? 3 : 2;
-  constexpr int kTimes = L == 4 ? 3 : 4;  // two words outrun the memory by more than three
   constexpr int kLevelLines = L == 4 ? 2 * kPairBytes : 2 * L;
   const __m512i nibble = _mm512_set1_epi32(0x0f0f0f0f), places = _mm512_set1_epi32(0x30201000);
   const __m512i ones = _mm512_set1_epi8(1);
@@ -159,7 +158,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
   }
   const uint8_t* codes = block.codes;
   for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes) {
-    if (block.streamed) prefetch_again(codes, kTimes, 2 * kVectors);
+    prefetch_again(codes, Asks, 2 * kVectors);
     const __m512i low = load(x.prepared + c * 2 * kRegister), high = load(x.prepared + c * 2 * kRegister + kRegister);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -180,7 +179,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
       }
     }
   }
-  if (block.streamed) prefetch_again(block.levels, kTimes, kLevelLines);
+  prefetch_again(block.levels, Asks, kLevelLines);
   const __m512 unit = _mm512_set1_ps(x.unit), total = _mm512_set1_ps(x.total);
   // 16 times less, as rounded_pairs gives 16 times more. A block that counts as zero has no unit.
   const __m512 sixteenth = _mm512_set1_ps(x.unit * 0.0625f);
@@ -244,11 +243,11 @@ void add_planes(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float*
         for (__m512i& c : plane) c = _mm512_setzero_si512();
       }
     }
-    if (n == 0 && block.streamed) prefetch(block.levels, kAhead, 2 * L);
+    if (n == 0 && block.asks > 0) prefetch(block.levels, kAhead, 2 * L);
     const uint8_t* codes = block.codes + 4 * n;
     const uint8_t* q = x.prepared;
     for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes, q += 4 * Planes) {
-      if (block.streamed) prefetch(codes, kAhead, Vectors), prefetch(codes + kPlaneBytes, kAhead, Vectors);
+      if (block.asks > 0) prefetch(codes, kAhead, Vectors), prefetch(codes + kPlaneBytes, kAhead, Vectors);
       __m512i word[3][Vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v) {
@@ -291,11 +290,19 @@ void add_planes(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float*
   }
 }
 
+template <int L>
+void add_lut_asking(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* sums) {
+  constexpr int kMany = L == 4 ? 3 : 4;  // two words outrun the memory by more than three
+  if (block.asks > 1) return add_lut<L, kMany>(block, x, sums);
+  if (block.asks == 1) return add_lut<L, 1>(block, x, sums);
+  add_lut<L, 0>(block, x, sums);
+}
+
 void add_lut_any(const TwoPlaneBlock& block, int64_t levels, const TwoPlaneActivations& x, float* sums) {
   switch (levels) {
-    case 2: return add_lut<2>(block, x, sums);
-    case 3: return add_lut<3>(block, x, sums);
-    default: return add_lut<4>(block, x, sums);
+    case 2: return add_lut_asking<2>(block, x, sums);
+    case 3: return add_lut_asking<3>(block, x, sums);
+    default: return add_lut_asking<4>(block, x, sums);
   }
 }
 

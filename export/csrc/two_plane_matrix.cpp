@@ -181,7 +181,7 @@ void TwoPlaneMatrix::read_scales(const uint16_t* input_scales) {
 TwoPlaneBlock TwoPlaneMatrix::tile_block(int64_t tile, int64_t block) const {
   const TwoPlaneColumns& b = blocks_[block];
   const uint8_t* codes = weights_.get() + tile * tile_bytes_ + b.weights;
-  return {codes, codes + b.chunks * 2 * kTwoPlaneRows * kernels_.lane_bytes, b.chunks, false};
+  return {codes, codes + b.chunks * 2 * kTwoPlaneRows * kernels_.lane_bytes, b.chunks, 0};
 }
 
 const float* TwoPlaneMatrix::row_sums(TwoPlanePart part, int64_t tile) const {
