@@ -32,7 +32,8 @@ constexpr int64_t kLutGrain = int64_t{1} << 19;
 constexpr int64_t kExactGrain = int64_t{1} << 17;
 constexpr int64_t kSegmentColumns = 16 * kBlock;  // a task of table making
 constexpr int64_t kMinSegments = 4;
-constexpr int64_t kMinNormalized = int64_t{1} << 15;  // activations; 5 a nanosecond, and largest magnitudes of 20
+constexpr int64_t kMinNormalized = int64_t{1} << 15;  // activations; 5 a nanosecond
+constexpr int64_t kManyRows = 16;  // tasks enough for the threads: a row is prepared by one of them, with one wait less
 
 // Tasks that a panel should at least give, so that few tiles and many rows still feed several threads.
 constexpr int64_t kWantedTasks = 16;
@@ -274,12 +275,15 @@ void prepare_row(void* argument, size_t task) {
   }
 }
 
+// Task: both of the above for one row.
+void prepare_whole_row(void* argument, size_t task) {
+  const size_t segments = static_cast<size_t>(static_cast<Panel*>(argument)->segments);
+  prepare_row(argument, task);
+  for (size_t i = 0; i < segments; ++i) make_tables(argument, task * segments + i);
+}
+
 void run_panel(Panel& p, Executor& executor) {
   SerialExecutor serial;
-  const int64_t activations = p.rows * p.parts[0].weights->cols();
-  const bool share_preparation = activations >= kMinNormalized * (p.norm != nullptr ? 1 : 4);
-  (share_preparation ? executor : serial).run(p.rows, p.rows, prepare_row, &p);
-
   int64_t tables = 0, signs = 0, tiles = 0;  // of a row; columns of tables
   p.segments = 0;
   for (size_t i = 0; i < p.count; ++i) {
@@ -295,7 +299,13 @@ void run_panel(Panel& p, Executor& executor) {
   }
   const int64_t table_tasks = p.rows * p.segments;
   const bool share_tables = p.rows * tables >= kMinSegments * kSegmentColumns;
-  (share_tables ? executor : serial).run(table_tasks, table_tasks, make_tables, &p);
+  if (p.rows >= kManyRows) {
+    (share_tables ? executor : serial).run(p.rows, p.rows, prepare_whole_row, &p);
+  } else {
+    const bool share_norm = p.norm != nullptr && p.rows * p.parts[0].weights->cols() >= kMinNormalized;
+    (share_norm ? executor : serial).run(p.rows, p.rows, prepare_row, &p);
+    (share_tables ? executor : serial).run(table_tasks, table_tasks, make_tables, &p);
+  }
 
   const int64_t pieces = p.rows * signs / (p.mode == Mode::kLut ? kLutGrain : kExactGrain);
   const bool share = pieces >= 2;
