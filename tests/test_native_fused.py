@@ -40,7 +40,7 @@ def native() -> NativeLibrary:
 # --- bit for bit the linears one by one
 
 
-@pytest.mark.parametrize("M", [1, 2, 5, 16, 17, 64, 65, 200, 512])
+@pytest.mark.parametrize("M", [1, 2, 5, 16, 17, 128, 129, 200, 512])
 @pytest.mark.parametrize("exact", [0, 1])
 def test_any_number_of_rows(native: NativeLibrary, M: int, exact: int) -> None:
     """Rows up to several panels of multiply.cpp, with a rest."""

@@ -15,8 +15,8 @@ const Kernels* available_kernels(int i);
 // unknown or the machine lacks it.
 bool force_kernels(const char* name);
 
-// How often one row of activations asks for a line that it will read (prefetch.h): 4 times where the processor drops lines
-// it has no room to remember, as AMD's do, else once: of two Xeons four times took a fifth longer on one.
+// How often one row of activations asks for a line that it will read (prefetch.h): 4 times where the processor drops
+// lines it has no room to remember, as AMD's do, else once: of two Xeons four times took a fifth longer on one.
 int times_to_ask();
 
 }  // namespace lit_binq

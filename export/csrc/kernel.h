@@ -19,9 +19,10 @@
 // bytes takes signed ones beside them, as VPDPBUSD does: the 16 sums that have + z4 are stored, and
 //     +-z0 +-z1 +-z2 +-z3 +- z4 = s4 * table[i],  s4 the fifth sign, bit j of i set: z_j has the sign s4
 // A block of Q quads has 2 Q halves (of a quad, the low nibbles of its 4 bytes or the high ones). The last 2 Q / 5 of
-// them hold fifth signs, 4 halves' worth each: bit e of its 4 nibbles are those of the 4 nibbles of half 4 a + e, for
-// the a-th of them. Halves that are left over have no fifth sign and z4 = 0. So 256 columns take 52 lookups for 64.
-//     table[i] = 128 + (q0.. + 128 >> 8),  q_j = round(256 * 127 * z_j / max|s|), the sums of q in integers
+// them hold fifth signs: bit e of the 4 nibbles of the a-th of them belongs to the 4 nibbles of half 4 a + e. Halves
+// that are left over have no fifth sign, and z4 = 0. So 256 columns take 52 lookups for 64. In integers, the last 128
+// being half a unit:
+//     table[i] = 128 + ((+-q0 +-q1 +-q2 +-q3 + q4 + 128) >> 8),  q_j = round(256 * 127 * z_j / max|s|)
 //
 // Exact mode. The same idea in float32: a byte of weights picks from three tables of 8 floats, for its bits 0-2, 3-5
 // and 6-7 (8 floats fill one 256-bit register, which a lane permutation indexes by 3 bits).

@@ -4,8 +4,8 @@
 // LUT mode here. vpermb picks 64 bytes from a table of 64, by 6 bits each. A register of codes (Layout::kQuads) is 16
 // rows of 4 weight bytes; byte j of a row looks into the j-th 16 entries of the table, so its index is a nibble and the
 // constant 16 j. The 4 picked bytes of a row lie beside each other: vpdpbusd adds all 4 to the row's 32-bit sum. For
-// 512 weights that is 1 load and 7 operations (2 x index, 1 shift, 2 x vpermb, 2 x vpdpbusd). Several rows of activations
-// are multiplied in kernels_avx512_fives.cpp.
+// 512 weights that is 1 load and 7 operations (2 x index, 1 shift, 2 x vpermb, 2 x vpdpbusd). Several rows of
+// activations are multiplied in kernels_avx512_fives.cpp.
 //
 // As in kernels_avx2.cpp: nothing of the standard library may be instantiated here, and there is no fused
 // multiply-add: results must equal kernels_scalar.cpp bit for bit.

@@ -11,9 +11,9 @@ constexpr int64_t kAhead = 16384;
 
 // A loop that outruns the memory asks for lines faster than they come, and a processor may drop what it has no room to
 // remember; a dropped line costs its whole latency. So such a loop asks again, at 3/4, 2/4 and 1/4 of the way. One row
-// of activations on a Zen 4, all sides alternating: signs of 4096 x 4096 0.073 ms asked for four times, 0.086 three times,
-// 0.102 twice, 0.079 once with every lookup done twice to slow it down; two planes of three levels 0.19 ms four times,
-// 0.22 never.
+// of activations on a Zen 4, all sides alternating: signs of 4096 x 4096 0.073 ms asked for four times, 0.086 three
+// times, 0.102 twice, 0.079 once with every lookup done twice to slow it down; two planes of three levels 0.19 ms four
+// times, 0.22 never.
 constexpr int64_t kAgain = kAhead / 4;
 
 // Asks for `lines` cache lines, from the one `ahead` bytes behind `p` on, to be brought to the second-level cache: into

@@ -132,8 +132,8 @@ inline __m512i rounded_pairs(const uint8_t* levels) {
   return _mm512_and_si512(levels_and_more, _mm512_set1_epi16(static_cast<short>(0xfff0)));
 }
 
-// sum[0..15] += unit * the products of 16 rows, in units of their levels. |A|, |B| and |C| are at most 127 a quad, and so
-// is X: pairs of 16-bit integers, whose products stay below 2^30. X is in the upper half of every lane.
+// sum[0..15] += unit * the products of 16 rows, in units of their levels. |A|, |B| and |C| are at most 127 a quad, and
+// so is X: pairs of 16-bit integers, whose products stay below 2^30. X is in the upper half of every lane.
 inline void combine_rounded(const uint8_t* levels, int v, __m512i A, __m512i B, __m512i C, __m512i X, __m512 unit,
                             float* sum) {
   static_assert(kTwoPlaneBlock / 4 * 127 < (1 << 13) && kRoundedLimit < (1 << 11), "4 products of 2^13 and 2^15");

@@ -110,7 +110,7 @@ void compare_tables(const Kernels& kernels, Random& random) {
 void compare_products(const Kernels& kernels, Random& random) {
   const int64_t shapes[][3] = {{1, 1, 1},     {1, 128, 256}, {1, 40, 13},    {1, 500, 1100}, {2, 33, 31},  {3, 95, 257},
                                {4, 129, 300}, {5, 64, 512},  {7, 200, 520},  {8, 300, 700},  {13, 70, 290},
-                               {15, 31, 100}, {18, 129, 70}, {19, 97, 300},  {42, 97, 264},  {65, 33, 40},
+                               {15, 31, 100}, {18, 129, 70}, {19, 97, 300},  {42, 97, 264},  {129, 33, 40},
                                {1, 1057, 8200}};  // a megabyte of codes
   for (const auto& shape : shapes) {
     const int64_t M = shape[0], N = shape[1], K = shape[2], width = (K + 7) / 8;
@@ -178,7 +178,7 @@ void compare_gates(const Kernels& kernels, Random& random) {
 
 // Several matrices at once against one after the other, of rows as they are and of rows that a norm makes on the way.
 void compare_fused(const Kernels& kernels, Random& random) {
-  const int64_t shapes[][3] = {{1, 300, 130}, {3, 31, 1}, {70, 257, 260}};  // M, K, H
+  const int64_t shapes[][3] = {{1, 300, 130}, {3, 31, 1}, {135, 257, 260}};  // M, K, H
   for (const auto& shape : shapes) {
     const int64_t M = shape[0], K = shape[1], H = shape[2], N = 40;
     const auto matrix = [&](int64_t rows, int64_t columns) {
