@@ -16,6 +16,15 @@ from onnx import TensorProto, helper, numpy_helper
 from lit_binq.formats import packed_width
 from lit_binq_onnx.library import HOW_TO_BUILD, NativeLibrary, library_path
 
+LEVELS = [
+    ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+]
+INLINED: dict[str, str] = {}
+NOT_INLINED_AHEAD = {"session.disable_aot_function_inlining": "1"}
+"""With each of these options and levels the runtime must run the same operator."""
+
 BLOCK = 256
 """Activations that share one table scale (export/csrc/kernel.h)."""
 

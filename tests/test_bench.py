@@ -15,6 +15,7 @@ from native import require_native
 
 from lit_binq import cli
 from lit_binq.errors import LitBinqError
+from lit_binq_onnx import bench_contestant as contestants
 from lit_binq_onnx import bench_ops as ops
 from lit_binq_onnx.bench_memory import UNKNOWN_CACHE, MemoryReader, buffer_bytes, cache_bytes
 from lit_binq_onnx.bench_operators import (
@@ -138,7 +139,7 @@ def relative(kernel: Kernel, M: int, K: int, N: int, copies: int = 2) -> float:
     else:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     (y,) = session.run([f"y{copies - 1}"], {"x": x})
-    return ops.relative_error(y, x, layers[-1])
+    return contestants.relative_error(y, x, layers[-1])
 
 
 @settings(deadline=None, max_examples=15)
@@ -173,23 +174,23 @@ def test_relative_error_sees_one_wrong_weight():
     layer = float_layer(rng, 64, 2000, 0)  # more rows than are compared at once
     W = layer.tensors["w0"]
     x = rng.standard_normal((20, 64), np.float32)
-    assert ops.relative_error(x @ W, x, layer) < 1e-6
+    assert contestants.relative_error(x @ W, x, layer) < 1e-6
     for row in (0, 19):  # the first and the last row of x are looked at
         y = x @ W
         y[row, 1999] += 50
-        assert ops.relative_error(y, x, layer) > 1e-3
-    assert math.isnan(ops.relative_error(np.full((20, 2000), np.nan, np.float32), x, layer))
+        assert contestants.relative_error(y, x, layer) > 1e-3
+    assert math.isnan(contestants.relative_error(np.full((20, 2000), np.nan, np.float32), x, layer))
 
 
 @settings(deadline=None)
 @given(size=st.integers(1, 1 << 32), cache=st.integers(1, 1 << 32), M=st.integers(1, 4096))
 def test_copies_are_enough_and_not_too_many(size: int, cache: int, M: int) -> None:
-    copies = ops.copies_for(size, cache, M)
+    copies = contestants.copies_for(size, cache, M)
     assert copies >= 1
-    assert copies == 1 or copies * size <= ops.MOST_BYTES
-    assert copies == 1 or copies * M <= max(ops.MOST_ROWS, 2 * M)
-    if size * copies < ops.ROTATION * cache:  # only a limit makes them too few
-        assert (copies + 1) * size > ops.MOST_BYTES or copies + 1 > max(2, ops.MOST_ROWS // M)
+    assert copies == 1 or copies * size <= contestants.MOST_BYTES
+    assert copies == 1 or copies * M <= max(contestants.MOST_ROWS, 2 * M)
+    if size * copies < contestants.ROTATION * cache:  # only a limit makes them too few
+        assert (copies + 1) * size > contestants.MOST_BYTES or copies + 1 > max(2, contestants.MOST_ROWS // M)
 
 
 # --- the run
@@ -219,7 +220,7 @@ def test_a_small_run_times_everyone_with_every_number_of_threads(monkeypatch):
             assert r.error < (1e-5 if exact else A4_ERROR if r.kernel == "lit-binq-a4" else INT8_ERROR)
             assert (r.block > 0) == ("bit" in r.kernel)
             assert r.rounds == 2
-            assert r.copies * r.packed_bytes >= ops.ROTATION << 12 or r.copies == ops.MOST_ROWS // r.M
+            assert r.copies * r.packed_bytes >= contestants.ROTATION << 12 or r.copies == contestants.MOST_ROWS // r.M
             if r.block and r.kernel not in ours:
                 assert f"block {r.block}: " in r.note  # what was tried
     text = ops_tables(result)

@@ -5,20 +5,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from native import Problem, one_node_model, random_problem, require_native, session
+from native import INLINED, LEVELS, NOT_INLINED_AHEAD, Problem, one_node_model, random_problem, require_native, session
 from onnx import TensorProto, helper, numpy_helper
 
 from lit_binq.formats import binary_matmul
 from lit_binq_onnx.functions import add_functions, binary_matmul_function
 from lit_binq_onnx.library import NativeLibrary
 
-LEVELS = [
-    ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-]
-INLINED: dict[str, str] = {}
-NOT_INLINED_AHEAD = {"session.disable_aot_function_inlining": "1"}
 BODY = (binary_matmul_function(),)
 
 

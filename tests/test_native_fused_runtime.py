@@ -8,19 +8,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 from fused_problems import activations, attention, feeds, gamma, mlp, model, run
-from native import random_problem, require_native, session
+from native import INLINED, LEVELS, NOT_INLINED_AHEAD, random_problem, require_native, session
 from onnx import numpy_helper
 
 from lit_binq_onnx.functions import add_functions
 from lit_binq_onnx.library import NativeLibrary
-
-LEVELS = [
-    ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-]
-INLINED: dict[str, str] = {}
-NOT_INLINED_AHEAD = {"session.disable_aot_function_inlining": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,15 @@ struct TileBlock {
   int asks;              // times one row of activations asks ahead for these codes (cpu.h); 0: they are in a cache
 };
 
+// Where the tables and sums of the rows of activations are (Kernels::add_lut).
+struct Rows {
+  const uint8_t* tables;
+  int64_t stride;
+  const float* scales;
+  int64_t scale_stride;
+  float* sums;
+};
+
 struct Magnitudes {
   int32_t all, live;
 };

@@ -56,15 +56,6 @@ inline void flush(const Sums& s, int64_t bytes, float scale_value, const float* 
   add_scaled<Factors>(_mm256_extracti128_si256(second, 1), scale, factors + 24, sum + 24);
 }
 
-// Where the tables and sums of the rows of activations are (kernel.h, add_lut).
-struct Rows {
-  const uint8_t* tables;
-  int64_t stride;
-  const float* scales;
-  int64_t scale_stride;
-  float* sums;
-};
-
 // The sums of one block for `Tokens` rows of activations and `Vectors` * 32 rows of weights, from row `first` of the
 // tile on. A function of its own, with its results in memory: GCC keeps the sums in registers only where the loop over
 // the bytes is all there is.

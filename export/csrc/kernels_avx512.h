@@ -45,15 +45,6 @@ static inline __m512 magnitude(__m512 v) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
 }
 
-// Where the tables and sums of the rows of activations are (kernel.h, add_lut).
-struct Rows {
-  const uint8_t* tables;
-  int64_t stride;
-  const float* scales;
-  int64_t scale_stride;
-  float* sums;
-};
-
 // Adds the integers of 16 rows of weights to their sums.
 static inline void add_units(__m512i units, __m512 scale, const float* factors, float* sums) {
   __m512 value = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(units));

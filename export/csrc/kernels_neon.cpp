@@ -127,15 +127,6 @@ inline void add_scaled(uint16x8_t sums, int16x8_t bias, float32x4_t scale, const
   add_scaled(vget_high_s16(units), scale, factors != nullptr ? factors + 4 : nullptr, sum + 4);
 }
 
-// Where the tables and sums of the rows of activations are (kernel.h, add_lut).
-struct Rows {
-  const uint8_t* tables;
-  int64_t stride;
-  const float* scales;
-  int64_t scale_stride;
-  float* sums;
-};
-
 // One block for `Tokens` rows of activations and `Vectors` * 16 rows of weights, from row `first` of the tile on.
 template <int Vectors, int Tokens>
 inline void add_lut_part(const TileBlock& block, int64_t first, const Rows& r, const float* factors) {

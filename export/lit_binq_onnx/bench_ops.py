@@ -1,9 +1,7 @@
 """`litbinq bench ops`: one product by many kernels, in one process and one run, each with cold weights.
 
-At every shape each contestant is one session with several copies of its layer, `bench_operators.graph_of`, so many that
-their weights are ROTATION times the last cache: when a copy's turn comes again, its weights have left the cache. The
-contestants take turns (`bench_timing.alternate`), inputs and outputs are bound to memory that stays. Reading a large
-buffer takes turns with them: its rate is the physical limit in the same noise.
+The contestants (bench_contestant.py) take turns (`bench_timing.alternate`), inputs and outputs are bound to memory that
+stays. Reading a large buffer takes turns with them: its rate is the physical limit in the same noise.
 
 Before it is timed a contestant's first and last copy are compared with a product in float64. A contestant that errs
 more than its arithmetic allows, or that the runtime refuses, is listed with the reason and not timed.
@@ -14,59 +12,33 @@ Legend: M rows of x, K columns, N rows of W.
 import gc
 import itertools
 import logging
-import math
 import os
 import statistics
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from lit_binq.errors import LitBinqError
+from lit_binq_onnx.bench_contestant import Contestant, NotTimed, Shape
 from lit_binq_onnx.bench_memory import MemoryReader, buffer_bytes
 from lit_binq_onnx.bench_operators import (
     Kernel,
-    Layer,
     float_kernel,
-    graph_of,
     kernel_names,
     nbits_kernels,
     our_kernels,
 )
 from lit_binq_onnx.bench_timing import Spread, alternate
-from lit_binq_onnx.library import HOW_TO_BUILD, NativeLibrary, library_path, register
+from lit_binq_onnx.library import HOW_TO_BUILD, NativeLibrary, library_path
 
 log = logging.getLogger(__name__)
-
-ROTATION = 3
-"""Bytes of all copies of a weight, in last caches. Once would do if the oldest line always left first."""
-
-MOST_BYTES = 1 << 30
-"""Most bytes of all copies of a weight: a model in one piece may have 2 GB."""
-
-MOST_ROWS = 1024
-"""Most rows that all copies of a product have together, but at least two copies: from M = 128 on the weights are
-read once for many rows, and cold ones cost a hundredth of the time."""
 
 PAUSE = 0.01
 """Seconds before each run with several threads, so that the threads of the session before are asleep."""
 
 PILOT_ROUNDS = 3
-
-_ROWS_CHECKED = 8
-_COLUMNS_AT_ONCE = 1024
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A product x W^T: x (M, K), W (N, K)."""
-
-    M: int
-    K: int
-    N: int
 
 
 @dataclass
@@ -131,109 +103,6 @@ class OpsResult:
     isa: str = ""
 
 
-class _NotTimed(Exception):
-    """Why a contestant is not timed."""
-
-
-def copies_for(layer_bytes: int, cache: int, M: int) -> int:
-    """Layers of a session: enough for cold weights, within the limits above."""
-    wanted = math.ceil(ROTATION * cache / max(1, layer_bytes))
-    return max(1, min(wanted, MOST_BYTES // max(1, layer_bytes), max(2, MOST_ROWS // M)))
-
-
-def relative_error(y: np.ndarray, x: np.ndarray, layer: Layer) -> float:
-    """Root mean square of y - x W^T over that of x W^T, in float64.
-
-    Args:
-        y: (M, N); up to 8 of its rows, the first and the last among them, are compared in all columns.
-        x: (M, K).
-        layer: knows W.
-    """
-    rows = np.unique(np.linspace(0, len(x) - 1, min(_ROWS_CHECKED, len(x))).astype(int))
-    difference = total = 0.0
-    for start in range(0, y.shape[1], _COLUMNS_AT_ONCE):
-        part = slice(start, start + _COLUMNS_AT_ONCE)
-        want = x[rows].astype(np.float64) @ layer.dense(part).T
-        difference += float(np.square(y[rows, part] - want).sum())
-        total += float(np.square(want).sum())
-    # NaN in y gives NaN, which no bound lets pass
-    return math.sqrt(difference / total) if total else math.sqrt(difference)
-
-
-class Contestant:
-    """A kernel at a shape, ready to be timed.
-
-    Args:
-        kernel: which.
-        shape: of the product.
-        threads: of ONNX Runtime.
-        cache: bytes of last-level cache to rotate past.
-        x: (M, K) float32.
-
-    Attributes:
-        error: see `relative_error`; the larger one of the first and the last copy.
-        copies: see `copies_for`.
-        stored_bytes: of one layer.
-
-    Raises:
-        _NotTimed: refused by the runtime, or wrong.
-    """
-
-    def __init__(self, kernel: Kernel, shape: Shape, threads: int, cache: int, x: np.ndarray) -> None:
-        self.kernel, self.shape = kernel, shape
-        rng = np.random.default_rng(1)
-        layers = [kernel.make(rng, shape.K, shape.N, 0)]
-        self.stored_bytes = layers[0].stored_bytes
-        self.copies = copies_for(self.stored_bytes, cache, shape.M)
-        layers += [kernel.make(rng, shape.K, shape.N, i) for i in range(1, self.copies)]
-        self.session = self._session(layers, threads)
-        last = f"y{self.copies - 1}"
-        try:
-            results = self.session.run(["y0", last], {"x": x})
-        except Exception as error:  # onnxruntime raises its own, undocumented exception types
-            raise _NotTimed(f"fails ({' '.join(str(error).split())[:150]})") from error
-        self.error = max(relative_error(y, x, layer) for y, layer in zip(results, (layers[0], layers[-1]), strict=True))
-        if not self.error <= kernel.largest_error:
-            raise _NotTimed(f"wrong: errs by {self.error:.1e}, expected at most {kernel.largest_error:.0e}")
-        if self.error < kernel.smallest_error:
-            raise _NotTimed(f"not there: ONNX Runtime {ort.__version__} takes its float kernel for it at this shape")
-        self._bind(x)
-
-    def _session(self, layers: list[Layer], threads: int) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        # Threads that spin after a session's turn would take the next one's time.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        for key, value in self.kernel.config.items():
-            options.add_session_config_entry(key, value)
-        ours = self.kernel.mode is not None
-        if ours:
-            register(options)
-        shape = self.shape
-        model = graph_of(layers, shape.M, shape.K, shape.N).SerializeToString()
-        try:
-            # A kernel reads its mode when it is created, that is within the session's constructor.
-            with NativeLibrary(library_path()).force_mode(self.kernel.mode) if ours else nullcontext():
-                return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # as above
-            raise _NotTimed(f"refused ({' '.join(str(error).split())[:150]})") from error
-
-    def _bind(self, x: np.ndarray) -> None:
-        """Bind memory that stays: x once, and one result for all copies, which stays in the cache as in a model."""
-        self._binding = self.session.io_binding()
-        self._x = ort.OrtValue.ortvalue_from_numpy(x)
-        self._y = ort.OrtValue.ortvalue_from_numpy(np.zeros((self.shape.M, self.shape.N), np.float32))
-        self._binding.bind_ortvalue_input("x", self._x)
-        for output in self.session.get_outputs():
-            self._binding.bind_ortvalue_output(output.name, self._y)
-
-    def run(self) -> None:
-        """Every copy once."""
-        self.session.run_with_iobinding(self._binding)
-
-
 def _fastest(family: list[Kernel], build: Callable[[Kernel], Contestant], pause: float) -> tuple[Contestant, str]:
     """The block length a runtime is fastest with, found by a short alternation of its own, and what was tried."""
     built: dict[int, Contestant] = {}
@@ -241,10 +110,10 @@ def _fastest(family: list[Kernel], build: Callable[[Kernel], Contestant], pause:
     for kernel in family:
         try:
             built[kernel.block] = build(kernel)
-        except _NotTimed as error:
+        except NotTimed as error:
             reasons.append(f"block {kernel.block} {error}")
     if not built:
-        raise _NotTimed("; ".join(reasons))
+        raise NotTimed("; ".join(reasons))
     times = alternate({b: c.run for b, c in built.items()}, rounds=PILOT_ROUNDS, pause=pause)
     ms = {b: statistics.median(times[b]) / built[b].copies * 1e3 for b in built}
     best = min(ms, key=lambda b: ms[b])
@@ -269,7 +138,7 @@ def _enter(
                 contestant = build(family[0])
             else:
                 contestant, record.note = _fastest(family, build, PAUSE if threads > 1 else 0.0)
-        except _NotTimed as error:
+        except NotTimed as error:
             record.note = str(error)
         else:
             record.packed_bytes, record.copies = contestant.stored_bytes, contestant.copies

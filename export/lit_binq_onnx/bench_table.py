@@ -6,8 +6,9 @@ Knows records and nothing of how they were measured.
 import math
 from collections.abc import Iterable, Sequence
 
+from lit_binq_onnx.bench_contestant import Shape
 from lit_binq_onnx.bench_generation import Record as GenerationRecord
-from lit_binq_onnx.bench_ops import OpsResult, Shape
+from lit_binq_onnx.bench_ops import OpsResult
 from lit_binq_onnx.bench_ops import Record as OpsRecord
 from lit_binq_onnx.bench_shape import ShapeRecord
 from lit_binq_onnx.perplexity import TextRecord
