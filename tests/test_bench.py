@@ -318,7 +318,7 @@ def test_bench_ops_of_some_kernels(tmp_path, capsys):
         (["--threads", "1;2"], ["'1;2'", "--threads"]),
         (["--rounds", "0"], ["rounds", "0"]),
         (["--cache_mb", "-1"], ["cache_mb", "-1"]),
-        (["--kernels", "ort-fp32,lut"], ["got lut,", "lit-binq-lut"]),
+        (["--kernels", "ort-fp32,lut"], ["got 'lut',", "lit-binq-lut"]),
     ],
 )
 def test_wrong_options_of_ops_are_one_line(arguments, words, tmp_path, capsys):

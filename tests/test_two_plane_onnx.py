@@ -12,7 +12,7 @@ from conftest import byte_tokenizer
 from exporting import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import require_native, session
+from native import LEVELS, require_native, session
 from test_two_plane_native import Problem, activations, model, problem
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,12 +29,6 @@ from lit_binq_onnx.session import MODEL, OnnxModel, positions, read_facts
 IDS = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
 INPUTS = [(0, 0, False), (0, 8, False), (4, 0, False), (4, 16, False), (4, 16, True), (8, 0, False), (8, 8, True)]
 """(activation_bits, outliers, static)."""
-
-LEVELS = [
-    ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-]
 
 
 def torch_product(p: Problem, x: np.ndarray) -> np.ndarray:

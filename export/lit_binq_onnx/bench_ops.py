@@ -230,7 +230,7 @@ def bench_ops(
     Raises:
         LitBinqError: an option out of its range, or an unknown name.
     """
-    if unknown := [name for name in kernels or [] if name not in kernel_names()]:
+    if unknown := [repr(name) for name in kernels or [] if name not in kernel_names()]:
         raise LitBinqError(f"kernels: got {', '.join(unknown)}, expected some of {', '.join(kernel_names())}")
     for name, values in (("threads", threads), ("rounds", [rounds]), ("cache", [cache])):
         if not values or min(values) < 1:
