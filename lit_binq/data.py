@@ -7,6 +7,7 @@
 - `take` says which windows are used: the first ones, or a random choice in random order. With `bos` a window
   is the BOS token and T - 1 ids of the text.
 - Several sources give windows in proportion to their `share` (largest remainders), each spread evenly over the list.
+- The model itself may write a part of the windows (lit_binq.self_generated), spread evenly likewise.
 - The last windows of that list are held out: with `take: first` the end of the text that was read, with
   `take: random` a random choice from all of it.
 - Rank r of R gets windows r, r + R, ... Train and held-out windows are equally many on every rank, what is
@@ -30,11 +31,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_binq.errors import LitBinqError
 from lit_binq.models import load_tokenizer
+from lit_binq.overlap import WORDS, shared_sequences
+from lit_binq.self_generated import SelfGenerated, write_windows
 from lit_binq.texts import WIKITEXT2, WIKITEXT2_TEST, Take, TextSource, encode, make_windows, read_text
 
 log = logging.getLogger(__name__)
 
 __all__ = ["CalibrationData", "TextSource", "make_windows"]
+
+NOT_GENERATED = SelfGenerated()
 
 
 class _Windows(Dataset[dict[str, Any]]):
@@ -80,6 +85,7 @@ class CalibrationData(LightningDataModule):
         eval_length: tokens an evaluation window.
         eval_batch_size: evaluation windows a step, on each rank.
         revision: branch, tag or commit of the tokenizer, for a hub id.
+        self_generated: windows that the full-precision model writes itself.
 
     Attributes:
         train_windows: (n, T) int64, this rank's, after setup("fit").
@@ -106,9 +112,10 @@ class CalibrationData(LightningDataModule):
         eval_length: int = 1024,
         eval_batch_size: int = 4,
         revision: str | None = None,
+        self_generated: SelfGenerated = NOT_GENERATED,
     ) -> None:
         super().__init__()
-        self.tokenizer, self.revision = tokenizer, revision
+        self.tokenizer, self.revision, self.self_generated = tokenizer, revision, self_generated
         # Not as the argument's own default: the command line would mix its fields into what the user gives.
         train = WIKITEXT2 if train is None else train
         self.train = train if isinstance(train, list) else [train]
@@ -164,6 +171,20 @@ class CalibrationData(LightningDataModule):
             self._evaluation = {name: self._eval_set(tokenizer, name) for name in self.eval_names}
         if rank == 0:
             log.info("%s", self.describe())
+            if self._calibration is not None and self._evaluation is not None:
+                self._report_overlap(tokenizer or load_tokenizer(self.tokenizer, revision=self.revision))
+
+    def _report_overlap(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Say how much of each evaluation set was calibrated on, be it real text or prompts of what a model wrote."""
+        assert self._calibration is not None
+        assert self._evaluation is not None
+        calibration = tokenizer.batch_decode(torch.cat(self._calibration))
+        for name, windows in self._evaluation.items():
+            shared, every = shared_sequences(tokenizer.batch_decode(windows), calibration)
+            log.info(
+                "evaluation set %s: %d of its %d sequences of %d words occur in the calibration windows",
+                *(name, shared, every, WORDS),
+            )
 
     def _place(self) -> tuple[int, int]:
         """This process's rank and the number of ranks; 0 and 1 without a trainer."""
@@ -176,7 +197,10 @@ class CalibrationData(LightningDataModule):
                 f"bos: the tokenizer of {self.tokenizer!r} has no BOS token; set the option `bos` to false"
             )
         parts = []
-        for i, (source, count) in enumerate(zip(self.train, self._counts(), strict=True)):
+        written = round(self.self_generated.share * self.windows)
+        for i, (source, count) in enumerate(zip(self.train, self._counts(self.windows - written), strict=True)):
+            if not count:
+                continue
             ids = encode(tokenizer, read_text(source))
             part = make_windows(ids, self.window_length - self.bos, count, take=self.take, seed=self.seed + i)
             if len(part) < count:
@@ -185,6 +209,8 @@ class CalibrationData(LightningDataModule):
                     *(source.path, len(ids), len(part), self.window_length, count),
                 )
             parts.append(part)
+        if written:
+            parts.append(self._write(tokenizer, written))
         # Window k of n stands at (k + 1/2) / n: sources of any lengths come evenly, those of one length in turn.
         places = [((k + 0.5) / len(part), i, k) for i, part in enumerate(parts) for k in range(len(part))]
         mixed = torch.stack([parts[i][k] for _, i, k in sorted(places)])
@@ -192,15 +218,37 @@ class CalibrationData(LightningDataModule):
             mixed = torch.nn.functional.pad(mixed, (1, 0), value=int(tokenizer.bos_token_id))
         return mixed
 
-    def _counts(self) -> list[int]:
-        """Windows of each source: proportional to its share, the largest remainders rounded up; at least one."""
+    def _write(self, tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor:
+        """(count, T) windows that the model writes itself."""
+        rank, ranks = self._place()
+        around: dict[str, Any] = {}
+        if self.trainer is not None:
+            around = {"device": self.trainer.strategy.root_device, "barrier": self.trainer.strategy.barrier}
+        return write_windows(
+            self.self_generated,
+            self.tokenizer,
+            tokenizer,
+            self.train,
+            count,
+            self.window_length - self.bos,
+            revision=self.revision,
+            rank=rank,
+            ranks=ranks,
+            **around,
+        )
+
+    def _counts(self, windows: int) -> list[int]:
+        """Windows of each source: proportional to its share, the largest remainders rounded up; at least one.
+
+        None of any source where `windows` is 0: the model writes them all.
+        """
         total = sum(source.share for source in self.train)
-        exact = [self.windows * source.share / total for source in self.train]
+        exact = [windows * source.share / total for source in self.train]
         counts = [int(x) for x in exact]
         order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-        for i in order[: self.windows - sum(counts)]:
+        for i in order[: windows - sum(counts)]:
             counts[i] += 1
-        return [max(count, 1) for count in counts]
+        return [max(count, min(windows, 1)) for count in counts]
 
     def _split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Train and held-out windows; the held-out ones are the last."""
@@ -267,6 +315,7 @@ class CalibrationData(LightningDataModule):
         if self._calibration is not None:
             train, held_out = self._calibration
             texts = " + ".join(source.words() for source in self.train)
+            texts += f"; {self.self_generated.words()}" if self.self_generated.share else ""
             lines.append(
                 f"calibration: {texts}; {self.take} windows of {self.window_length} tokens"
                 f"{' after BOS' if self.bos else ', no BOS'}, seed {self.seed}: {len(train)} to calibrate on "
@@ -295,6 +344,8 @@ class CalibrationData(LightningDataModule):
                 name: getattr(self, name) for name in ("window_length", "windows", "take", "seed", "bos", "held_out")
             }
             rules["train"] = [source.rules() for source in self.train]
+            if self.self_generated.share:
+                rules["self_generated"] = {"share": self.self_generated.share, **self.self_generated.rules()}
             tensors: tuple[Tensor, ...] | None = self._calibration
         else:
             rules = {name: getattr(self, name) for name in ("eval_windows", "eval_length")}

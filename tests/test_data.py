@@ -337,3 +337,21 @@ def test_windows_follow_the_shares(make_data, text_file, tmp_path, shares, count
     half = kinds[: len(kinds) // 2]
     for kind in set(kinds):
         assert abs(half.count(kind) - kinds.count(kind) / 2) <= 1  # each source is spread over the whole list
+
+
+def test_what_was_calibrated_on_is_counted_in_the_evaluation_sets(make_data, tmp_path, caplog):
+    """13 words in a row: the second text holds one passage of the first, the third none."""
+    words = " ".join(f"w{i}" for i in range(400))
+    texts = {"a": words, "b": "x " * 40 + " ".join(words.split()[:13]) + " y" * 400, "c": "other words " * 100}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    sets = {name: TextSource(str(tmp_path / f"{name}.txt")) for name in "bc"}
+    options = {"window_length": 400, "windows": 3, "held_out": 0.4, "eval_length": 400, "eval_windows": 1}
+    data = at_rank(make_data(train=TextSource(str(tmp_path / "a.txt")), evaluation=sets, **options), 0, 1)
+    with caplog.at_level(logging.INFO, "lit_binq.data"):
+        data.setup("fit")
+        data.setup("validate")
+    lines = [line for line in caplog.messages if "sequences" in line]
+    assert [line.split(":")[0] for line in lines] == ["evaluation set b", "evaluation set c"]
+    assert "b: 1 of its" in lines[0]
+    assert "c: 0 of its" in lines[1]
