@@ -106,6 +106,7 @@ def _eager_call(block: nn.Module, call: BlockCall, hidden: Tensor) -> BlockCall:
 
     Fused attention is told to be causal by no mask at all, or gets a mask of booleans (true: attend).
     """
+    call = call.of(len(hidden))
     parameters = list(inspect.signature(block.forward).parameters)
     place = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else len(call.args)
     args, kwargs = list(call.args), dict(call.kwargs)

@@ -2,8 +2,7 @@
 
 Legend: b windows, T tokens a window, d hidden size.
 
-A block is run with exactly the arguments the model itself passes: they are recorded once from a real forward
-pass over one window (all calibration windows are full, so masks and positions are the same for each).
+A block is run with exactly the arguments the model itself passes, recorded once (lit_binq.block_calls).
 
 May touch: torch and transformers modules. Knows no solver and no format but PackedLinear.
 """
@@ -11,45 +10,22 @@ May touch: torch and transformers modules. Knows no solver and no format but Pac
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_binq.block_calls import BlockCall as BlockCall
+from lit_binq.block_calls import Stop, hidden_states, hooked
+from lit_binq.block_calls import capture_calls as capture_calls
+from lit_binq.block_calls import run_block as run_block
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.base import LatentLinear, PackedLinear
 
 log = logging.getLogger(__name__)
 
 Layer = TypeVar("Layer", bound=nn.Module)
-
-
-@dataclass
-class BlockCall:
-    """Arguments a model passes to one block besides the hidden states."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def to(self, device: torch.device) -> "BlockCall":
-        """The same arguments with every tensor on `device`."""
-        return BlockCall(_move(self.args, device), _move(self.kwargs, device))
-
-
-class _Stop(Exception):
-    """Ends a forward pass early; never leaves this file."""
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_move(v, device) for v in value)
-    if isinstance(value, dict):
-        return {k: _move(v, device) for k, v in value.items()}
-    return value
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -110,73 +86,11 @@ def linear_groups(block: nn.Module, hidden: Tensor, call: BlockCall) -> list[lis
     linears = _linears(block)
     with ExitStack() as stack, torch.no_grad():
         for name, module in linears.items():
-            stack.enter_context(_hooked(module.register_forward_pre_hook(hook(name))))
+            stack.enter_context(hooked(module.register_forward_pre_hook(hook(name))))
         run_block(block, hidden, call)
     if missing := [n for n in linears if n not in seen]:
         log.warning("linear layers never called, left at full precision: %s", ", ".join(missing))
     return [names for _, names in groups]
-
-
-class _hooked:
-    """Context manager that removes a hook."""
-
-    def __init__(self, handle: torch.utils.hooks.RemovableHandle) -> None:
-        self.handle = handle
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
-
-
-def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, window: Tensor) -> list[BlockCall]:
-    """The arguments the model passes to each block, from one forward pass over `window` (1, T) int64."""
-    calls: list[BlockCall] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "past_key_value")}
-        calls.append(BlockCall(args[1:] if args else (), {**kept, "use_cache": False}))
-
-    with ExitStack() as stack, torch.no_grad():
-        for block in blocks:
-            stack.enter_context(_hooked(block.register_forward_pre_hook(hook, with_kwargs=True)))
-        model(input_ids=window, use_cache=False)
-    if len(calls) != len(blocks):
-        raise LitBinqError(
-            f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} blocks in one pass, expected each once: "
-            "this architecture is not supported, change the option `model`"
-        )
-    return calls
-
-
-def require_same_calls(first: list[BlockCall], second: list[BlockCall], model: PreTrainedModel) -> None:
-    """Refuse models that pass their blocks something that depends on the tokens: it would be another in each window.
-
-    Args:
-        first: arguments recorded from one window.
-        second: arguments recorded from another window.
-        model: named in the error.
-
-    Raises:
-        LitBinqError: a tensor differs.
-    """
-    for a, b in zip(first, second, strict=True):
-        if not _same((a.args, a.kwargs), (b.args, b.kwargs)):
-            raise LitBinqError(
-                f"{type(model).__name__} passes its blocks arguments that depend on the tokens (per-layer embeddings, "
-                "say), expected the same for every window: this architecture is not supported, change `model`"
-            )
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
-    return True
 
 
 def require_fitting(model: PreTrainedModel, windows: Tensor, option: str) -> None:
@@ -210,19 +124,13 @@ def embed(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) -> Ten
     """Hidden states that enter the first block: (b, T) int64 -> (b, T, d)."""
     caught: list[Tensor] = []
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
-        raise _Stop
+    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(hidden_states(block, args, kwargs))
+        raise Stop
 
-    with _hooked(blocks[0].register_forward_pre_hook(hook, with_kwargs=True)), torch.no_grad(), suppress(_Stop):
+    with hooked(blocks[0].register_forward_pre_hook(hook, with_kwargs=True)), torch.no_grad(), suppress(Stop):
         model(input_ids=windows, use_cache=False)
     return caught[0].detach()
-
-
-def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """One block's output: (b, T, d) -> (b, T, d)."""
-    out = block(hidden, *call.args, **call.kwargs)
-    return out[0] if isinstance(out, (tuple, list)) else out
 
 
 def linear_input(block: nn.Module, name: str, hidden: Tensor, call: BlockCall) -> Tensor:
@@ -241,9 +149,9 @@ def linear_input(block: nn.Module, name: str, hidden: Tensor, call: BlockCall) -
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         caught.append(args[0])
-        raise _Stop
+        raise Stop
 
-    with _hooked(block.get_submodule(name).register_forward_pre_hook(hook)), torch.no_grad(), suppress(_Stop):
+    with hooked(block.get_submodule(name).register_forward_pre_hook(hook)), torch.no_grad(), suppress(Stop):
         run_block(block, hidden, call)
     return caught[0]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_binq.blocks import capture_calls, find_blocks, norm_parameters, require_fitting, require_same_calls
+from lit_binq.blocks import capture_calls, find_blocks, norm_parameters, require_fitting
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PackedLinear
 from lit_binq.kv_cache import require_kv, set_kv_bits
@@ -62,9 +62,7 @@ class Workspace:
         self.home = next(teacher.parameters()).device  # where blocks rest that are not in progress
         require_fitting(teacher, windows, "data.window_length")
         window = windows[:1].to(self.home)
-        calls = capture_calls(teacher, self.teacher_blocks, window)
-        require_same_calls(calls, capture_calls(teacher, self.teacher_blocks, window.roll(1, 1)), teacher)
-        self.calls = [call.to(device) for call in calls]
+        self.calls = [call.to(device) for call in capture_calls(teacher, self.teacher_blocks, window)]
         if kv_bits:
             # Its configuration is a copy, as every block's will be: the teacher's stays as it is.
             set_kv_bits(self.student, kv_bits)

@@ -248,15 +248,3 @@ def test_norm_parameters_are_weights_and_biases_of_norms_only(any_model: PreTrai
     whole = norm_parameters(any_model)
     assert len(whole) == 2 * len(names) + (2 if any_model.config.model_type == "opt" else 1)
     assert all(p is any_model.get_parameter(name) for name, p in whole.items())
-
-
-def test_blocks_whose_arguments_depend_on_the_tokens_are_refused(make_model):
-    from lit_binq.blocks import BlockCall, require_same_calls
-
-    model = make_model("llama")
-    window = torch.arange(12).reshape(1, -1)
-    calls = [capture_calls(model, find_blocks(model), w) for w in (window, window.flip(1))]
-    require_same_calls(calls[0], calls[1], model)
-    first, second = ([BlockCall((), {"per_layer_input": torch.full((1, 3), v)})] for v in (0.0, 1.0))
-    with pytest.raises(LitBinqError, match="depend on the tokens"):
-        require_same_calls(first, second, model)
