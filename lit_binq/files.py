@@ -91,12 +91,18 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path, version: int, where: str, hint: str) -> dict[str, Any]:
+def quoted(value: Any) -> str:
+    """What a file holds, short enough for one line of an error."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_json(path: Path, version: int | tuple[int, ...], where: str, hint: str) -> dict[str, Any]:
     """A JSON object of ours: its key `version` says which program wrote it.
 
     Args:
         path: the file.
-        version: the one expected.
+        version: the one expected, or those that can be read, newest first.
         where: what the file is, for errors.
         hint: what to do about a file that cannot be read, for errors.
 
@@ -107,11 +113,13 @@ def read_json(path: Path, version: int, where: str, hint: str) -> dict[str, Any]
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LitBinqError(f"{where} cannot be read ({error.strerror}); {hint}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LitBinqError(f"{where} is damaged ({first_line(error)}); {hint}") from error
     found = value.get("version") if isinstance(value, dict) else None
-    if found != version or isinstance(found, bool):
+    versions = version if isinstance(version, tuple) else (version,)
+    if not isinstance(found, int) or isinstance(found, bool) or found not in versions:
         raise LitBinqError(
-            f"{where}: format version {found!r}, expected {version}; it was written by another version of this program"
+            f"{where}: format version {quoted(found)}, expected {' or '.join(map(str, versions))}; it was written by "
+            "another version of this program"
         )
     return value

@@ -10,9 +10,7 @@ What is stored is what is computed with: packed weights are the very buffers of 
 else (embeddings, norms, head, biases: "the rest") is rounded to `rest_dtype` in the model before writing.
 """
 
-import copy
 import json
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -38,26 +35,12 @@ from lit_binq.files import finite, new_folder
 from lit_binq.formats import FORMATS, PackedLinear
 from lit_binq.kv_cache import KV_BITS, kv_bits, set_kv_bits
 from lit_binq.marker import PACKED_MARKER, VERSION, read_marker
+from lit_binq.packed_config import FORMAT, read_configuration, write_configuration
 from lit_binq.packed_layers import describe_layer, empty_layer, packed_linears
-
-log = logging.getLogger(__name__)
+from lit_binq.ties import FLAG, distinct_state, state_ties, tie
 
 WEIGHTS = "model.safetensors"
 REST_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def _distinct_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The model's state with every shared tensor once, and {other name: name kept} for the shared ones."""
-    kept: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    seen: dict[tuple[int, tuple[int, ...]], str] = {}
-    for name, tensor in model.state_dict().items():
-        first = seen.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name) if tensor.numel() else name
-        if first == name:
-            kept[name] = tensor
-        else:
-            tied[name] = first
-    return kept, tied
 
 
 def _rest_names(model: nn.Module, names: list[str]) -> list[str]:
@@ -75,7 +58,7 @@ def round_rest(model: nn.Module, rest_dtype: torch.dtype = torch.float16) -> Non
     Raises:
         LitBinqError: a tensor does not fit `rest_dtype`; the model is then left as it was.
     """
-    state, _ = _distinct_state(model)
+    state, _ = distinct_state(model)
     rest = [name for name in _rest_names(model, list(state)) if state[name].is_floating_point()]
     for name in rest:
         if not torch.isfinite(state[name].to(rest_dtype)).all():
@@ -95,7 +78,7 @@ def round_rest(model: nn.Module, rest_dtype: torch.dtype = torch.float16) -> Non
                 tensor.data = tensor.data.float()
             else:
                 setattr(module, name, tensor.float())
-    state, _ = _distinct_state(model)
+    state, _ = distinct_state(model)
     for name in rest:
         state[name].copy_(state[name].to(rest_dtype))
 
@@ -129,6 +112,7 @@ def save_packed(
     *,
     facts: dict[str, Any],
     rest_dtype: torch.dtype = torch.float16,
+    windows: Tensor | None = None,
 ) -> None:
     """Write a packed folder; the model's rest is rounded to `rest_dtype` in place first (`round_rest`).
 
@@ -138,10 +122,13 @@ def save_packed(
         folder: where to; an empty folder or an older packed folder there is replaced once all is written.
         facts: JSON values to keep with the model, under the key `facts`.
         rest_dtype: float16, bfloat16 or float32.
+        windows: (n, T) int64 tokens. If given, the folder is loaded before it takes its name, and its tensors, and its
+            logits on these windows, must be the model's, bit for bit; both then compute on the host.
 
     Raises:
         LitBinqError: the folder holds something else, no linear is packed, the format of a packed linear has
-            no name here, or a tensor does not fit `rest_dtype`.
+            no name here, a tensor does not fit `rest_dtype`, or what was written is read as another model. Nothing is
+            written then.
     """
     folder = Path(folder)
     require_target(folder)
@@ -154,7 +141,7 @@ def save_packed(
         linears[name] = describe_layer(module)
     bits = true_bits(model)
     round_rest(model, rest_dtype)
-    state, tied = _distinct_state(model)
+    state, tied = distinct_state(model)
     rest = set(_rest_names(model, list(state)))
     tensors = {
         name: t.detach().to("cpu", rest_dtype if name in rest and t.is_floating_point() else t.dtype).contiguous()
@@ -171,27 +158,40 @@ def save_packed(
         "facts": facts,
     }
     with new_folder(folder) as work:
-        _save_configuration(model, work)
+        write_configuration(model, work)
         tokenizer.save_pretrained(work)
-        save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, work / WEIGHTS, metadata=FORMAT)
         (work / WEIGHTS).chmod(0o644)  # safetensors leaves 0600, which other users could not read
         text = json.dumps(finite(marker), indent=1, allow_nan=False)
         (work / PACKED_MARKER).write_text(text + "\n", encoding="utf-8")
+        if windows is not None:
+            del tensors, state
+            _require_same(model, work, windows, folder)
 
 
-def _save_configuration(model: PreTrainedModel, folder: Path) -> None:
-    """config.json and generation_config.json, free of the traces of how the model was loaded."""
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = torch.float32  # what load_packed computes with
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        try:
-            model.generation_config.save_pretrained(folder)
-        except (
-            ValueError
-        ) as error:  # some published checkpoints contradict themselves, e.g. temperature without sampling
-            log.warning("generation_config.json is left out: %s", first_line(error))
+@torch.no_grad()
+def _require_same(model: PreTrainedModel, work: Path, windows: Tensor, folder: Path) -> None:
+    """Read `work`, which is to become `folder`, and compare tensors and logits with the model's, bit for bit."""
+    again, _ = load_packed(work)
+    mine, theirs = (m.state_dict() for m in (model.eval(), again))
+    differing = [name for name, tensor in mine.items() if name not in theirs or not _equal(tensor, theirs[name])]
+    if not differing and mine.keys() == theirs.keys():
+        ids = windows.to("cpu", torch.int64)
+        one, two = (m(input_ids=ids, use_cache=False).logits for m in (model.cpu(), again))
+        if _equal(one, two):
+            return
+        differing = [f"logits, by up to {float((one - two).abs().max()):g}"]
+    raise LitBinqError(
+        f"output {str(folder)!r}: read again, what was written is another model than the one in memory "
+        f"({(differing or ['names of tensors'])[0]}), expected the same bits; nothing was kept: this is a fault of "
+        "this program, resume with --ckpt_path once it is mended"
+    )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """The same bits: of NaN too, and -0 is not 0."""
+    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def load_packed(
@@ -216,11 +216,19 @@ def load_packed(
         if not (folder / name).is_file():
             raise LitBinqError(f"packed folder {str(folder)!r}: {name} is missing; expected a complete packed folder")
     with _damaged("config.json", folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = read_configuration(folder)
         # Memory of the dense linears is reserved but never touched: they are replaced before reading.
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.tie_weights()
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    stated = getattr(model.config, FLAG, None)
+    with _damaged(PACKED_MARKER, folder):
+        tie(model, marker["tied"])
+        state_ties(model)
+    if marker["version"] == VERSION and stated != getattr(model.config, FLAG, None):
+        raise LitBinqError(
+            f"packed folder {str(folder)!r}: config.json says {FLAG} {stated}, but {PACKED_MARKER} the opposite; "
+            "expected the same of both, as they were written: write the folder again"
+        )
     if marker.get("kv_bits", 0) not in KV_BITS:
         raise LitBinqError(
             f"packed folder {str(folder)!r}: {PACKED_MARKER} asks for kv_bits {marker['kv_bits']!r}, expected one of "
@@ -270,7 +278,7 @@ def _replace_linears(model: nn.Module, linears: dict[str, Any], folder: Path) ->
 
 @torch.no_grad()
 def _load_tensors(model: nn.Module, marker: dict[str, Any], folder: Path) -> None:
-    """Copy every stored tensor into the model's own, one after the other, then tie what shared memory."""
+    """Copy every stored tensor into the model's own, one after the other, tied ones once."""
     state = model.state_dict()
     tied: dict[str, str] = marker["tied"]
     rest = set(_rest_names(model, list(state)))
@@ -299,9 +307,3 @@ def _load_tensors(model: nn.Module, marker: dict[str, Any], folder: Path) -> Non
             layer.refresh()
         except ValueError as error:
             raise LitBinqError(f"{where}: {name}: {first_line(error)}; write the folder again") from error
-    for name, kept in tied.items():
-        if name not in state or kept not in state:
-            raise LitBinqError(f"{where}: tied tensor {name} or {kept} is not in the model; write the folder again")
-        if state[name].data_ptr() != state[kept].data_ptr():
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, model.get_parameter(kept))

@@ -86,7 +86,7 @@ def set_kv_bits(module: nn.Module, bits: int) -> None:
     if bits not in KV_BITS:
         raise LitBinqError(f"kv_bits: got {bits}, expected one of {', '.join(map(str, KV_BITS))}")
     # All names first: setting a configuration's sets those of its parts too.
-    wanted = [(config, _base(config._attn_implementation)) for config in _configurations(module)]
+    wanted = [(config, plain_attention(config._attn_implementation)) for config in _configurations(module)]
     for config, base in wanted:
         config._attn_implementation = _register(base) if bits else base
 
@@ -108,7 +108,8 @@ def _configurations(module: nn.Module) -> Iterator[Any]:
                 yield part
 
 
-def _base(name: str) -> str:
+def plain_attention(name: str) -> str:
+    """The attention function behind a name in a configuration, keys and values as they are."""
     return name.removeprefix(_PREFIX)
 
 

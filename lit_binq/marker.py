@@ -2,15 +2,18 @@
 
 Its keys are
 
-    version        2
+    version        3; folders of version 2 are read too
     linears        {module name: {"format": name, layout...}}, e.g. {"model.layers.0.mlp.up_proj": {"format":
                    "planes", "columns1": 58}}
     tied           {tensor name: name of the tensor it shares its memory with}; the former is not stored
     rest_dtype     dtype of every floating-point tensor outside the packed weights
-    true_bits      stored bits for each weight of the packed linears
+    true_bits      stored bits of the weights inside the blocks, for each of them (lit_binq.bits)
     kv_bits        bits of keys and values (lit_binq.kv_cache); 0, or no such key, leaves them as they are
     dense_weights  weights of the dense model, a tied embedding counted once
     facts          whatever the caller wants to keep: source, data, method
+
+Which tensors are tied is read here alone; the flag in config.json was derived from the same model, and must agree. In
+version 2 it was its source's, config.json named no quantization method, and `true_bits` counted packed weights alone.
 
 Touches nothing but files and errors.
 """
@@ -19,12 +22,23 @@ from pathlib import Path
 from typing import Any
 
 from lit_binq.errors import LitBinqError
-from lit_binq.files import read_json
+from lit_binq.files import quoted, read_json
 
 PACKED_MARKER = "lit_binq.json"
 """The file that tells a packed folder from a Hugging Face checkpoint."""
 
-VERSION = 2
+VERSION = 3
+OLDER = (2,)
+"""Versions that are read as well."""
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "linears": dict,
+    "tied": dict,
+    "rest_dtype": str,
+    "true_bits": (int, float),
+    "dense_weights": int,
+    "facts": dict,
+}
 
 
 def read_marker(folder: str | Path) -> dict[str, Any]:
@@ -42,10 +56,14 @@ def read_marker(folder: str | Path) -> dict[str, Any]:
             f"{str(folder)!r} is not a packed folder: it has no {PACKED_MARKER}; expected the output folder "
             "of `litbinq fit`"
         )
-    marker = read_json(path, VERSION, f"packed folder {str(folder)!r}: {PACKED_MARKER}", "write the folder again")
-    missing = {"linears", "tied", "rest_dtype", "true_bits", "dense_weights"} - marker.keys()
-    if missing:
-        raise LitBinqError(
-            f"packed folder {str(folder)!r}: {PACKED_MARKER} lacks {sorted(missing)[0]!r}; write the folder again"
-        )
+    where = f"packed folder {str(folder)!r}: {PACKED_MARKER}"
+    marker = {"facts": {}, **read_json(path, (VERSION, *OLDER), where, "write the folder again")}
+    for key, kind in _KINDS.items():
+        if key not in marker:
+            raise LitBinqError(f"{where} lacks {key!r}; write the folder again")
+        if not isinstance(marker[key], kind) or isinstance(marker[key], bool):
+            raise LitBinqError(f"{where}: {key} is {quoted(marker[key])}, which it cannot be; write the folder again")
+    for name, kept in marker["tied"].items():
+        if not isinstance(kept, str):
+            raise LitBinqError(f"{where}: {name} is tied to {quoted(kept)}, expected a name; write the folder again")
     return marker

@@ -22,6 +22,7 @@ from transformers import (
 
 from lit_binq.errors import LitBinqError, first_line
 from lit_binq.marker import PACKED_MARKER
+from lit_binq.ties import state_ties
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ def load_model(source: str, *, revision: str | None = None, dtype: torch.dtype =
         )
     if "gguf_file" in options:
         _forget_gguf(model, path)
+    state_ties(model)
     check_finite(model, source)
     return model.eval()
 

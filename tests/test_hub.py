@@ -117,7 +117,7 @@ def test_other_users_can_read_the_folder(packed_folder):
 def test_facts_are_kept(packed_folder):
     marker = read_marker(packed_folder)
     assert marker["facts"] == {"made": "in a test"}
-    assert marker["version"] == 2
+    assert marker["version"] == 3
     assert all(entry == {"format": "row_column"} for entry in marker["linears"].values())
 
 
@@ -232,7 +232,7 @@ def test_contradictory_folders_are_refused(packed_folder, tmp_path):
 
     folder = broken("version")
     edit(folder, version=99)
-    with pytest.raises(LitBinqError, match="version 99, expected 2"):
+    with pytest.raises(LitBinqError, match="version 99, expected 3 or 2"):
         load_packed(folder)
 
     folder = broken("format")

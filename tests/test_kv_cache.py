@@ -141,7 +141,7 @@ def test_a_packed_folder_remembers(tmp_path: Path) -> None:
     again, _ = load_packed(tmp_path / "packed")
     assert kv_bits(again) == 4
     assert torch.equal(logits(again), logits(model))
-    assert "lit_binq" not in (tmp_path / "packed" / "config.json").read_text()
+    assert "kv4" not in (tmp_path / "packed" / "config.json").read_text()
     path = tmp_path / "packed" / "lit_binq.json"
     marker = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in marker.items() if k != "kv_bits"}))  # as older folders are
