@@ -70,6 +70,7 @@ def file_bits(folder: str | Path) -> float:
     Raises:
         LitBinqError: not a packed folder.
     """
-    folder = Path(folder)
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f != folder / DIAGNOSTICS)
-    return 8 * size / int(read_marker(folder)["dense_weights"])
+    folder, marker = Path(folder), read_marker(Path(folder))
+    names = marker.get("files") or [f for f in folder.rglob("*") if f.is_file() and f != folder / DIAGNOSTICS]
+    size = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+    return 8 * size / int(marker["dense_weights"])

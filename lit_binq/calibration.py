@@ -18,9 +18,12 @@ trainer_checks, data, cli and here.
 import dataclasses
 import logging
 import math
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -32,13 +35,15 @@ from lit_binq.checkpoint import StageCheckpoint, identity, require_same
 from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
 from lit_binq.evaluation import PackedEvaluation, highest_precision
-from lit_binq.hub import require_target
+from lit_binq.files import UnwritableError
 from lit_binq.kv_cache import KV_BITS
+from lit_binq.marker import PACKED_MARKER
 from lit_binq.memory import reset_peak_memory
 from lit_binq.model_stage import ModelStage
 from lit_binq.models import load_model
+from lit_binq.places import Place, require_output_places
 from lit_binq.records import BlockMeasures, parse_as
-from lit_binq.result import FitFacts, StageRecord, log_progress, write_result
+from lit_binq.result import FitFacts, StageRecord, diagnostics_path, log_progress, write_result
 from lit_binq.resume import restore_student, student_state
 from lit_binq.schedule import rate_factors
 from lit_binq.stages import ClosedForm, Stage, Tuning, end_stage_tuning
@@ -130,6 +135,31 @@ class BinQCalibration(PackedEvaluation):
         """Always evaluation mode: calibration matches outputs, dropout would only add noise to them."""
         return super().train(False)
 
+    def output_places(self, trainer: pl.Trainer) -> list[Place]:
+        """What this rank of a fit with `trainer` will write, for `lit_binq.places.require_output_places`."""
+        places = []
+        if trainer.is_global_zero:
+            places.append(Place("model.packed", self.packed, "folder", PACKED_MARKER))
+            if self.diagnostics.windows:
+                places.append(Place("model.diagnostics", diagnostics_path(self.packed), "file"))
+            places += [
+                Place("checkpoint.dirpath", callback.path.parent, "room")
+                for callback in trainer.callbacks  # type: ignore[attr-defined]  # a list, set by the Trainer
+                if isinstance(callback, StageCheckpoint)
+            ]
+        if self.stream_options.cache == "disk":
+            folder = self.stream_options.cache_dir or tempfile.gettempdir()
+            places.append(Place("model.streams.cache_dir", Path(folder), "room"))
+        return places
+
+    @property
+    def checkpoint_file(self) -> Path | None:
+        """The checkpoint that goes on behind the last finished stage; None if there is none yet."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # a list, set by the Trainer
+        written = [c.path for c in callbacks if isinstance(c, StageCheckpoint) and c.saved]
+        given = self.trainer.ckpt_path
+        return written[0] if written else Path(given) if given else None
+
     def setup(self, stage: str) -> None:
         """Refuse what cannot work before anything is loaded.
 
@@ -139,7 +169,7 @@ class BinQCalibration(PackedEvaluation):
         """
         require_trainer(self.trainer)
         if stage == "fit":
-            require_target(self.packed)
+            require_output_places(self.output_places(self.trainer))
             # Stages end by their own rule, so Lightning's epoch count must not end the fit.
             self.trainer.fit_loop.max_epochs = -1
         torch.set_float32_matmul_precision(self.matmul_precision)
@@ -377,5 +407,10 @@ class BinQCalibration(PackedEvaluation):
         if self.trainer.is_global_zero:
             run = FitFacts(self.source, self.revision, self._data, self._tokens, self._identity())
             seconds = time.monotonic() - self._began
-            write_result(self.packed, self.work, run, self.records, self.measures, seconds)
+            try:
+                write_result(self.packed, self.work, run, self.records, self.measures, seconds)
+            except UnwritableError as error:
+                kept = self.checkpoint_file
+                rescue = f"the same options with another `model.packed` and --ckpt_path {kept} only write"
+                raise LitBinqError(f"{error}; {rescue}" if kept else str(error)) from error
         self.trainer.strategy.barrier()

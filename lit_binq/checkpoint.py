@@ -6,13 +6,53 @@ May touch: Lightning's callback, nothing of the calibration but its stage number
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError
+from lit_binq.files import replacing
+
+
+class WholeFile(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, has it on the disk, then renames it.
+
+    Lightning's own way goes through memory and the system's temporary folder, then copies: a process that is killed
+    leaves half a checkpoint behind, and a small temporary folder ends the fit.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write the file. Raises OSError if it cannot be written; what stood there then still does."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as part, part.open("wb") as file:
+            sink = _Sink(file)
+            torch.save(checkpoint, cast(IO[bytes], sink))
+            if sink.error is not None:
+                raise sink.error
+
+
+class _Sink:
+    """A file for torch.save, which makes RuntimeErrors and worse of an OSError: the first one is kept instead."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is held back here."""
 
 
 class StageCheckpoint(Checkpoint):
@@ -22,23 +62,31 @@ class StageCheckpoint(Checkpoint):
 
     Args:
         dirpath: folder of the checkpoint.
+
+    Attributes:
+        path: the file.
+        saved: whether this run has written it.
     """
 
     def __init__(self, dirpath: str = "checkpoints") -> None:
         self.path = Path(dirpath) / "last.ckpt"
+        self.saved = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Have checkpoints written whole, unless the user chose another way of writing them."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFile()
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write the checkpoint under a temporary name, then rename it. Called on every rank."""
-        part = self.path.with_suffix(".part")
+        """Write the checkpoint. Called on every rank."""
         try:
-            trainer.save_checkpoint(part)
-            if trainer.is_global_zero:
-                part.replace(self.path)
+            trainer.save_checkpoint(self.path)
         except OSError as error:
             raise LitBinqError(
                 f"checkpoint.dirpath: {str(self.path)!r} cannot be written ({error.strerror}); "
-                "expected a writable folder"
+                "expected a writable folder with room for it"
             ) from error
+        self.saved = True
 
 
 def identity(model: PreTrainedModel, data: str, options: dict[str, Any]) -> dict[str, str]:

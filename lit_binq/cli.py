@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from lit_binq.errors import LitBinqError
@@ -205,8 +206,10 @@ def export(
         target: `genai` also writes what onnxruntime-genai needs to run the folder: genai_config.json and our library.
     """
     from lit_binq.hub import load_packed
+    from lit_binq.places import require_folder
     from lit_binq_onnx import export as onnx_export
 
+    require_folder(Path(out), "out", onnx_export.FACTS)  # before a large model is loaded
     model, tokenizer = load_packed(packed)
     onnx_export.export_onnx(
         model,

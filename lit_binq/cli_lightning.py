@@ -18,6 +18,7 @@ from lit_binq.data import CalibrationData
 from lit_binq.demo import require_model
 from lit_binq.errors import LitBinqError
 from lit_binq.files import write_json
+from lit_binq.places import Place, require_output_places
 from lit_binq.trainer_checks import refuse_sharding
 
 
@@ -86,8 +87,17 @@ class LitBinqCLI(LightningCLI):
         if path and subcommand == "fit":
             require_checkpoint(Path(path))
 
+    def before_fit(self) -> None:
+        """Refuse places that cannot be written to, before text is read and a model loaded."""
+        require_output_places([*self.model.output_places(self.trainer), *self._results_place()])
+
+    def _results_place(self) -> list[Place]:
+        path = self._get(self.config, "results")
+        return [Place("results", Path(path), "file")] if path and self.trainer.is_global_zero else []
+
     def before_validate(self) -> None:
-        """Refuse a checkpoint."""
+        """Refuse a checkpoint, and a place that cannot be written to."""
+        require_output_places(self._results_place())
         if self._get(self.config, "ckpt_path"):
             raise LitBinqError("ckpt_path: got one, expected none: validate and test read the folder `model.packed`")
 

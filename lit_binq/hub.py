@@ -11,7 +11,6 @@ else (embeddings, norms, head, biases: "the rest") is rounded to `rest_dtype` in
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +36,7 @@ from lit_binq.kv_cache import KV_BITS, kv_bits, set_kv_bits
 from lit_binq.marker import PACKED_MARKER, VERSION, read_marker
 from lit_binq.packed_config import FORMAT, read_configuration, write_configuration
 from lit_binq.packed_layers import describe_layer, empty_layer, packed_linears
+from lit_binq.places import require_folder
 from lit_binq.ties import FLAG, distinct_state, state_ties, tie
 
 WEIGHTS = "model.safetensors"
@@ -93,16 +93,7 @@ def require_target(folder: Path) -> None:
     Raises:
         LitBinqError: a file, or a folder with other files in it, or nowhere to write.
     """
-    if folder.exists() and not folder.is_dir():
-        raise LitBinqError(f"output {str(folder)!r}: a file of this name exists; expected a new folder's name")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PACKED_MARKER).is_file():
-        raise LitBinqError(
-            f"output {str(folder)!r}: the folder holds other files; expected a new or empty folder, or an "
-            "older packed one"
-        )
-    parent = next(p for p in folder.resolve().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise LitBinqError(f"output {str(folder)!r}: cannot be written; expected a folder in a writable place")
+    require_folder(folder, "output", PACKED_MARKER)
 
 
 def save_packed(
@@ -157,7 +148,7 @@ def save_packed(
         "dense_weights": dense_weights(model),
         "facts": facts,
     }
-    with new_folder(folder) as work:
+    with new_folder(folder, PACKED_MARKER) as work:
         write_configuration(model, work)
         tokenizer.save_pretrained(work)
         save_file(tensors, work / WEIGHTS, metadata=FORMAT)

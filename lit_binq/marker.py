@@ -10,6 +10,7 @@ Its keys are
     true_bits      stored bits of the weights inside the blocks, for each of them (lit_binq.bits)
     kv_bits        bits of keys and values (lit_binq.kv_cache); 0, or no such key, leaves them as they are
     dense_weights  weights of the dense model, a tied embedding counted once
+    files          names of all files of the folder; others in it are none of ours
     facts          whatever the caller wants to keep: source, data, method
 
 Which tensors are tied is read here alone; the flag in config.json was derived from the same model, and must agree. In

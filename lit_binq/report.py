@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_binq.errors import LitBinqError
 from lit_binq.files import new_folder
+from lit_binq.places import require_folder
 from lit_binq.records import DIAGNOSTICS, LinearMeasures
 from lit_binq.runs import Run, load_runs
 
@@ -68,7 +69,7 @@ def report(run: str, out: str | None = None, beside: list[str] | str | None = No
     if len(runs) > MOST_RUNS:
         raise LitBinqError(f"beside: got {len(runs) - 1} other runs, expected at most {MOST_RUNS - 1}")
     target = Path(out) if out is not None else _default_target(Path(run), runs[0])
-    _require_target(target)
+    require_folder(target, "out", PAGE)
     figures, plotting = _drawing_modules()
     drawings: list[Drawing] = figures.draw(runs)
     with new_folder(target) as work:
@@ -95,15 +96,6 @@ def _default_target(folder: Path, run: Run) -> Path:
     """Never inside a packed folder: its size is counted, and a new fit would replace it."""
     folder = folder.resolve()
     return folder.with_name(f"{folder.name}-report") if folder == run.packed.resolve() else folder / "report"
-
-
-def _require_target(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise LitBinqError(f"out: a file of the name {str(target)!r} exists; expected a new folder's name")
-    if target.is_dir() and any(target.iterdir()) and not (target / PAGE).is_file():
-        raise LitBinqError(
-            f"out: the folder {str(target)!r} holds other files; expected a new or empty folder, or an older report"
-        )
 
 
 def _drawing_modules() -> tuple[Any, Any]:

@@ -40,13 +40,14 @@ def student_state(work: Workspace, done: int, *, matrices: bool) -> dict[str, An
 
 @torch.no_grad()
 def restore_student(work: Workspace, state: dict[str, Any], *, matrices: bool) -> None:
-    """Put what `student_state` returned in place and advance both streams past the packed blocks.
+    """Put what `student_state` returned in place and advance both streams past the packed blocks, unless all are.
 
     Args:
         work: a fresh workspace of the same model, its streams standing at the first block.
         state: what `student_state` returned.
         matrices: as then.
     """
+    whole = len(state["blocks"]) == len(work.blocks)  # what is left needs no streams
     for i, saved in state["blocks"].items():
         block = work.new_block(i)
         for name, entry in state["formats"][i].items():
@@ -57,7 +58,8 @@ def restore_student(work: Workspace, state: dict[str, Any], *, matrices: bool) -
         for layer in find_layers(block, PackedLinear).values():
             layer.refresh()
         work.blocks[i] = block
-        work.skip(i)
+        if not whole:
+            work.skip(i)
     for name, p in _loose(work, matrices).items():
         p.copy_(state["loose"][name])
 

@@ -10,6 +10,7 @@ May touch: blocks. Knows no solver, no format, no loss.
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,7 +67,6 @@ class Streams:
     def __init__(self, windows: Tensor, held_out: int, device: torch.device, options: StreamOptions) -> None:
         self.windows, self.held_out, self.device, self.options = windows, held_out, device, options
         self.train = len(windows) - held_out
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.x: Tensor
         self.x_tilde: Tensor
         self.y: Tensor
@@ -102,11 +102,19 @@ class Streams:
             return torch.empty(shape, device=self.device, dtype=torch.float32)
         if self._place == "host":
             return torch.empty(shape, dtype=torch.float32)
-        self._folder = self._folder or tempfile.TemporaryDirectory(
-            prefix="litbinq-streams-", dir=self.options.cache_dir or None
-        )
-        path = Path(self._folder.name) / name
-        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32).reshape(shape)
+        size = math.prod(shape)
+        try:
+            with tempfile.NamedTemporaryFile(prefix="litbinq-streams-", dir=self.options.cache_dir or None) as file:
+                # Its blocks are there before it is mapped: where one is missing, writing ends in a signal.
+                os.posix_fallocate(file.fileno(), 0, 4 * size)
+                mapped = torch.from_file(file.name, shared=True, size=size, dtype=torch.float32)
+        except OSError as error:
+            place = self.options.cache_dir or tempfile.gettempdir()
+            raise LitBinqError(
+                f"streams.cache_dir: {place!r} cannot take {4 * size / 1e9:.2f} GB for stream {name} "
+                f"({error.strerror}), expected room for three: choose another folder, or fewer `data.windows`"
+            ) from error
+        return mapped.reshape(shape)  # the file has no name any more: however the process ends, its room is free
 
     def batches(self, stop: int | None = None, start: int = 0) -> Iterator[slice]:
         """Slices of consecutive windows, `batch_windows` long, from `start` up to `stop` (default: all)."""
@@ -194,10 +202,7 @@ class Streams:
         return sums
 
     def close(self) -> None:
-        """Free the cache and remove its files."""
+        """Free the cache."""
         for name in ("x", "y", "x_tilde"):
             if hasattr(self, name):
                 delattr(self, name)
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None

@@ -175,6 +175,8 @@ def test_a_recipe_run_too_early_says_what_to_run(tmp_path, monkeypatch):
     """The recipes' own model, and nothing but it; the commands are those of the Makefile."""
     root = Path(__file__).parents[1]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # as the command line does
+    monkeypatch.setattr("sys.argv", ["litbinq"])  # Lightning warns of a second command line
     recipes = sorted((root / "configs").glob("*-demo*.yaml"))
     assert len(recipes) == 2
     for recipe in recipes:

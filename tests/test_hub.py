@@ -169,12 +169,17 @@ def test_a_failed_save_leaves_the_old_folder(packed_folder, tokenizer, monkeypat
     assert list(packed_folder.parent.iterdir()) == [packed_folder]
 
 
-def test_an_older_packed_folder_is_replaced_whole(packed_folder, tokenizer):
+def test_an_older_packed_folder_is_replaced_and_files_of_others_stay(packed_folder, tokenizer):
     model, _ = load_packed(packed_folder)
-    (packed_folder / "left-over.txt").write_text("x")
+    (packed_folder / "notes.txt").write_text("x")
+    (packed_folder / "chat_template.jinja").write_text("x")
+    marker = json.loads((packed_folder / "lit_binq.json").read_text())
+    marker["files"].append("chat_template.jinja")  # as if the older model had had one
+    (packed_folder / "lit_binq.json").write_text(json.dumps(marker))
     save_packed(model, tokenizer, packed_folder, facts={"made": "later"})
     assert read_marker(packed_folder)["facts"] == {"made": "later"}
-    assert not (packed_folder / "left-over.txt").exists()
+    assert (packed_folder / "notes.txt").exists()
+    assert not (packed_folder / "chat_template.jinja").exists()
     assert list(packed_folder.parent.iterdir()) == [packed_folder]
 
 

@@ -323,7 +323,7 @@ def test_errors_are_one_line(make_run: Make, tmp_path: Path) -> None:
     one_line("is named twice", str(run), beside=str(run / "packed"))
     one_line("at most 5", str(run), beside=[str(make_run(f"r{i}")) for i in range(6)])
     (tmp_path / "file").write_text("")
-    one_line("a file of the name", str(run), out=str(tmp_path / "file"))
+    one_line("a file of this name", str(run), out=str(tmp_path / "file"))
     one_line("holds other files", str(run), out=str(run))
     one_line(r"stages\[0\].before: got 'x'", str(make_run("s", stages=[{"before": "x", "title": "block 0", "after": 1,
              "epochs": 0, "best_epoch": 0, "seconds": 0}])))  # fmt: skip

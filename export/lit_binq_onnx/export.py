@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_binq.errors import LitBinqError
 from lit_binq.files import new_folder
 from lit_binq.formats import PackedLinear
+from lit_binq.places import require_folder
 from lit_binq.texts import TextSource, encode, make_windows, read_text
 from lit_binq_onnx.check import Reference, check_onnx, fused_failure, torch_reference
 from lit_binq_onnx.functions import OPSET, add_functions
@@ -66,12 +67,7 @@ def _refuse(model: PreTrainedModel, target: Path) -> dict[str, PackedLinear]:
                 f"export: {name} is {tensor.dtype} on {tensor.device}, expected float32 on the CPU: "
                 "load the model with lit_binq.hub.load_packed, or call .float().cpu() on it"
             )
-    if target.exists() and not target.is_dir():
-        raise LitBinqError(f"output {str(target)!r}: a file of this name exists; expected a new folder's name")
-    if target.is_dir() and any(target.iterdir()) and not (target / FACTS).is_file():
-        raise LitBinqError(
-            f"output {str(target)!r}: the folder holds other files; expected a new or empty folder, or an older export"
-        )
+    require_folder(target, "output", FACTS)
     return layers
 
 
@@ -187,7 +183,7 @@ def export_onnx(
     place = Path(os.path.abspath(out_dir))
     layers = _refuse(model, place)
     model.eval()
-    with new_folder(place) as work:
+    with new_folder(place, FACTS) as work:
         start = time.monotonic()
         reference = None
         gram = _gram(model, tokenizer, head_text) if head_bits == 4 else None
