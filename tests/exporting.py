@@ -95,11 +95,11 @@ def packed_model(kind: str) -> PreTrainedModel:
     return pack_linears(random_model(kind))
 
 
-def pack_linears(model: PreTrainedModel) -> PreTrainedModel:
-    """Pack every linear of a model's blocks, in place: random scales, biases kept."""
-    generator = torch.Generator().manual_seed(2)
+def pack_linears(model: PreTrainedModel, *, every: bool = False) -> PreTrainedModel:
+    """Pack every linear of a model's blocks, or `every` one but the head, in place: random scales, biases kept."""
+    generator, head = torch.Generator().manual_seed(2), model.get_output_embeddings()
     for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and "layers." in name:
+        if isinstance(linear, nn.Linear) and ("layers." in name or (every and linear is not head)):
             W = linear.weight.detach()
             c = 0.5 + torch.rand(W.shape[1], generator=generator)
             solution = RowColumn(W.abs().mean(1), c, torch.where(W >= 0, 1.0, -1.0))

@@ -43,6 +43,7 @@ from lit_binq_onnx.graph import require_packed_nodes, simplify, store_half
 from lit_binq_onnx.head import Tables, quantize_readers, rounded_tables
 from lit_binq_onnx.head_rounding import HEAD_BITS, RANDOM_DAMPING, TEXT_WINDOWS, head_gram, random_windows
 from lit_binq_onnx.session import DATA, FACTS, FACTS_VERSION, FUSED, MODEL
+from lit_binq_onnx.supported import unsupported_reason
 from lit_binq_onnx.tensors import DataFile
 from lit_binq_onnx.trace import cache_shapes, quiet, trace
 
@@ -53,6 +54,9 @@ _PACKAGES = ("lit-binq", "torch", "transformers", "onnx", "onnxscript", "onnxrun
 
 def _refuse(model: PreTrainedModel, target: Path) -> dict[str, PackedLinear]:
     """The packed layers by name; raises where the model or the target is not what export expects."""
+    reason = unsupported_reason(model)
+    if reason is not None:
+        raise LitBinqError(f"export: {reason}; for export take another `model` for the fit")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     if not layers:
         raise LitBinqError(

@@ -49,6 +49,7 @@ def simplify(model: ir.Model) -> None:
     )
     drop_full_slices(model.graph)
     divide_by_roots(model.graph)
+    widen_bfloat16(model.graph)
     _apply(
         model,
         passes.CommonSubexpressionEliminationPass(),
@@ -132,6 +133,32 @@ def divide_by_roots(graph: ir.Graph) -> int:
         graph.insert_before(product, quotient)
         old.replace_all_uses_with(result)
         graph.remove([product, reciprocal], safe=True)
+        rewritten += 1
+    return rewritten
+
+
+def widen_bfloat16(graph: ir.Graph) -> int:
+    """Compute products and sums of bfloat16 (Falcon's ALiBi) in float32 and round: ONNX Runtime has no other on a CPU.
+
+    torch does the same, so no value changes. Returns how many nodes were rewritten.
+    """
+    short, full = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    rewritten = 0
+    for node in list(graph):
+        if node.op_type not in ("Add", "Sub", "Mul", "Div") or node.domain != "" or node.outputs[0].dtype != short:
+            continue
+        wide = [ir.Node("", "Cast", [x], {"to": ir.AttrInt64("to", full)}, num_outputs=1) for x in node.inputs]
+        made = ir.Node("", node.op_type, [cast.outputs[0] for cast in wide], num_outputs=1)
+        back = ir.Node("", "Cast", made.outputs, {"to": ir.AttrInt64("to", short)}, num_outputs=1)
+        for cast, source in zip(wide, node.inputs, strict=True):
+            cast.outputs[0].type = ir.TensorType(full)
+            cast.outputs[0].shape = None if source is None else source.shape
+        made.outputs[0].type = ir.TensorType(full)
+        made.outputs[0].shape, result = node.outputs[0].shape, node.outputs[0]
+        back.outputs[0].type, back.outputs[0].shape = result.type, result.shape
+        graph.insert_before(node, [*wide, made, back])
+        result.replace_all_uses_with(back.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
         rewritten += 1
     return rewritten
 

@@ -23,6 +23,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq_onnx.functions import OPSET
 from lit_binq_onnx.graph import name_lengths
 from lit_binq_onnx.operators import translation_table
+from lit_binq_onnx.rotary import traceable_rotary
 from lit_binq_onnx.session import cache_names
 
 
@@ -135,16 +136,13 @@ def trace(model: PreTrainedModel) -> ir.Model:
         torch.arange(p, p + s).expand(b, s).clone(),
         [torch.zeros(b, heads, p, size) for heads, size in shapes],
     )
-    batch, sequence, past = torch.export.Dim("batch"), torch.export.Dim("sequence"), torch.export.Dim("past")
-    dynamic = (
-        {0: batch, 1: sequence},
-        {0: batch, 1: torch.export.Dim.DYNAMIC},  # past + sequence: torch works that out itself
-        {0: batch, 1: sequence},
-        [{0: batch, 2: past} for _ in shapes],
-    )
+    # Which lengths are equal, that the mask's is a sum, and the longest there may be (tables of positions, causal masks
+    # of a fixed size) torch works out itself.
+    free = torch.export.Dim.DYNAMIC
+    dynamic = ({0: free, 1: free}, {0: free, 1: free}, {0: free, 1: free}, [{0: free, 2: free} for _ in shapes])
     inputs, outputs = cache_names(len(shapes) // 2)
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), traceable_rotary(model):
             program = torch.export.export(FlatCache(model).eval(), example, dynamic_shapes=dynamic, strict=False)
             exported = torch.onnx.export(
                 program,
