@@ -166,8 +166,11 @@ def trace(model: PreTrainedModel) -> ir.Model:
 
 
 def _name_lengths(graph: ir.Graph) -> None:
-    """Name torch's symbols as in this file's head; the mask's length is a symbol of its own to torch."""
-    wanted = ((0, 0, "batch"), (0, 1, "sequence"), (1, 1, "past + sequence"), (3, 2, "past"))
-    shapes = {i: graph.inputs[i].shape for i, _, _ in wanted}
-    names = {str(shape[axis]): name for i, axis, name in wanted if (shape := shapes[i]) is not None}
+    """Name torch's symbols as in this file's head. Where torch needs no equality, equal lengths have several."""
+    names: dict[str, str] = {}
+    for number, value in enumerate(graph.inputs):
+        axes = ("batch", "past + sequence" if number == 1 else "sequence") if number < 3 else ("batch", "", "past")
+        for size, name in zip(() if value.shape is None else value.shape, axes, strict=False):
+            if name and isinstance(size, ir.SymbolicDim):
+                names.setdefault(str(size), name)
     name_lengths(graph, names)
