@@ -3,8 +3,8 @@
 SETTING is a `Setting` as JSON. Requests come as lines of JSON on standard input, each is answered by one on standard
 output:
 
-    (at the start)                          {"load_seconds", "import_seconds", "rss", "peak", "anon"}
-    {"do": "prefill", "ids": [...]}         {"seconds", "rss", "peak", "anon"}      an empty cache first, not timed
+    (at the start)                          {"load_seconds", "import_seconds", "rss", "peak", "anon", "mapped"}
+    {"do": "prefill", "ids": [...]}         {"seconds", "rss", ...}      an empty cache first, not timed
     {"do": "decode", "steps": 32}           {"seconds", ..., "tokens"}      from the context's end, always
 
 The process ends with its input. What fails is answered with {"error": one line}, and ends it too. Whatever an engine
@@ -30,13 +30,13 @@ from lit_binq.bench_engines import ENGINES, IMPORTS, Engine, Setting
 
 
 def resident_memory(status: Path = Path("/proc/self/status")) -> dict[str, int | None]:
-    """What this process holds, bytes: `rss` now, `peak` at most, `anon` of rss; None where the system does not say.
+    """What this process holds, bytes: `rss` now, `peak` at most, and rss apart; None where the system does not say.
 
-    Pages of files that are mapped (weights that were not copied, code) count in `rss` once they were read, until they
-    are dropped; `anon` is what no file is behind, which the system could not drop either.
+    `anon` is what no file is behind, which the system cannot drop. `mapped` are pages of files (weights that were not
+    copied, code): they are there since they were read once, and the system takes them when it needs the memory.
     """
-    found: dict[str, int | None] = {"rss": None, "peak": None, "anon": None}
-    names = {"VmRSS:": "rss", "VmHWM:": "peak", "RssAnon:": "anon"}
+    found: dict[str, int | None] = {"rss": None, "peak": None, "anon": None, "mapped": None}
+    names = {"VmRSS:": "rss", "VmHWM:": "peak", "RssAnon:": "anon", "RssFile:": "mapped"}
     try:
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
             word, *rest = line.split() or [""]

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lit_binq.formats import packed_width
-from lit_binq_onnx.library import HOW_TO_BUILD, NativeLibrary, library_path
+from lit_binq_onnx.library import HOW_TO_BUILD, MODE_ENTRY, Mode, NativeLibrary, library_path
 
 LEVELS = [
     ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -212,8 +212,9 @@ def session(
     threads: int = 1,
     level: ort.GraphOptimizationLevel | None = None,
     config: dict[str, str] | None = None,
+    mode: Mode | None = None,
 ) -> ort.InferenceSession:
-    """A CPU session, with the native operators where a library is given."""
+    """A CPU session, with the native operators where a library is given, in a mode of the session's where one is."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
@@ -221,6 +222,8 @@ def session(
         options.graph_optimization_level = level
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
+    if mode is not None:
+        options.add_session_config_entry(MODE_ENTRY, mode)
     if library is not None:
         options.register_custom_ops_library(str(library.path))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

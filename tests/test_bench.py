@@ -36,6 +36,7 @@ from lit_binq_onnx.bench_operators import (
 )
 from lit_binq_onnx.bench_table import markdown, ops_tables, significant, spread
 from lit_binq_onnx.bench_timing import Spread, alternate
+from lit_binq_onnx.library import register
 
 MAKERS = {"binary": binary_layer, "planes": planes_layer, "grouped": grouped_layer, "levels": levels_layer}
 
@@ -132,12 +133,9 @@ def relative(kernel: Kernel, M: int, K: int, N: int, copies: int = 2) -> float:
     options.intra_op_num_threads = 1
     model = graph_of(layers, M, K, N).SerializeToString()
     if kernel.mode is not None:
-        native = require_native()
-        options.register_custom_ops_library(str(native.path))
-        with native.force_mode(kernel.mode):
-            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    else:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        require_native()
+        register(options, mode=kernel.mode)
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     (y,) = session.run([f"y{copies - 1}"], {"x": x})
     return contestants.relative_error(y, x, layers[-1])
 

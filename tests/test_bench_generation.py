@@ -95,9 +95,9 @@ def test_the_torch_engine_gives_the_models_tokens(full):
 
 def test_resident_memory_reads_the_kernels_account(tmp_path):
     status = tmp_path / "status"
-    status.write_text("Name:\tpython\nVmHWM:\t    200 kB\n\nVmRSS:\t    150 kB\nRssAnon:\t 90 kB\nThreads:\t1\n")
-    assert resident_memory(status) == {"rss": 150 * 1024, "peak": 200 * 1024, "anon": 90 * 1024}
-    assert resident_memory(tmp_path / "nowhere") == {"rss": None, "peak": None, "anon": None}
+    status.write_text("Name:\tpython\nVmHWM:\t    200 kB\n\nVmRSS:\t    150 kB\nRssAnon:\t 90 kB\nRssFile:\t 60 kB\nThreads:\t1\n")
+    assert resident_memory(status) == {"rss": 150 * 1024, "peak": 200 * 1024, "anon": 90 * 1024, "mapped": 60 * 1024}
+    assert resident_memory(tmp_path / "nowhere") == dict.fromkeys(("rss", "peak", "anon", "mapped"))
 
 
 # --- processes
@@ -145,7 +145,7 @@ class FakeWorker:
         if setting.source == "cannot be opened":
             raise WorkerFailed("OSError: it is broken")
         self.setting, self.asked = setting, 0
-        self.started = {"import_seconds": 1.0, "load_seconds": 2.0, "rss": 100, "peak": 100, "anon": 50}
+        self.started = {"import_seconds": 1.0, "load_seconds": 2.0, "rss": 100, "peak": 100, "anon": 50, "mapped": 50}
         FakeWorker.alive += 1
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class FakeWorker:
         FakeWorker.log.append((name, request["do"]))
         tokens = request.get("steps") or len(request["ids"])
         seconds = tokens * (1.0 if self.setting.engine == "native" else 2.0)
-        return {"seconds": seconds, "rss": 300, "peak": 400, "anon": 200}
+        return {"seconds": seconds, "rss": 300, "peak": 400, "anon": 200, "mapped": 100}
 
     def close(self) -> None:
         FakeWorker.alive -= 1
@@ -201,7 +201,7 @@ def test_everyone_is_opened_then_they_take_turns(fake, sources):
     assert (third.ratio_low, third.ratio_high) == (2.0, 2.0)
     assert (first.load_seconds, first.first_token_seconds, third.first_token_seconds) == (2.0, 5.0, 10.0)
     assert (first.rss_loaded_bytes, first.rss_bytes, first.peak_bytes, first.rounds) == (100, 300, 400, 2)
-    assert first.anon_bytes == 200
+    assert (first.anon_bytes, first.mapped_bytes) == (200, 100)
     data = json.loads((Path(sources.out) / "lit_binq_onnx.json").read_text())["data_bytes"]
     assert first.gbytes_per_s == pytest.approx(data / 1e9)
     assert third.gbytes_per_s is None

@@ -162,11 +162,11 @@ class Fake:
             raise WorkerFailed("OSError: it is broken")
         Fake.opened.append(setting)
         self.engine = setting.engine
-        self.started = {"import_seconds": 1.0, "load_seconds": 2.0, "rss": 100, "peak": 100, "anon": 50}
+        self.started = {"import_seconds": 1.0, "load_seconds": 2.0, "rss": 100, "peak": 100, "anon": 50, "mapped": 50}
 
     def ask(self, **request: Any) -> dict[str, Any]:
         seconds = (request.get("steps") or 1) * (1.0 if self.engine == "native" else 3.0)
-        return {"seconds": seconds, "rss": 300, "peak": 400, "anon": 200}
+        return {"seconds": seconds, "rss": 300, "peak": 400, "anon": 200, "mapped": 100}
 
     def close(self) -> None:
         pass
@@ -194,7 +194,7 @@ def test_records_say_what_was_timed(fake, tmp_path):
     assert (rival.rss_loaded_bytes, rival.rss_bytes, rival.anon_bytes, rival.peak_bytes) == (100, 300, 200, 400)
     table = shape_table([ours, rival])
     assert "| ONNX Runtime, 4 bits, block 64 | 0.333 (0.333 to 0.333) | 3000 | 3.00 (3.00 to 3.00) | 4.8" in table
-    assert all(len(line.split("|")) == 16 for line in table.splitlines() if line.startswith("|"))
+    assert all(len(line.split("|")) == 17 for line in table.splitlines() if line.startswith("|"))
 
 
 def test_a_rival_that_fails_is_a_row_and_ours_an_error(fake, tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_a_rival_that_fails_is_a_row_and_ours_an_error(fake, tmp_path, monkeypat
     assert (records[0].status, records[1].status) == ("measured", "failed")
     table = shape_table(records)
     assert "| failed: OSError: it is broken |" in table
-    assert all(len(line.split("|")) == 16 for line in table.splitlines() if line.startswith("|"))
+    assert all(len(line.split("|")) == 17 for line in table.splitlines() if line.startswith("|"))
     monkeypatch.setattr(fake, "breaks", "native")
     with pytest.raises(LitBinqError, match="it is broken"):
         bench_shape(shape(), Options(past=7, tokens=4, rounds=1), folder=str(tmp_path))

@@ -106,8 +106,7 @@ def test_the_native_operator_wins_over_the_body(
 def test_exact_mode_agrees_with_the_body(native: NativeLibrary) -> None:
     model, _, _ = two_layers()
     x = activations((3, 24))
-    with native.force_mode("exact"):
-        y = session(model, native).run(None, {"X": x})[0]
+    y = session(model, native, mode="exact").run(None, {"X": x})[0]
     np.testing.assert_allclose(y, session(model, None).run(None, {"X": x})[0], rtol=1e-4, atol=1e-4)
 
 

@@ -140,12 +140,11 @@ def test_threads_change_nothing(native: NativeLibrary, kind: str, exact: int, M:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_modes_and_calls(native: NativeLibrary, kind: str) -> None:
-    """The forced mode reaches every operator, and every operator counts."""
+    """The session's mode reaches every operator, and every operator counts."""
     p, x = MAKERS[kind](40, 300), activations(2, 300)
     lut, exact = (multiply(native, p, x, exact=e, isa=native.isa()) for e in (False, True))
     assert np.array_equal(lut, exact) == (kind == "sparse8")
-    with native.force_mode("exact"):
-        forced = session(one_node(p, exact=0), native)
+    forced = session(one_node(p, exact=0), native, mode="exact")
     before = native.calls()
     np.testing.assert_array_equal(forced.run(None, {"X": x})[0], exact)
     assert native.calls() == before + 1

@@ -37,8 +37,7 @@ def test_body_and_native_operator_in_one_file(
         x, before = activations(2, 5, 37), native.calls()
         stock = session(made, None, level=level, config=config).run(None, feeds(x))[0]
         assert native.calls() == before
-        with native.force_mode("exact"):
-            exact = session(made, native, level=level, config=config).run(None, feeds(x))[0]
+        exact = session(made, native, level=level, config=config, mode="exact").run(None, feeds(x))[0]
         assert native.calls() == before + 3
         lut = session(made, native, level=level, config=config).run(None, feeds(x))[0]
         assert exact.shape == stock.shape == (2, 5, 24 if made.graph.node[0].op_type == "NormBinaryGatedMLP" else 32)
@@ -115,7 +114,7 @@ def test_attributes_that_do_not_fit(native: NativeLibrary) -> None:
         with pytest.raises(Exception, match=f"NormBinaryGatedMLP: attribute {name} is missing, expected {meaning}"):
             session(made, native)
     for bad in (-1e-5, np.nan, np.inf):
-        with pytest.raises(Exception, match=r"attribute epsilon is .*, expected a finite number of at least 0"):
+        with pytest.raises(Exception, match=r"attribute epsilon is .*, expected a finite number"):
             session(model("NormBinaryGatedMLP", mlp(37, 48, 24), None, epsilon=float(bad)), native)
 
 

@@ -77,8 +77,3 @@ def test_steering() -> None:
     native.force_isa(best)
     with pytest.raises(LitBinqError, match=r"force_isa: got 'sse9', expected .* one of .*scalar"):
         native.force_isa("sse9")
-    with (
-        pytest.raises(LitBinqError, match="force_mode: got 'fast', expected 'lut', 'exact' or None"),
-        native.force_mode("fast"),
-    ):
-        pass

@@ -90,16 +90,12 @@ def test_calls_are_counted(native: NativeLibrary) -> None:
     assert native.calls() == before + 3
 
 
-def test_forced_mode_is_read_at_creation(native: NativeLibrary) -> None:
+def test_the_sessions_mode_wins_over_the_nodes(native: NativeLibrary) -> None:
     p, x = random_problem(100, 300), activations((2, 300))
     lut, exact = (multiply(native, p, x, exact=e, isa=native.isa()) for e in (False, True))
     assert not np.array_equal(lut, exact)
-    with native.force_mode("exact"):
-        forced = session(one_node_model(p, [2, 300], exact=0), native)
-        with native.force_mode("lut"):
-            inner = session(one_node_model(p, [2, 300], exact=1), native)
-    after = session(one_node_model(p, [2, 300], exact=0), native)
-    for s, want in ((forced, exact), (inner, lut), (after, lut)):
+    for mode, of_node, want in (("exact", 0, exact), ("lut", 1, lut), (None, 0, lut), (None, 1, exact)):
+        s = session(one_node_model(p, [2, 300], exact=of_node), native, mode=mode)
         np.testing.assert_array_equal(s.run(None, {"X": x})[0], want)
 
 

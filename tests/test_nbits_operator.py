@@ -12,7 +12,9 @@ from native import instruction_sets, require_native, session
 from nbits_problems import activations, multiply, one_node_model, problem
 
 from lit_binq_onnx.functions import add_functions
-from lit_binq_onnx.library import NativeLibrary
+from lit_binq_onnx.library import Mode, NativeLibrary
+
+MODES: tuple[Mode, ...] = ("lut", "exact")
 
 INT8_ERROR = 0.05
 """Relative error of a product whose activations, of many octaves, are rounded to int8 by the block: 0.028 is seen."""
@@ -46,11 +48,10 @@ def test_modes_and_sets_can_be_forced(native: NativeLibrary) -> None:
     p, x = problem(19, 70), activations(3, 70)
     best = native.isa()
     for isa in instruction_sets(native):
-        for mode in ("lut", "exact"):
+        for mode in MODES:
             native.force_isa(isa)
             try:
-                with native.force_mode(mode):
-                    s = session(one_node_model(p, [3, 70], exact=int(mode == "lut")), native)
+                s = session(one_node_model(p, [3, 70], exact=int(mode == "lut")), native, mode=mode)
             finally:
                 native.force_isa(best)
             want, _ = multiply(native, p, x, exact=mode == "exact", isa=isa)

@@ -7,13 +7,11 @@ activations. Columns are in stored order, outliers first, where nothing else is 
 import ctypes
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from native import require_native, session
-from onnx import TensorProto, helper, numpy_helper
 from two_plane_problems import (
     FLOAT_ERROR,
     SETS,
@@ -22,6 +20,7 @@ from two_plane_problems import (
     activations,
     blocks_of,
     integers,
+    model,
     multiply,
     problem,
 )
@@ -227,20 +226,6 @@ def test_extremes(native: NativeLibrary, sets: list[str], size: float, bits: int
 
 
 # --- the operator
-
-
-def model(p: Problem, shape: list[int | str], *, exact: int | None = None, **attributes: int) -> onnx.ModelProto:
-    tensors = p.tensors()
-    numbers = p.attributes() | attributes | ({} if exact is None else {"exact": exact})
-    graph = helper.make_graph(
-        [helper.make_node("TwoPlaneMatMul", ["X", *tensors], ["Y"], "layer", domain="lit_binq", **numbers)],
-        "one_node",
-        [helper.make_tensor_value_info("X", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [*shape[:-1], p.N])],
-        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
-    )
-    domains = [helper.make_opsetid("", 18), helper.make_opsetid("lit_binq", 1)]
-    return helper.make_model(graph, opset_imports=domains, ir_version=10)
 
 
 @pytest.mark.parametrize("bits", [0, 4, 8])

@@ -8,7 +8,9 @@ import ctypes
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from lit_binq.formats.activations import quantize
 from lit_binq_onnx.library import NativeLibrary
@@ -228,3 +230,18 @@ def integers(library: NativeLibrary, p: Problem, x: np.ndarray, isa: str) -> Int
     pointers = [a.ctypes.data for a in (x, columns, codes, found, counts)]
     assert call(isa.encode(), address, *pointers) == count
     return Integers(codes, found, counts, [(int(c), int(c + n)) for c, n in columns])
+
+
+def model(p: Problem, shape: list[int | str], *, exact: int | None = None, **attributes: int) -> onnx.ModelProto:
+    """X -> TwoPlaneMatMul -> Y."""
+    tensors = p.tensors()
+    numbers = p.attributes() | attributes | ({} if exact is None else {"exact": exact})
+    graph = helper.make_graph(
+        [helper.make_node("TwoPlaneMatMul", ["X", *tensors], ["Y"], "layer", domain="lit_binq", **numbers)],
+        "one_node",
+        [helper.make_tensor_value_info("X", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [*shape[:-1], p.N])],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    domains = [helper.make_opsetid("", 18), helper.make_opsetid("lit_binq", 1)]
+    return helper.make_model(graph, opset_imports=domains, ir_version=10)

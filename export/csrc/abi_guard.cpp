@@ -1,8 +1,8 @@
-// The guard of abi_guard.h. Runs inside RegisterCustomOps, before anything is handed to the runtime. The version is
-// read first: no position of the table is called on a runtime that is too old to have it.
+// The guard of abi_guard.h. Runs inside RegisterCustomOps, before anything is handed to the runtime. What it relies on is
+// the documented contract: a runtime grants the version of the API that is asked for, or gives null where it is older.
+// A newer one grants it for ever. Texts of the runtime are not looked at: they are promised nowhere.
 #include "abi_guard.h"
 
-#include <cstdio>
 #include <cstring>
 
 namespace lit_binq {
@@ -69,36 +69,16 @@ bool tensor_round_trip(const OrtApi& api) {
   return same;
 }
 
-// Without a context ParallelFor has nothing to run on: the real one says so.
-bool parallel_for_answers(const OrtApi& api) {
-  OrtStatus* status = api.KernelContext_ParallelFor(nullptr, nullptr, 1, 0, nullptr);
-  if (status == nullptr) return false;
-  const bool same = std::strcmp(api.GetErrorMessage(status), "Invalid context") == 0;
-  api.ReleaseStatus(status);
-  return same;
-}
-
 }  // namespace
 
 const char* check_abi(const OrtApiBase* base, OrtApi& api) {
-  if (base == nullptr || base->GetVersionString == nullptr || base->GetApi == nullptr) return "no OrtApiBase came";
-  const char* version = base->GetVersionString();
-  int major = 0, minor = 0;
-  if (version == nullptr || std::sscanf(version, "%d.%d", &major, &minor) != 2) {
-    return "the version string of ONNX Runtime cannot be read";
-  }
-  if (major != 1 || minor < static_cast<int>(kApiVersion)) return "expected ONNX Runtime 1.18 or a newer 1.x";
+  if (base == nullptr || base->GetApi == nullptr) return "no OrtApiBase came";
   const OrtApiSlot* table = base->GetApi(kApiVersion);
-  if (table == nullptr) return "GetApi(18) gave nothing; expected ONNX Runtime 1.18 or a newer 1.x";
+  if (table == nullptr) return "it is too old, expected ONNX Runtime 1.18 or newer";
   api.bind(table);
-  if (!status_round_trip(api)) return "this ONNX Runtime has another ABI (status)";
-  const char* build = api.GetBuildInfoString();
-  if (build == nullptr || std::strncmp(build, "ORT Build Info", 14) != 0) {
-    return "this ONNX Runtime has another ABI (build information)";
-  }
-  if (!shape_round_trip(api)) return "this ONNX Runtime has another ABI (type and shape)";
-  if (!tensor_round_trip(api)) return "this ONNX Runtime has another ABI (tensor)";
-  if (!parallel_for_answers(api)) return "this ONNX Runtime has another ABI (ParallelFor)";
+  if (!status_round_trip(api)) return "it has another ABI (status)";
+  if (!shape_round_trip(api)) return "it has another ABI (type and shape)";
+  if (!tensor_round_trip(api)) return "it has another ABI (tensor)";
   return nullptr;
 }
 

@@ -20,8 +20,8 @@ class BinaryMatMul final : public MatrixOperator {
                                       {"bias", kOrtFloat}};
   static constexpr Signature kSignature = {"BinaryMatMul", kInputs, 5};
 
-  explicit BinaryMatMul(const OrtKernelInfo* info) : MatrixOperator(kSignature, info) {
-    const Tensor row_scale = constant_scales(info, 2, N_), col_scale = constant_scales(info, 3, K_);
+  explicit BinaryMatMul(const NodeReader& node) : MatrixOperator(node) {
+    const Tensor row_scale = node.scales(2, N_), col_scale = node.scales(3, K_);
     weights_ = std::make_unique<PackedMatrix>(PackedMatrix::row_column(
         codes_.as<uint8_t>(), row_scale.as<uint16_t>(), col_scale.as<uint16_t>(), N_, K_, kernels_.layout));
   }
@@ -29,9 +29,6 @@ class BinaryMatMul final : public MatrixOperator {
 
 }  // namespace
 
-const OrtCustomOp* binary_matmul_op() {
-  static const OrtCustomOp op = describe<BinaryMatMul>();
-  return &op;
-}
+Description binary_matmul_op(const OrtApi& ort, SessionMode mode) { return describe<BinaryMatMul>(ort, mode); }
 
 }  // namespace lit_binq

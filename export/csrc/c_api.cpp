@@ -14,9 +14,6 @@ using namespace lit_binq;
 // Multiplications and attentions that native operators have done since the library was loaded.
 LIT_BINQ_EXPORT int64_t lit_binq_calls(void) { return call_count().load(); }
 
-// Mode of operators created from now on: 0 LUT, 1 exact, anything else follows the node's attribute.
-LIT_BINQ_EXPORT void lit_binq_force_mode(int mode) { forced_mode().store(mode == 0 || mode == 1 ? mode : -1); }
-
 // Instruction set of operators created from now on.
 LIT_BINQ_EXPORT const char* lit_binq_isa(void) { return current_kernels().name; }
 

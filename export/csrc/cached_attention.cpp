@@ -41,22 +41,16 @@ class CachedAttention final : public Operator {
                                       {"value", kOrtFloat}};
   static constexpr Signature kSignature = {"CachedAttention", kInputs, 9, 2, nullptr, 0, 3};
 
-  explicit CachedAttention(const OrtKernelInfo* info)
-      : Operator(kSignature, info), kernels_(attention_kernels(current_kernels().name)) {
-    heads_ = required_attribute(info, "num_heads", "the number of query heads");
-    kv_heads_ = required_attribute(info, "kv_num_heads", "the number of key and value heads");
+  explicit CachedAttention(const NodeReader& node)
+      : Operator(node), kernels_(attention_kernels(current_kernels().name)) {
+    heads_ = node.number("num_heads", "the number of query heads");
+    kv_heads_ = node.number("kv_num_heads", "the number of key and value heads");
     if (heads_ % kv_heads_ != 0) {
       fail("attribute num_heads is %lld, expected a multiple of kv_num_heads = %lld", as_long(heads_),
            as_long(kv_heads_));
     }
-    if (OrtStatus* status = ort().KernelInfoGetAttribute_float(info, "scale", &scale_)) {
-      ort().ReleaseStatus(status);
-      fail("attribute scale is missing, expected the factor of the scores");
-    }
-    if (OrtStatus* status = ort().KernelInfoGetAttribute_int64(info, "local_window_size", &window_)) {
-      ort().ReleaseStatus(status);
-      window_ = -1;  // not given: the default
-    }
+    scale_ = node.finite("scale", "the factor of the scores");
+    window_ = node.number_or(-1, "local_window_size", INT64_MIN, INT64_MAX);
     if (window_ != -1 && window_ < 1) {
       fail("attribute local_window_size is %lld, expected at least 1, or -1 for all tokens", as_long(window_));
     }
@@ -64,10 +58,8 @@ class CachedAttention final : public Operator {
   }
 
   void compute(OrtKernelContext* context) const {
-    size_t inputs = 0;
-    check(ort().KernelContext_GetInputCount(context, &inputs));
-    const bool packed = !given(context, inputs, kKey);
-    if (packed == given(context, inputs, kValue)) {
+    const bool packed = !is_given(context, kKey);
+    if (packed == is_given(context, kValue)) {
       fail("%s is missing, expected key and value, or neither of them", packed ? "key" : "value");
     }
     const Tensor query = read_input(context, 0), past_key = read_input(context, kPastKey);
@@ -84,7 +76,7 @@ class CachedAttention final : public Operator {
       fail("past_value has shape %s, expected %s as past_key", shape_text(past_value).c_str(),
            shape_text(past_key).c_str());
     }
-    const int64_t q_width = heads_ * a.d, kv_width = kv_heads_ * a.d;
+    const int64_t q_width = product(heads_, a.d, "columns of all heads"), kv_width = kv_heads_ * a.d;
     expect_tokens(query, 0, a, packed ? q_width + 2 * kv_width : q_width);
     a.q = query.as<float>(), a.q_stride = query.dims[2];
     if (packed) {
@@ -114,45 +106,40 @@ class CachedAttention final : public Operator {
       fail("past and present share memory for %lld tokens, expected room for total_tokens = %lld",
            as_long(a.past_room), as_long(total));
     }
-    PoolExecutor executor(context);
+    PoolExecutor executor(ort(), context);
     attend(kernels_, a, executor);
     check(executor.status);
     call_count().fetch_add(1, std::memory_order_relaxed);
   }
 
   // Only `heads`: how large the cache will be is not known before total_tokens is.
-  static void infer(const Signature&, const OrtShapeInferContext* context) {
+  static void infer(const OrtApi& ort, const Signature&, const OrtShapeInferContext* context) {
     OrtTensorTypeAndShapeInfo* key = nullptr;
-    if (OrtStatus* status = ort().ShapeInferContext_GetInputTypeShape(context, kKey, &key)) {
-      ort().ReleaseStatus(status);
+    if (OrtStatus* status = ort.ShapeInferContext_GetInputTypeShape(context, kKey, &key)) {
+      ort.ReleaseStatus(status);
       key = nullptr;  // left out
     }
-    Shape heads = input_shape(context, 0);
-    const Shape past = input_shape(context, kPastKey);
+    Shape heads = input_shape(ort, context, 0);
+    const Shape past = input_shape(ort, context, kPastKey);
     if (heads.dims.size() != 3 || past.dims.size() != 4) return;
     const int64_t kv = past.dims[1], d = past.dims[3];
-    if (key == nullptr) heads.dims[2] = kv < 0 || d < 0 ? -1 : heads.dims[2] - 2 * kv * d;
+    if (key == nullptr) {
+      int64_t width = 0;  // of keys and values, which are in heads.dims[2] too
+      if (kv < 0 || kv > kMostNumber || d < 0 || __builtin_mul_overflow(2 * kv, d, &width)) return;
+      heads.dims[2] = std::max(heads.dims[2] - width, int64_t{-1});
+    }
     heads.symbols[2] = "";
-    set_output_shape(context, 0, heads);
+    set_output_shape(ort, context, 0, heads);
   }
 
  private:
   static constexpr int64_t kAll = int64_t{1} << 31;  // above every position
 
-  static long long as_long(int64_t value) { return value; }
-
-  static bool given(const OrtKernelContext* context, size_t inputs, size_t index) {
-    if (inputs <= index) return false;
-    const OrtValue* value = nullptr;
-    check(ort().KernelContext_GetInput(context, index, &value));
-    return value != nullptr;
-  }
-
   void expect_cache(const Tensor& t, size_t index, int64_t batch) const {
     const bool fits = t.rank == 4 && t.dims[0] == batch && t.dims[1] == kv_heads_ && t.dims[3] > 0 &&
                       t.dims[3] % kHeadUnit == 0;
     if (!fits) {
-      fail("%s has shape %s, expected (%lld, %lld, tokens, a multiple of %lld)", signature_.inputs[index].name,
+      fail("%s has shape %s, expected (%lld, %lld, tokens, a multiple of %lld)", name_of(index),
            shape_text(t).c_str(), as_long(batch), as_long(kv_heads_), as_long(kHeadUnit));
     }
   }
@@ -160,14 +147,14 @@ class CachedAttention final : public Operator {
   void expect_tokens(const Tensor& t, size_t index, const Attending& a, int64_t width) const {
     if (t.rank != 3 || t.dims[0] != a.batch || t.dims[1] != a.tokens || t.dims[2] != width) {
       fail("%s has shape %s, expected (%lld, %lld, %lld) for %lld and %lld heads of %lld",
-           signature_.inputs[index].name, shape_text(t).c_str(), as_long(a.batch), as_long(a.tokens), as_long(width),
+           name_of(index), shape_text(t).c_str(), as_long(a.batch), as_long(a.tokens), as_long(width),
            as_long(heads_), as_long(kv_heads_), as_long(a.d));
     }
   }
 
   void expect_angles(const Tensor& t, size_t index, int64_t positions, int64_t d) const {
     if (t.rank != 2 || t.dims[0] != positions || t.dims[1] != d / 2) {
-      fail("%s has shape %s, expected (positions, %lld), as many positions as cos", signature_.inputs[index].name,
+      fail("%s has shape %s, expected (positions, %lld), as many positions as cos", name_of(index),
            shape_text(t).c_str(), as_long(d / 2));
     }
   }
@@ -175,9 +162,7 @@ class CachedAttention final : public Operator {
   // A cache grows to it: it must not be beyond what the model has positions for.
   int64_t read_total(const OrtKernelContext* context, const Attending& a, int64_t positions) const {
     const Tensor t = read_input(context, kTotal);
-    int64_t elements = 1;
-    for (size_t i = 0; i < t.rank; ++i) elements *= t.dims[i];
-    if (elements != 1) fail("total_tokens has shape %s, expected one number", shape_text(t).c_str());
+    if (t.elements != 1) fail("total_tokens has shape %s, expected one number", shape_text(t).c_str());
     const int64_t total = *t.as<int32_t>(), most = std::max(positions, a.past_room);
     if (total < a.tokens || total > most) {
       fail("total_tokens is %lld, expected %lld to %lld", as_long(total), as_long(a.tokens), as_long(most));
@@ -210,9 +195,6 @@ class CachedAttention final : public Operator {
 
 }  // namespace
 
-const OrtCustomOp* cached_attention_op() {
-  static const OrtCustomOp op = describe<CachedAttention>();
-  return &op;
-}
+Description cached_attention_op(const OrtApi& ort, SessionMode mode) { return describe<CachedAttention>(ort, mode); }
 
 }  // namespace lit_binq

@@ -17,16 +17,16 @@ class GroupedBinaryMatMul final : public MatrixOperator {
       {"X", kOrtFloat}, {"codes", kOrtUint8}, {"scales", kOrtFloat16}, {"bias", kOrtFloat}};
   static constexpr Signature kSignature = {"GroupedBinaryMatMul", kInputs, 4};
 
-  explicit GroupedBinaryMatMul(const OrtKernelInfo* info) : MatrixOperator(kSignature, info) {
-    const int64_t group = required_attribute(info, "group", "the columns that share a scale");
-    const int64_t groups = K_ / group + (K_ % group != 0);
-    const Tensor scales = constant(info, 2);
+  explicit GroupedBinaryMatMul(const NodeReader& node) : MatrixOperator(node) {
+    const int64_t group = node.number("group", "the columns that share a scale");
+    const int64_t groups = divide_up(K_, group);
+    const Tensor scales = node.constant(2);
     if (scales.rank != 2 || scales.dims[0] != N_ || scales.dims[1] != groups) {
       fail("scales has shape %s, expected (%lld, %lld) for %lld columns in groups of %lld", shape_text(scales).c_str(),
-           static_cast<long long>(N_), static_cast<long long>(groups), static_cast<long long>(K_),
-           static_cast<long long>(group));
+           as_long(N_), as_long(groups), as_long(K_),
+           as_long(group));
     }
-    expect_finite(scales, "scales", N_ * groups);
+    expect_finite(scales, "scales");
     weights_ = std::make_unique<PackedMatrix>(
         PackedMatrix::grouped(codes_.as<uint8_t>(), scales.as<uint16_t>(), N_, K_, group, kernels_.layout));
   }
@@ -34,9 +34,6 @@ class GroupedBinaryMatMul final : public MatrixOperator {
 
 }  // namespace
 
-const OrtCustomOp* grouped_binary_matmul_op() {
-  static const OrtCustomOp op = describe<GroupedBinaryMatMul>();
-  return &op;
-}
+Description grouped_binary_matmul_op(const OrtApi& ort, SessionMode mode) { return describe<GroupedBinaryMatMul>(ort, mode); }
 
 }  // namespace lit_binq

@@ -21,20 +21,20 @@ class LevelsMatMul final : public MatrixOperator {
                                       {"levels", kOrtFloat16}, {"column_bits", kOrtUint8}, {"bias", kOrtFloat}};
   static constexpr Signature kSignature = {"LevelsMatMul", kInputs, 6};
 
-  explicit LevelsMatMul(const OrtKernelInfo* info) : MatrixOperator(kSignature, info) {
-    const int64_t group = required_attribute(info, "group", "the columns that share levels");
-    const int64_t zones = required_attribute(info, "zones", "1 or 2");
-    if (zones > 2) fail("attribute zones is %lld, expected 1 or 2", static_cast<long long>(zones));
-    const int64_t groups = zones * (K_ / group + (K_ % group != 0));
-    const Tensor selector = constant(info, 2), levels = constant(info, 3), column_bits = constant(info, 4);
+  explicit LevelsMatMul(const NodeReader& node) : MatrixOperator(node) {
+    const int64_t group = node.number("group", "the columns that share levels");
+    const int64_t zones = node.number("zones", "1 or 2");
+    if (zones > 2) fail("attribute zones is %lld, expected 1 or 2", as_long(zones));
+    const int64_t groups = zones * divide_up(K_, group);
+    const Tensor selector = node.constant(2), levels = node.constant(3), column_bits = node.constant(4);
     expect_codes(selector, "selector");
     if (levels.rank != 3 || levels.dims[0] != N_ || levels.dims[1] != groups || levels.dims[2] != 4) {
       fail("levels has shape %s, expected (%lld, %lld, 4) for %lld columns in groups of %lld",
-           shape_text(levels).c_str(), static_cast<long long>(N_), static_cast<long long>(groups),
-           static_cast<long long>(K_), static_cast<long long>(group));
+           shape_text(levels).c_str(), as_long(N_), as_long(groups),
+           as_long(K_), as_long(group));
     }
-    expect_finite(levels, "levels", N_ * groups * 4);
-    expect_vector(column_bits, "column_bits", zones == 2 ? (K_ + 7) / 8 : 0);
+    expect_finite(levels, "levels");
+    expect_vector(column_bits, "column_bits", zones == 2 ? divide_up(K_, 8) : 0);
     weights_ = std::make_unique<PackedMatrix>(
         PackedMatrix::levels(codes_.as<uint8_t>(), selector.as<uint8_t>(), levels.as<uint16_t>(),
                              zones == 2 ? column_bits.as<uint8_t>() : nullptr, N_, K_, group, kernels_.layout));
@@ -43,9 +43,6 @@ class LevelsMatMul final : public MatrixOperator {
 
 }  // namespace
 
-const OrtCustomOp* levels_matmul_op() {
-  static const OrtCustomOp op = describe<LevelsMatMul>();
-  return &op;
-}
+Description levels_matmul_op(const OrtApi& ort, SessionMode mode) { return describe<LevelsMatMul>(ort, mode); }
 
 }  // namespace lit_binq

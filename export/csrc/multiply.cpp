@@ -292,6 +292,10 @@ void run_panel(Panel& p, Executor& executor) {
     Part& part = p.parts[i];
     const PackedMatrix& w = *part.weights;
     // Blocks are of one size but for the ends of groups: as many of them as make kSegmentColumns columns.
+    if (w.blocks() == 0) {  // no rows of weights
+      part.segments = 0;
+      continue;
+    }
     part.segment_blocks = std::max(kSegmentColumns / w.block(0).count, int64_t{1});
     part.segments = (w.blocks() + part.segment_blocks - 1) / part.segment_blocks;
     p.segments += part.segments;

@@ -33,7 +33,7 @@ NBitsMatrix::NBitsMatrix(const NBitsTensors& t)
       K_(t.K),
       bits_(t.bits),
       block_(t.block),
-      blocks_((t.K + t.block - 1) / t.block),
+      blocks_(divide_up(t.K, t.block)),
       code_bytes_(t.block * t.bits / 8 * kNBitsRows),
       has_zeros_(t.zeros != nullptr),
       exponents_(static_cast<size_t>(tiles()), 0) {

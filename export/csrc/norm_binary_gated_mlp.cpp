@@ -23,15 +23,15 @@ class NormBinaryGatedMLP final : public NormBinaryOperator {
                                       LIT_BINQ_MATRIX_INPUTS("up"), LIT_BINQ_MATRIX_INPUTS("down")};
   static constexpr Signature kSignature = {"NormBinaryGatedMLP", kInputs, kDown + 3, 0, kDownCodes, 1, 2};
 
-  explicit NormBinaryGatedMLP(const OrtKernelInfo* info) : NormBinaryOperator(kSignature, info) {
-    const int64_t H = required_attribute(info, "H", "the rows of gate and up");
-    add_matrix(info, kGate, K_, "K");
-    add_matrix(info, kUp, K_, "K");
-    add_matrix(info, kDown, H, "H");
+  explicit NormBinaryGatedMLP(const NodeReader& node) : NormBinaryOperator(node) {
+    const int64_t H = node.number("H", "the rows of gate and up");
+    add_matrix(node, kGate, K_, "K");
+    add_matrix(node, kUp, K_, "K");
+    add_matrix(node, kDown, H, "H");
     for (size_t i = 0; i < 2; ++i) {
       if (weights_[i].rows() != H) {
         fail("%s has %lld rows, expected %lld as attribute H says", kInputs[i == 0 ? kGate : kUp].name,
-             static_cast<long long>(weights_[i].rows()), static_cast<long long>(H));
+             as_long(weights_[i].rows()), as_long(H));
       }
     }
   }
@@ -41,7 +41,7 @@ class NormBinaryGatedMLP final : public NormBinaryOperator {
     Norm norm;
     const Tensor hidden = read_hidden(context, &M, &norm);
     float* y = make_y(context, hidden, weights_[2].rows());
-    PoolExecutor executor(context);
+    PoolExecutor executor(ort(), context);
     multiply_gated(kernels_, weights_[0], weights_[1], weights_[2], mode_, &norm, hidden.as<float>(), M, y, executor);
     check(executor.status);
     call_count().fetch_add(3, std::memory_order_relaxed);
@@ -50,9 +50,6 @@ class NormBinaryGatedMLP final : public NormBinaryOperator {
 
 }  // namespace
 
-const OrtCustomOp* norm_binary_gated_mlp_op() {
-  static const OrtCustomOp op = describe<NormBinaryGatedMLP>();
-  return &op;
-}
+Description norm_binary_gated_mlp_op(const OrtApi& ort, SessionMode mode) { return describe<NormBinaryGatedMLP>(ort, mode); }
 
 }  // namespace lit_binq

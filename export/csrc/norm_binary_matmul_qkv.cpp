@@ -28,8 +28,8 @@ class NormBinaryMatMulQKV final : public NormBinaryOperator {
   static constexpr Signature kSignature = {
       "NormBinaryMatMulQKV", kInputs, kBiases + kMatrices, kMatrices, kCodesAt, kMatrices, 2};
 
-  explicit NormBinaryMatMulQKV(const OrtKernelInfo* info) : NormBinaryOperator(kSignature, info) {
-    for (const size_t index : kCodesAt) add_matrix(info, index, K_, "K");
+  explicit NormBinaryMatMulQKV(const NodeReader& node) : NormBinaryOperator(node) {
+    for (const size_t index : kCodesAt) add_matrix(node, index, K_, "K");
     for (const PackedMatrix& w : weights_) N_ += w.rows();
   }
 
@@ -46,7 +46,7 @@ class NormBinaryMatMulQKV final : public NormBinaryOperator {
       product.y = y;
       y += product.weights->rows();
     }
-    PoolExecutor executor(context);
+    PoolExecutor executor(ort(), context);
     multiply_all(kernels_, products, kMatrices, mode_, &norm, hidden.as<float>(), M, executor);
     check(executor.status);
     call_count().fetch_add(kMatrices, std::memory_order_relaxed);
@@ -58,9 +58,6 @@ class NormBinaryMatMulQKV final : public NormBinaryOperator {
 
 }  // namespace
 
-const OrtCustomOp* norm_binary_matmul_qkv_op() {
-  static const OrtCustomOp op = describe<NormBinaryMatMulQKV>();
-  return &op;
-}
+Description norm_binary_matmul_qkv_op(const OrtApi& ort, SessionMode mode) { return describe<NormBinaryMatMulQKV>(ort, mode); }
 
 }  // namespace lit_binq

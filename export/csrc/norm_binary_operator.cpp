@@ -2,7 +2,6 @@
 #include "norm_binary_operator.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "cpu.h"
 
@@ -14,25 +13,21 @@ constexpr size_t kSum = 1;               // output
 
 }  // namespace
 
-NormBinaryOperator::NormBinaryOperator(const Signature& signature, const OrtKernelInfo* info)
-    : Operator(signature, info), kernels_(current_kernels()) {
-  K_ = required_attribute(info, "K", kColumns);
-  if (OrtStatus* status = ort().KernelInfoGetAttribute_float(info, "epsilon", &epsilon_)) {
-    ort().ReleaseStatus(status);
-    fail("attribute epsilon is missing, expected what the norm adds to the mean of squares");
-  }
-  if (!(epsilon_ >= 0.0f) || std::isinf(epsilon_)) {
+NormBinaryOperator::NormBinaryOperator(const NodeReader& node) : Operator(node), kernels_(current_kernels()) {
+  K_ = node.number("K", NodeReader::kColumns);
+  epsilon_ = node.finite("epsilon", "what the norm adds to the mean of squares");
+  if (epsilon_ < 0.0f) {
     fail("attribute epsilon is %g, expected a finite number of at least 0", static_cast<double>(epsilon_));
   }
-  const Tensor gamma = constant(info, kGamma);
-  expect_vector(gamma, signature_.inputs[kGamma].name, K_);
+  const Tensor gamma = node.constant(kGamma);
+  expect_vector(gamma, name_of(kGamma), K_);
   gamma_.assign(gamma.as<float>(), gamma.as<float>() + K_);
 }
 
-void NormBinaryOperator::add_matrix(const OrtKernelInfo* info, size_t index, int64_t K, const char* name) {
-  const Tensor codes = constant_codes(info, index, K, name);
+void NormBinaryOperator::add_matrix(const NodeReader& node, size_t index, int64_t K, const char* name) {
+  const Tensor codes = node.codes(index, K, name);
   const int64_t N = codes.dims[0];
-  const Tensor row_scale = constant_scales(info, index + 1, N), col_scale = constant_scales(info, index + 2, K);
+  const Tensor row_scale = node.scales(index + 1, N), col_scale = node.scales(index + 2, K);
   weights_.push_back(PackedMatrix::row_column(codes.as<uint8_t>(), row_scale.as<uint16_t>(), col_scale.as<uint16_t>(),
                                               N, K, kernels_.layout));
 }
@@ -42,16 +37,16 @@ Tensor NormBinaryOperator::read_hidden(OrtKernelContext* context, int64_t* M, No
   const bool one_row = skip.rank == 1 && skip.dims[0] == K_;
   if (!one_row && (skip.rank != hidden.rank || !std::equal(skip.dims, skip.dims + skip.rank, hidden.dims))) {
     fail("skip has shape %s, expected %s as hidden, or (%lld,)", shape_text(skip).c_str(), shape_text(hidden).c_str(),
-         static_cast<long long>(K_));
+         as_long(K_));
   }
   float* const sum = make_output(context, kSum, hidden.dims, hidden.rank);
   *norm = {skip.as<float>(), one_row ? 0 : K_, gamma_.data(), epsilon_, sum};
   return hidden;
 }
 
-void NormBinaryOperator::infer(const Signature& signature, const OrtShapeInferContext* context) {
-  infer_shape(signature, context);
-  set_output_shape(context, kSum, input_shape(context, kX));
+void NormBinaryOperator::infer(const OrtApi& ort, const Signature& signature, const OrtShapeInferContext* context) {
+  infer_shape(ort, signature, context);
+  set_output_shape(ort, context, kSum, input_shape(ort, context, kX));
 }
 
 }  // namespace lit_binq

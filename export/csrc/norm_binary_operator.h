@@ -34,14 +34,14 @@ constexpr size_t kFirstMatrix = 3;  // input of its codes
 class NormBinaryOperator : public Operator {
  public:
   // Y and sum.
-  static void infer(const Signature& signature, const OrtShapeInferContext* context);
+  static void infer(const OrtApi& ort, const Signature& signature, const OrtShapeInferContext* context);
 
  protected:
   // Reads K, epsilon and gamma.
-  NormBinaryOperator(const Signature& signature, const OrtKernelInfo* info);
+  explicit NormBinaryOperator(const NodeReader& node);
 
   // The matrix whose codes are input `index`; its K columns are what attribute `name` says. Throws Failure.
-  void add_matrix(const OrtKernelInfo* info, size_t index, int64_t K, const char* name);
+  void add_matrix(const NodeReader& node, size_t index, int64_t K, const char* name);
   // While computing: hidden, its rows in M, and the norm of its rows with skip, whose sums go to the second output.
   Tensor read_hidden(OrtKernelContext* context, int64_t* M, Norm* norm) const;
 

@@ -1,5 +1,7 @@
-// What all operators of domain lit_binq share: reading arguments, errors, threads, shape inference. Touches the runtime
-// through ort_abi.h. An operator is a class derived from Operator with a Signature, described by `describe<Op>`.
+// What all operators of domain lit_binq share: reading a call, threads, shape inference, what the runtime sees. Touches
+// the runtime through ort_abi.h; there is no global one: an operator keeps the table of the runtime that made it, so
+// that several copies of ONNX Runtime in one process may use the library. An operator is a class derived from Operator
+// with a Signature, constructed from a NodeReader and described by `describe<Op>`.
 //
 // Most of them are a linear layer with packed weights, derived from PackedOperator:
 //
@@ -25,74 +27,25 @@
 
 #include "multiply.h"
 #include "ort_abi.h"
+#include "reader.h"
 
 namespace lit_binq {
-
-// The API that operators call; filled by RegisterCustomOps after the guard has passed.
-OrtApi& ort();
 
 // Multiplications done by all operators since the library was loaded: as many for a call as it has matrices; an
 // attention is one.
 std::atomic<int64_t>& call_count();
 
-// -1: operators created from now on follow their attribute `exact`; 0: LUT mode; 1: exact mode.
-std::atomic<int>& forced_mode();
-
-constexpr size_t kMaxRank = 16;  // shapes are kept on the stack: no allocation while computing
-constexpr size_t kX = 0, kCodes = 1;
-
-struct Input {
-  const char* name;
-  OrtElementType type;
-};
-
-inline constexpr size_t kFirstCodes[] = {kCodes};
-
-// The last inputs are optional: the bias. N is the number of rows of the inputs `row_inputs`, together. All outputs are
-// float32.
-struct Signature {
-  const char* name;
-  const Input* inputs;
-  size_t count;
-  size_t optional = 1;
-  const size_t* row_inputs = kFirstCodes;
-  size_t row_inputs_count = 1;
-  size_t outputs = 1;
-};
-
-// Carries the status of a failed call, or our own message, to the ABI boundary.
-class Failure : public std::exception {
- public:
-  explicit Failure(OrtStatus* status) : status(status) {}
-  OrtStatus* status;
-};
-
-void check(OrtStatus* status);
-
-struct Tensor {
-  const void* data = nullptr;
-  int64_t dims[kMaxRank] = {0};
-  size_t rank = 0;
-
-  template <typename T>
-  const T* as() const {
-    return static_cast<const T*>(data);
-  }
-};
-
-// "(2, 3)"
-std::string shape_text(const Tensor& t);
-
 // The thread pool of the session. The first failure ends it: later runs do nothing.
 class PoolExecutor final : public Executor {
  public:
-  explicit PoolExecutor(const OrtKernelContext* context) : context_(context) {}
+  PoolExecutor(const OrtApi& ort, const OrtKernelContext* context) : ort_(ort), context_(context) {}
   void run(size_t tasks, size_t batches, void (*task)(void*, size_t), void* argument) override {
-    if (status == nullptr) status = ort().KernelContext_ParallelFor(context_, task, tasks, batches, argument);
+    if (status == nullptr) status = ort_.KernelContext_ParallelFor(context_, task, tasks, batches, argument);
   }
   OrtStatus* status = nullptr;
 
  private:
+  const OrtApi& ort_;
   const OrtKernelContext* context_;
 };
 
@@ -102,35 +55,24 @@ struct Shape {
   std::vector<const char*> symbols;  // "" where there is none
 };
 
-Shape input_shape(const OrtShapeInferContext* context, size_t index);
+Shape input_shape(const OrtApi& ort, const OrtShapeInferContext* context, size_t index);
 // Says nothing where the shape is unknown, or where a dimension has neither size nor symbol, which cannot be handed on.
-void set_output_shape(const OrtShapeInferContext* context, size_t index, const Shape& shape);
+void set_output_shape(const OrtApi& ort, const OrtShapeInferContext* context, size_t index, const Shape& shape);
 
 // Y has the shape of X with its last dimension replaced by N. Throws Failure.
-void infer_shape(const Signature& signature, const OrtShapeInferContext* context);
+void infer_shape(const OrtApi& ort, const Signature& signature, const OrtShapeInferContext* context);
 
-// Reading arguments. Everything throws Failure.
-class Operator {
+// Reading a call. Everything throws Failure.
+class Operator : public Reader {
  public:
   // Shapes of the outputs; an operator whose outputs are not one Y hides it with one of its own.
-  static void infer(const Signature& signature, const OrtShapeInferContext* context) {
-    infer_shape(signature, context);
+  static void infer(const OrtApi& ort, const Signature& signature, const OrtShapeInferContext* context) {
+    infer_shape(ort, signature, context);
   }
 
  protected:
-  // Reads exact.
-  Operator(const Signature& signature, const OrtKernelInfo* info);
-
-  [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(const char* format, ...) const;
-  static constexpr const char* kColumns = "the number of columns (in_features)";  // meaning of attribute K
-  int64_t required_attribute(const OrtKernelInfo* info, const char* name, const char* meaning) const;  // at least 1
-  // Input `index`, which must be a constant of the model. Its data is the file's, valid while the operator is created.
-  Tensor constant(const OrtKernelInfo* info, size_t index) const;
-  // Bits of a matrix (N, ceil(K / 8)) with the K columns that attribute `name` says.
-  Tensor constant_codes(const OrtKernelInfo* info, size_t index, int64_t K, const char* name) const;
-  void expect_vector(const Tensor& t, const char* name, int64_t length) const;
-  void expect_finite(const Tensor& t, const char* name, int64_t length) const;       // float16
-  Tensor constant_scales(const OrtKernelInfo* info, size_t index, int64_t length) const;  // finite float16 (length,)
+  // Reads the mode.
+  explicit Operator(const NodeReader& node);
 
   // While computing: X (..., K), its rows in M; a bias (N,) at `index`, nullptr where the node leaves it out; and the
   // memory of Y (..., N).
@@ -141,11 +83,9 @@ class Operator {
   Tensor read_input(const OrtKernelContext* context, size_t index) const;
   float* make_output(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank) const;
 
-  const Signature& signature_;
-  Mode mode_;
+  bool is_given(const OrtKernelContext* context, size_t index) const;  // an optional input
 
- private:
-  Tensor read(const OrtValue* value, const Input& input) const;
+  Mode mode_;
 };
 
 class PackedOperator : public Operator {
@@ -155,7 +95,7 @@ class PackedOperator : public Operator {
 
  protected:
   // Reads K and codes.
-  PackedOperator(const Signature& signature, const OrtKernelInfo* info);
+  explicit PackedOperator(const NodeReader& node);
 
   // One multiplication: x (M, K), bias (N,) or nullptr, y (M, N).
   virtual void run(const float* x, int64_t M, const float* bias, float* y, Executor& executor) const = 0;
@@ -163,42 +103,52 @@ class PackedOperator : public Operator {
   void expect_codes(const Tensor& t, const char* name) const;  // (N, ceil(K / 8))
 
   int64_t K_ = 0, N_ = 0;
-  Tensor codes_;  // valid while the operator is created
+  Tensor codes_;  // its data is valid while the operator is created
 };
 
 // A weight that packed_matrix.h holds; runs multiply.h on the kernels that are best when it is created.
 class MatrixOperator : public PackedOperator {
  protected:
-  MatrixOperator(const Signature& signature, const OrtKernelInfo* info);
+  explicit MatrixOperator(const NodeReader& node);
   void run(const float* x, int64_t M, const float* bias, float* y, Executor& executor) const override;
 
   const Kernels& kernels_;
   std::unique_ptr<PackedMatrix> weights_;  // set by the derived class's constructor, in the layout of kernels_
 };
 
-// Runs `body` and turns whatever it throws into a status.
+// Runs `body` and turns whatever it throws into a status of the runtime.
 template <typename Body>
-OrtStatus* guarded(const Signature& signature, Body&& body) noexcept {
+OrtStatus* guarded(const OrtApi& ort, const Signature& signature, Body&& body) noexcept {
+  char text[100];
   try {
     body();
     return nullptr;
   } catch (const Failure& failure) {
     return failure.status;
   } catch (const std::bad_alloc&) {
-    char text[100];
     std::snprintf(text, sizeof text, "lit_binq.%s: out of memory", signature.name);
-    return ort().CreateStatus(kOrtRuntimeException, text);
   } catch (const std::exception& error) {
-    return ort().CreateStatus(kOrtRuntimeException, error.what());
+    std::snprintf(text, sizeof text, "lit_binq.%s: %s", signature.name, error.what());
   } catch (...) {
-    return ort().CreateStatus(kOrtRuntimeException, "lit_binq: unknown error");
+    std::snprintf(text, sizeof text, "lit_binq.%s: unknown error", signature.name);
   }
+  return ort.CreateStatus(kOrtRuntimeException, text);
 }
 
-// What the runtime sees of the operator Op, which has a static Signature `kSignature`.
+// An operator as one runtime sees it in sessions of one mode. The runtime hands this very object to the callbacks.
+struct Description : OrtCustomOp {
+  const OrtApi* ort;
+  SessionMode mode;
+
+  static const Description& of(const OrtCustomOp* op) { return *static_cast<const Description*>(op); }
+};
+
+// What the runtime sees of the operator Op, which has a static Signature `kSignature`. `ort` must outlive it.
 template <typename Op>
-OrtCustomOp describe() {
-  OrtCustomOp op = {};
+Description describe(const OrtApi& ort, SessionMode mode) {
+  Description op = {};
+  op.ort = &ort;
+  op.mode = mode;
   op.version = kApiVersion;
   op.GetName = [](const OrtCustomOp*) { return Op::kSignature.name; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
@@ -216,15 +166,19 @@ OrtCustomOp describe() {
   op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
   op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApiSlot*, const OrtKernelInfo* info, void** kernel) {
-    return guarded(Op::kSignature, [&] { *kernel = new Op(info); });
+  op.CreateKernelV2 = [](const OrtCustomOp* self, const OrtApiSlot*, const OrtKernelInfo* info, void** kernel) {
+    const Description& of = Description::of(self);
+    return guarded(*of.ort, Op::kSignature,
+                   [&] { *kernel = new Op(NodeReader(*of.ort, Op::kSignature, info, of.mode)); });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    return guarded(Op::kSignature, [&] { static_cast<const Op*>(kernel)->compute(context); });
+    const Op& made = *static_cast<const Op*>(kernel);
+    return guarded(made.ort(), Op::kSignature, [&] { made.compute(context); });
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
-  op.InferOutputShape = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-    return guarded(Op::kSignature, [&] { Op::infer(Op::kSignature, context); });
+  op.InferOutputShape = [](const OrtCustomOp* self, OrtShapeInferContext* context) {
+    const OrtApi& ort = *Description::of(self).ort;
+    return guarded(ort, Op::kSignature, [&] { Op::infer(ort, Op::kSignature, context); });
   };
   return op;
 }

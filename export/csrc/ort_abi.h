@@ -71,8 +71,9 @@ enum OrtCharacteristic : int { kOrtRequired = 0, kOrtOptional = 1 };
   X(ReleaseValue, 96, void, (OrtValue*))                                                                             \
   X(ReleaseTensorTypeAndShapeInfo, 99, void, (OrtTensorTypeAndShapeInfo*))                                           \
   X(ReleaseCustomOpDomain, 101, void, (OrtCustomOpDomain*))                                                          \
+  X(HasSessionConfigEntry, 237, OrtStatus*, (const OrtSessionOptions*, const char* key, int* found))                 \
+  X(GetSessionConfigEntry, 238, OrtStatus*, (const OrtSessionOptions*, const char* key, char* value, size_t* size))  \
   X(KernelInfoGetConstantInput_tensor, 249, OrtStatus*, (const OrtKernelInfo*, size_t, int*, const OrtValue**))      \
-  X(GetBuildInfoString, 254, const char*, ())                                                                        \
   X(ShapeInferContext_GetInputTypeShape, 268, OrtStatus*,                                                            \
     (const OrtShapeInferContext*, size_t index, OrtTensorTypeAndShapeInfo**))                                        \
   X(ShapeInferContext_SetOutputTypeShape, 270, OrtStatus*,                                                           \

@@ -36,9 +36,12 @@ int64_t first_non_finite(const uint16_t* scales, int64_t count) {
 }
 
 PackedMatrix::PackedMatrix(int64_t N, int64_t K, int64_t group, int64_t zones, Layout layout)
-    : layout_(layout), N_(N), K_(K), group_(group), row_scale_(N, 1.0f), col_scale_(zones * K, 1.0f) {
-  const int64_t column_groups = (K + group - 1) / group;
+    : layout_(layout), N_(N), K_(K), row_scale_(N, 1.0f) {
+  group = std::min(group, K);  // any that is larger means the same
+  const int64_t column_groups = divide_up(K, group);
   groups_ = zones * column_groups;
+  if (N == 0) return;  // no tensor of the file says that K is a number of columns that fits a memory
+  col_scale_.assign(zones * K, 1.0f);
   for (int64_t g = 0; g < column_groups; ++g) {
     const int64_t end = std::min(K, (g + 1) * group);
     for (int64_t column = g * group; column < end; column += kBlock) {
@@ -55,6 +58,7 @@ PackedMatrix::PackedMatrix(int64_t N, int64_t K, int64_t group, int64_t zones, L
 PackedMatrix PackedMatrix::row_column(const uint8_t* codes, const uint16_t* row_scale, const uint16_t* col_scale,
                                       int64_t N, int64_t K, Layout layout) {
   PackedMatrix w(N, K, K, 1, layout);
+  if (N == 0) return w;
   w.codes_.push_back(w.transpose(codes));
   std::transform(row_scale, row_scale + N, w.row_scale_.begin(), half_to_float);
   std::transform(col_scale, col_scale + K, w.col_scale_.begin(), half_to_float);
@@ -65,6 +69,7 @@ PackedMatrix PackedMatrix::row_column(const uint8_t* codes, const uint16_t* row_
 PackedMatrix PackedMatrix::grouped(const uint8_t* codes, const uint16_t* scales, int64_t N, int64_t K, int64_t group,
                                    Layout layout) {
   PackedMatrix w(N, K, group, 1, layout);
+  if (N == 0) return w;
   w.codes_.push_back(w.transpose(codes));
   w.allocate_factors(1);
   for (int64_t n = 0; n < N; ++n) {
@@ -77,6 +82,7 @@ PackedMatrix PackedMatrix::levels(const uint8_t* codes, const uint8_t* selector,
                                   const uint8_t* column_bits, int64_t N, int64_t K, int64_t group,
                                   Layout layout) {
   PackedMatrix w(N, K, group, column_bits != nullptr ? 2 : 1, layout);
+  if (N == 0) return w;
   w.codes_.push_back(w.transpose(codes));
   w.codes_.push_back(w.transpose(selector));
   w.allocate_factors(4);
@@ -108,7 +114,7 @@ static uint8_t byte_at(const uint8_t* row, int64_t row_bytes, int64_t column) {
 }
 
 LayerBytes PackedMatrix::transpose(const uint8_t* codes) const {
-  const int64_t row_bytes = (K_ + 7) / 8;
+  const int64_t row_bytes = divide_up(K_, 8);
   LayerBytes result = allocate_for_layer(code_bytes());
   std::memset(result.get(), 0, code_bytes());
   for (int64_t tile = 0; tile < tiles(); ++tile) {

@@ -36,8 +36,9 @@ struct ColumnBlock {
 
 class PackedMatrix {
  public:
-  // All pointers are as in the file; nothing of them is kept. `layout` is that of the kernels that will multiply. Throw
-  // std::bad_alloc.
+  // All pointers are as in the file; nothing of them is kept. `layout` is that of the kernels that will multiply. N from
+  // 0, K and group from 1, whatever their size as long as the tensors are there; a matrix without rows has no blocks
+  // either. Throw std::bad_alloc.
   // codes (N, ceil(K / 8)), row_scale (N,), col_scale (K,).
   static PackedMatrix row_column(const uint8_t* codes, const uint16_t* row_scale, const uint16_t* col_scale, int64_t N,
                                  int64_t K, Layout layout);
@@ -77,7 +78,7 @@ class PackedMatrix {
 
   Layout layout_;
   bool dead_columns_ = false;
-  int64_t N_, K_, group_, groups_ = 0, bytes_ = 0, table_bytes_ = 0, planes_ = 1;
+  int64_t N_, K_, groups_ = 0, bytes_ = 0, table_bytes_ = 0, planes_ = 1;
   std::vector<ColumnBlock> blocks_;
   std::vector<LayerBytes> codes_;  // of the stored planes
   std::vector<float> row_scale_, col_scale_;

@@ -39,15 +39,15 @@ class Sparse8MatMul final : public PackedOperator {
                                       {"bias", kOrtFloat}};
   static constexpr Signature kSignature = {"Sparse8MatMul", kInputs, 7};
 
-  explicit Sparse8MatMul(const OrtKernelInfo* info)
-      : PackedOperator(kSignature, info), first_(N_ + 1, 0), row_scale_(N_), value_scale_(N_) {
-    const Tensor mask = constant(info, 2), values = constant(info, 3);
+  explicit Sparse8MatMul(const NodeReader& node)
+      : PackedOperator(node), first_(N_ + 1, 0), row_scale_(N_), value_scale_(N_) {
+    const Tensor mask = node.constant(2), values = node.constant(3);
     expect_codes(mask, "mask");
     const int64_t width = (K_ + 7) / 8;
     for (int64_t n = 0; n < N_; ++n) first_[n + 1] = first_[n] + count_bits(mask.as<uint8_t>() + n * width, K_);
     expect_vector(values, "values", first_[N_]);
-    const uint16_t* r = constant_scales(info, 4, N_).as<uint16_t>();
-    const uint16_t* s = constant_scales(info, 5, N_).as<uint16_t>();
+    const uint16_t* r = node.scales(4, N_).as<uint16_t>();
+    const uint16_t* s = node.scales(5, N_).as<uint16_t>();
     std::transform(r, r + N_, row_scale_.begin(), half_to_float);
     std::transform(s, s + N_, value_scale_.begin(), half_to_float);
     signs_.assign(codes_.as<uint8_t>(), codes_.as<uint8_t>() + N_ * width);
@@ -116,9 +116,6 @@ class Sparse8MatMul final : public PackedOperator {
 
 }  // namespace
 
-const OrtCustomOp* sparse8_matmul_op() {
-  static const OrtCustomOp op = describe<Sparse8MatMul>();
-  return &op;
-}
+Description sparse8_matmul_op(const OrtApi& ort, SessionMode mode) { return describe<Sparse8MatMul>(ort, mode); }
 
 }  // namespace lit_binq

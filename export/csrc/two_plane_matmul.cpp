@@ -41,35 +41,35 @@ class TwoPlaneMatMul final : public PackedOperator {
                                       {"bias", kOrtFloat}};
   static constexpr Signature kSignature = {"TwoPlaneMatMul", kInputs, 8};
 
-  explicit TwoPlaneMatMul(const OrtKernelInfo* info) : PackedOperator(kSignature, info) {
+  explicit TwoPlaneMatMul(const NodeReader& node) : PackedOperator(node) {
     TwoPlaneTensors t = {};
     t.N = N_;
     t.K = K_;
-    t.group = required_attribute(info, "group", "the columns that share levels");
-    t.activation_bits = number(info, "activation_bits", "0, 4 or 8");
-    t.P = number(info, "outliers", "the number of outlier columns");
+    t.group = node.number("group", "the columns that share levels");
+    t.activation_bits = node.number("activation_bits", "0, 4 or 8", 0);
+    t.P = node.number("outliers", "the number of outlier columns", 0);
     if (t.activation_bits != 0 && t.activation_bits != 4 && t.activation_bits != 8) {
-      fail("attribute activation_bits is %lld, expected 0, 4 or 8", static_cast<long long>(t.activation_bits));
+      fail("attribute activation_bits is %lld, expected 0, 4 or 8", as_long(t.activation_bits));
     }
-    const Tensor selector = constant(info, 2), levels = constant(info, 3), outlier_bits = constant(info, 4);
-    const Tensor input_range = constant(info, 6);
+    const Tensor selector = node.constant(2), levels = node.constant(3), outlier_bits = node.constant(4);
+    const Tensor input_range = node.constant(6);
     expect_codes(selector, "selector");
-    const int64_t groups = K_ / t.group + (K_ % t.group != 0);
+    const int64_t groups = divide_up(K_, t.group);
     t.L = levels.rank == 3 ? levels.dims[2] : 0;
     if (t.L < 2 || t.L > 4 || levels.dims[0] != N_ || levels.dims[1] != groups) {
       fail("levels has shape %s, expected (%lld, %lld, 2 to 4) for %lld columns in groups of %lld",
-           shape_text(levels).c_str(), static_cast<long long>(N_), static_cast<long long>(groups),
-           static_cast<long long>(K_), static_cast<long long>(t.group));
+           shape_text(levels).c_str(), as_long(N_), as_long(groups),
+           as_long(K_), as_long(t.group));
     }
-    expect_finite(levels, "levels", N_ * groups * t.L);
-    expect_vector(outlier_bits, "outlier_bits", t.P != 0 ? (K_ + 7) / 8 : 0);
+    expect_finite(levels, "levels");
+    expect_vector(outlier_bits, "outlier_bits", t.P != 0 ? divide_up(K_, 8) : 0);
     int64_t marked = 0;
     for (int64_t k = 0; t.P != 0 && k < K_; ++k) marked += outlier_bits.as<uint8_t>()[k / 8] >> (k % 8) & 1;
     if (marked != t.P) {
-      fail("outlier_bits marks %lld columns, expected %lld as attribute outliers says", static_cast<long long>(marked),
-           static_cast<long long>(t.P));
+      fail("outlier_bits marks %lld columns, expected %lld as attribute outliers says", as_long(marked),
+           as_long(t.P));
     }
-    t.input_scales = constant_scales(info, 5, t.activation_bits == 4 ? 5 : 0).as<uint16_t>();
+    t.input_scales = node.scales(5, t.activation_bits == 4 ? 5 : 0).as<uint16_t>();
     if (input_range.rank != 1 || (input_range.dims[0] != 0 && input_range.dims[0] != 4)) {
       fail("input_range has shape %s, expected (4,) or (0,)", shape_text(input_range).c_str());
     }
@@ -92,24 +92,11 @@ class TwoPlaneMatMul final : public PackedOperator {
   }
 
  private:
-  int64_t number(const OrtKernelInfo* info, const char* name, const char* meaning) const {
-    int64_t value = 0;
-    if (OrtStatus* status = ort().KernelInfoGetAttribute_int64(info, name, &value)) {
-      ort().ReleaseStatus(status);
-      fail("attribute %s is missing, expected %s", name, meaning);
-    }
-    if (value < 0) fail("attribute %s is %lld, expected %s", name, static_cast<long long>(value), meaning);
-    return value;
-  }
-
   std::unique_ptr<TwoPlaneMatrix> weights_;
 };
 
 }  // namespace
 
-const OrtCustomOp* two_plane_matmul_op() {
-  static const OrtCustomOp op = describe<TwoPlaneMatMul>();
-  return &op;
-}
+Description two_plane_matmul_op(const OrtApi& ort, SessionMode mode) { return describe<TwoPlaneMatMul>(ort, mode); }
 
 }  // namespace lit_binq

@@ -53,7 +53,10 @@ TwoPlaneMatrix::TwoPlaneMatrix(const TwoPlaneKernels& kernels, const TwoPlaneTen
       input_(t.activation_bits != 0 ? TwoPlaneInput::kPlanes : exact ? TwoPlaneInput::kExact : TwoPlaneInput::kLut),
       N_(t.N),
       K_(t.K),
-      L_(t.L) {
+      L_(t.L),
+      group_(std::min(t.group, t.K)),  // any that is larger means the same
+      groups_(divide_up(K_, group_)) {
+  if (N_ == 0) return;  // no tensor of the file says that K is a number of columns that fits a memory
   if (input_ == TwoPlaneInput::kLut && L_ == 4 && kernels_.rounds_levels) find_units(t);
   cut(t);
   order_columns(t);
@@ -71,7 +74,7 @@ void TwoPlaneMatrix::cut(const TwoPlaneTensors& t) {
   const int64_t chunk = 8 * kernels_.lane_bytes;
   for (int64_t column = 0; column < K_;) {
     const bool is_eight = column < eight;
-    const int64_t group_end = (column / t.group + 1) * t.group;
+    const int64_t group_end = (column / group_ + 1) * group_;
     const int64_t end = std::min({group_end, is_eight ? eight : K_, K_, column + kTwoPlaneBlock});
     TwoPlaneColumns b = {};
     b.column = column;
@@ -96,13 +99,12 @@ void TwoPlaneMatrix::cut(const TwoPlaneTensors& t) {
 }
 
 void TwoPlaneMatrix::find_units(const TwoPlaneTensors& t) {
-  const int64_t groups = (K_ + t.group - 1) / t.group;
   row_units_.assign(static_cast<size_t>(tiles() * kTwoPlaneRows), 0.0f);
   for (int64_t n = 0; n < N_; ++n) {
     float largest = 0.0f;
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < groups_; ++g) {
       float level[4], m[4];
-      std::transform(t.levels + (n * groups + g) * 4, t.levels + (n * groups + g + 1) * 4, level, half_to_float);
+      std::transform(t.levels + (n * groups_ + g) * 4, t.levels + (n * groups_ + g + 1) * 4, level, half_to_float);
       rounded_order(level, m);
       for (float value : m) largest = std::max(largest, std::fabs(value));
     }
@@ -126,7 +128,7 @@ void TwoPlaneMatrix::order_columns(const TwoPlaneTensors& t) {
 }
 
 void TwoPlaneMatrix::pack(const TwoPlaneTensors& t) {
-  const int64_t row_bytes = (K_ + 7) / 8, groups = (K_ + t.group - 1) / t.group, lane = kernels_.lane_bytes;
+  const int64_t row_bytes = divide_up(K_, 8), lane = kernels_.lane_bytes;
   weights_ = allocate_for_layer(static_cast<size_t>(tiles() * tile_bytes_));
   std::memset(weights_.get(), 0, static_cast<size_t>(tiles() * tile_bytes_));
   std::vector<double> sums(static_cast<size_t>(kParts * tiles() * kTwoPlaneRows), 0.0);
@@ -135,7 +137,7 @@ void TwoPlaneMatrix::pack(const TwoPlaneTensors& t) {
     const uint8_t* bits[2] = {t.codes + n * row_bytes, t.selector + n * row_bytes};
     for (const TwoPlaneColumns& b : blocks_) {
       uint8_t* out = weights_.get() + tile * tile_bytes_ + b.weights;
-      const uint16_t* halves = t.levels + (n * groups + b.column / t.group) * L_;
+      const uint16_t* halves = t.levels + (n * groups_ + b.column / group_) * L_;
       float number[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       std::transform(halves, halves + L_, number, half_to_float);
       int64_t of_code[4] = {0, 0, 0, 0};

@@ -45,7 +45,8 @@ struct TwoPlaneColumns {
 
 class TwoPlaneMatrix {
  public:
-  // `exact` matters where activation_bits = 0. Throws std::bad_alloc.
+  // `exact` matters where activation_bits = 0. N from 0, K and group from 1, whatever their size as long as the tensors
+  // are there; a matrix without rows has no blocks either. Throws std::bad_alloc.
   TwoPlaneMatrix(const TwoPlaneKernels& kernels, const TwoPlaneTensors& tensors, bool exact);
 
   const TwoPlaneKernels& kernels() const { return kernels_; }
@@ -86,7 +87,7 @@ class TwoPlaneMatrix {
 
   const TwoPlaneKernels& kernels_;
   TwoPlaneInput input_;
-  int64_t N_, K_, L_, positions_ = 0, prepared_bytes_ = 0, tile_bytes_ = 0;
+  int64_t N_, K_, L_, group_, groups_, positions_ = 0, prepared_bytes_ = 0, tile_bytes_ = 0;
   std::vector<TwoPlaneColumns> blocks_;
   std::vector<int32_t> source_;
   LayerBytes weights_;

@@ -16,6 +16,9 @@ struct AlignedDelete {
 };
 using AlignedBytes = std::unique_ptr<uint8_t[], AlignedDelete>;
 
+// ceil(a / b) for a from 0 and b from 1, whatever their size.
+constexpr int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
 // Throws std::bad_alloc.
 inline AlignedBytes allocate_aligned(size_t size) {
   return AlignedBytes(static_cast<uint8_t*>(::operator new(size, std::align_val_t{kAlignment})));

@@ -8,14 +8,13 @@ Legend: M rows of x, K columns, N rows of W.
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
 
 from lit_binq_onnx.bench_operators import Kernel, Layer, graph_of
-from lit_binq_onnx.library import NativeLibrary, library_path, register
+from lit_binq_onnx.library import register
 
 ROTATION = 3
 """Bytes of all copies of a weight, in last caches. Once would do if the oldest line always left first."""
@@ -119,13 +118,11 @@ class Contestant:
             options.add_session_config_entry(key, value)
         ours = self.kernel.mode is not None
         if ours:
-            register(options)
+            register(options, mode=self.kernel.mode)
         shape = self.shape
         model = graph_of(layers, shape.M, shape.K, shape.N).SerializeToString()
         try:
-            # A kernel reads its mode when it is created, that is within the session's constructor.
-            with NativeLibrary(library_path()).force_mode(self.kernel.mode) if ours else nullcontext():
-                return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # as above
             raise NotTimed(f"refused ({' '.join(str(error).split())[:150]})") from error
 

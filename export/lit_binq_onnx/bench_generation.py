@@ -62,6 +62,7 @@ class Record:
         rss_loaded_bytes: resident memory after loading.
         rss_bytes: resident memory after the bursts.
         anon_bytes: how much of that no file is behind: neither weights that are mapped nor programs.
+        mapped_bytes: how much of it are pages of files, which the system takes where it needs the memory.
         peak_bytes: the most resident memory of the process.
         file_bytes: the model's files.
         gbytes_per_s: of our own exports in decoding: weights read if a token reads the data file once, but
@@ -90,6 +91,7 @@ class Record:
     rss_loaded_bytes: int | None = None
     rss_bytes: int | None = None
     anon_bytes: int | None = None
+    mapped_bytes: int | None = None
     peak_bytes: int | None = None
     file_bytes: int | None = None
     gbytes_per_s: float | None = None
@@ -243,7 +245,7 @@ class _Runner:
             self.record.status, self.record.note = "failed", str(error)
             return float("nan")
         self.record.rss_bytes, self.record.peak_bytes = answer["rss"], answer["peak"]
-        self.record.anon_bytes = answer["anon"]
+        self.record.anon_bytes, self.record.mapped_bytes = answer["anon"], answer["mapped"]
         return float(answer["seconds"])
 
 

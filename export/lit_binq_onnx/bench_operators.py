@@ -25,7 +25,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from lit_binq_onnx.functions import DOMAIN, MICROSOFT, NBITS, OPSET, VERSION
-from lit_binq_onnx.session import Mode
+from lit_binq_onnx.library import Mode
 
 GROUP = 128
 """Columns of a scale of the grouped format and of the levels format here."""

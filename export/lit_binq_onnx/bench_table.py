@@ -111,6 +111,14 @@ def _megabytes(size: int | None) -> str:
     return _NOTHING if size is None else f"{size / 1e6:.0f}"
 
 
+_MEMORY = ("RSS loaded, MB", "RSS after, MB", "anonymous, MB", "mapped files, MB", "peak RSS, MB", "files, MB")
+
+
+def _memory(r: GenerationRecord | ShapeRecord) -> tuple[int | None, ...]:
+    """What `_MEMORY` names. Resident memory apart: what the process must hold, and what the system may take back."""
+    return r.rss_loaded_bytes, r.rss_bytes, r.anon_bytes, r.mapped_bytes, r.peak_bytes, r.file_bytes
+
+
 def generation_table(records: list[GenerationRecord]) -> str:
     """The report of `bench decode` and `bench prefill`; contestants that are missing are rows too."""
     rows = []
@@ -122,10 +130,10 @@ def generation_table(records: list[GenerationRecord]) -> str:
                 _NOTHING if r.ratio is None else f"{r.ratio:.2f}",
                 significant(r.load_seconds),
                 first,
-                *map(_megabytes, (r.rss_loaded_bytes, r.rss_bytes, r.anon_bytes, r.peak_bytes, r.file_bytes)),
+                *map(_megabytes, _memory(r)),
             ]
         else:
-            cells = [f"{r.status}: {r.note}", *[_NOTHING] * 8]
+            cells = [f"{r.status}: {r.note}", *[_NOTHING] * 9]
         rows.append([r.kernel, *cells])
     first_record = records[0]
     table = markdown(
@@ -135,11 +143,7 @@ def generation_table(records: list[GenerationRecord]) -> str:
             "lit-binq is faster",
             "load, s",
             "first token, ms",
-            "RSS loaded, MB",
-            "RSS after, MB",
-            "of it anonymous, MB",
-            "peak RSS, MB",
-            "files, MB",
+            *_MEMORY,
         ],
         rows,
     )
@@ -173,10 +177,10 @@ def shape_table(records: Sequence[ShapeRecord]) -> str:
                 significant(r.gbytes_per_s),
                 _NOTHING if r.share_of_read is None else f"{r.share_of_read:.0%}",
                 significant(r.load_seconds),
-                *map(_megabytes, (r.rss_loaded_bytes, r.rss_bytes, r.anon_bytes, r.peak_bytes, r.file_bytes)),
+                *map(_megabytes, _memory(r)),
             ]
         else:
-            cells = [f"{r.status}: {r.note}", *[_NOTHING] * 2, f"{r.true_bits:.3f}", *[_NOTHING] * 9]
+            cells = [f"{r.status}: {r.note}", *[_NOTHING] * 2, f"{r.true_bits:.3f}", *[_NOTHING] * 10]
         rows.append([r.kernel, *cells])
     header = [
         "random weights",
@@ -188,11 +192,7 @@ def shape_table(records: Sequence[ShapeRecord]) -> str:
         "GB/s",
         f"of the {significant(first.read_gbytes_per_s)} GB/s read",
         "load, s",
-        "RSS loaded, MB",
-        "RSS after, MB",
-        "of it anonymous, MB",
-        "peak RSS, MB",
-        "files, MB",
+        *_MEMORY,
     ]
     threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
     head = f"head of {first.head_bits} bits" if first.head_bits else "float32 head"

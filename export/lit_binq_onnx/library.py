@@ -7,10 +7,8 @@ The library is C++ (export/csrc) and optional: without it, ONNX Runtime runs the
 import ctypes
 import os
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lit_binq.errors import LitBinqError
 
@@ -19,6 +17,13 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_VARIABLE = "LIT_BINQ_OPS"
 """Names a library file; it then wins over the installed one."""
+
+MODE_ENTRY = "lit_binq.mode"
+"""Entry of a session's configuration that the library reads when it is registered: "lut" or "exact" for all operators
+of the session. Without it the attribute `exact` of each node decides. (genai_config.json may hold it too, among its
+session options.)"""
+
+Mode = Literal["lut", "exact"]
 
 LIBRARY_NAMES = ("liblit_binq_ops.so", "liblit_binq_ops.dylib")
 
@@ -76,11 +81,13 @@ def required_library_path() -> Path:
     return path
 
 
-def register(session_options: "SessionOptions", *, required: bool = True) -> bool:
-    """Make the native operators known to sessions created with these options.
+def register(session_options: "SessionOptions", *, required: bool = True, mode: Mode | None = None) -> bool:
+    """Make the native operators known to sessions created with these options. Once for each options object.
 
     Args:
         session_options: options of a session that does not exist yet.
+        mode: of all operators of these sessions: "lut" (int8 tables, fast) or "exact" (float32 activations). None
+            follows the attribute `exact` of each node, or the entry `MODE_ENTRY` that the options already have.
         required: raise where the library is missing; otherwise leave the options as they are, and ONNX
             Runtime runs the function bodies.
 
@@ -88,11 +95,15 @@ def register(session_options: "SessionOptions", *, required: bool = True) -> boo
         Whether the native operators are registered.
 
     Raises:
-        LitBinqError: the library is required and missing, or it refuses this ONNX Runtime.
+        LitBinqError: the mode is unknown; the library is required and missing, or it refuses this ONNX Runtime.
     """
+    if mode not in (None, "lut", "exact"):
+        raise LitBinqError(f"mode: got {mode!r}, expected 'lut', 'exact' or None")
     path = required_library_path() if required else library_path()
     if path is None:
         return False
+    if mode is not None:
+        session_options.add_session_config_entry(MODE_ENTRY, mode)  # read by the library while it is registered
     try:
         session_options.register_custom_ops_library(str(path))
     except Exception as error:  # onnxruntime raises its own, undocumented exception types
@@ -102,10 +113,10 @@ def register(session_options: "SessionOptions", *, required: bool = True) -> boo
 
 
 class NativeLibrary:
-    """The C functions beside the operators: call counter, instruction set, forced mode.
+    """The C functions beside the operators: call counter and instruction set.
 
-    All of them are process-wide. Modes and instruction sets are read when an operator is created, that is
-    when a session is created, and do not change it afterwards.
+    All of them are process-wide. The instruction set is read when an operator is created, that is when a session is
+    created, and does not change it afterwards.
 
     Args:
         path: the library file; default the one `library_path` finds.
@@ -113,8 +124,6 @@ class NativeLibrary:
     Raises:
         LitBinqError: the file is missing or is no such library.
     """
-
-    _forced_mode = -1  # process-wide, as in the library
 
     def __init__(self, path: Path | str | None = None) -> None:
         self.path = Path(path) if path is not None else required_library_path()
@@ -126,8 +135,6 @@ class NativeLibrary:
             self.handle.lit_binq_isa_name.restype = ctypes.c_char_p
             self.handle.lit_binq_force_isa.argtypes = [ctypes.c_char_p]
             self.handle.lit_binq_force_isa.restype = ctypes.c_int
-            self.handle.lit_binq_force_mode.argtypes = [ctypes.c_int]
-            self.handle.lit_binq_force_mode.restype = None
         except (OSError, AttributeError) as error:
             raise LitBinqError(f"native operators: {self.path} cannot be loaded ({error}); {HOW_TO_BUILD}") from error
 
@@ -160,27 +167,3 @@ class NativeLibrary:
                 f"force_isa: got {name!r}, expected an instruction set that this machine has, "
                 f"one of {', '.join(self.isas())}; the choice stays {self.isa()!r}"
             )
-
-    @contextmanager
-    def force_mode(self, mode: str | None) -> Iterator[None]:
-        """Within the context, operators are created in one mode, whatever their attribute `exact` says.
-
-        Args:
-            mode: "lut", "exact", or None to follow the attribute.
-
-        Raises:
-            LitBinqError: the mode is unknown.
-        """
-        numbers: dict[str | None, int] = {None: -1, "lut": 0, "exact": 1}
-        if mode not in numbers:
-            raise LitBinqError(f"force_mode: got {mode!r}, expected 'lut', 'exact' or None")
-        before = NativeLibrary._forced_mode
-        self._set_mode(numbers[mode])
-        try:
-            yield
-        finally:
-            self._set_mode(before)
-
-    def _set_mode(self, number: int) -> None:
-        self.handle.lit_binq_force_mode(number)
-        NativeLibrary._forced_mode = number

@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +23,7 @@ import onnxruntime as ort
 
 from lit_binq.errors import LitBinqError
 from lit_binq_onnx.cache import FIRST_CAPACITY, StaticCache, row_lengths
-from lit_binq_onnx.library import HOW_TO_BUILD, NativeLibrary, library_path, register
-from lit_binq_onnx.resident import Pages, trim_heap
+from lit_binq_onnx.library import HOW_TO_BUILD, Mode, register
 from lit_binq_onnx.step import TokenStep
 
 log = logging.getLogger(__name__)
@@ -39,7 +37,6 @@ FACTS_VERSION = 1
 LOGITS_START = "logits_start"
 """Optional input of the fused graph, (1,) int64: the first of the new tokens whose logits are wanted."""
 
-Mode = Literal["lut", "exact"]
 Route = Literal["auto", "fused", "generic"]
 GrowingCache = Sequence[ort.OrtValue | np.ndarray]
 """Of the generic route: [key 0, value 0, key 1, ...], each (b, heads, p, head_dim) float32."""
@@ -157,7 +154,7 @@ class OnnxModel:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors: its warnings are about graph rewrites no user can act on
-        self.native = native is not False and register(options, required=native is True)
+        self.native = native is not False and register(options, required=native is True, mode=mode)
         self.mode: Mode = mode if self.native else "exact"
         if native is None and not self.native and "native" not in _warned:
             _warned.add("native")
@@ -167,34 +164,24 @@ class OnnxModel:
                 HOW_TO_BUILD,
             )
         name = FUSED if self.route == "fused" else MODEL
-        # A kernel reads its mode when it is created, that is within the session's constructor.
-        with NativeLibrary(library_path()).force_mode(mode) if self.native else nullcontext():
-            try:
-                source: Path | bytes = self.folder / name
-                if mode == "exact" and self.facts.get("head_bits"):
-                    source = _with_float_activations(self.folder / name)
-                    options.add_session_config_entry(_DATA_FOLDER, str(self.folder.resolve()))
-                self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # onnxruntime raises its own, undocumented exception types
-                raise LitBinqError(
-                    f"exported folder {str(folder)!r}: ONNX Runtime {ort.__version__} refuses {name} "
-                    f"({' '.join(str(error).split())[:300]}); expected an undamaged export: export again"
-                ) from error
-        Pages(Path(ort.__file__).parent).release()
-        self._pages = Pages(self.folder / DATA)
+        try:
+            source: Path | bytes = self.folder / name
+            if mode == "exact" and not self.native and self.facts.get("head_bits"):
+                source = _with_float_activations(self.folder / name)
+                options.add_session_config_entry(_DATA_FOLDER, str(self.folder.resolve()))
+            self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own, undocumented exception types
+            raise LitBinqError(
+                f"exported folder {str(folder)!r}: ONNX Runtime {ort.__version__} refuses {name} "
+                f"({' '.join(str(error).split())[:300]}); expected an undamaged export: export again"
+            ) from error
         self._shrinking = ort.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._give_back()
         past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         self._past_names = [i.name for i in past]
         self.cache_shapes: list[tuple[int, int]] = [(i.shape[1], i.shape[3]) for i in past]
         self._outputs = [o.name for o in self.session.get_outputs()]
         self._vocabulary = self.session.get_outputs()[0].shape[-1]
-
-    def _give_back(self) -> None:
-        """Memory that only loading or a prompt needed."""
-        self._pages.release()
-        trim_heap()
 
     def empty_past(self, batch: int = 1, capacity: int = 0) -> Cache:
         """A cache without tokens.
@@ -310,12 +297,10 @@ class OnnxModel:
                 made = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value, np.int64))
                 binding.bind_ortvalue_input(name, made)
             binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-            prompt = last_only and s > 1
-            self.session.run_with_iobinding(binding, self._shrinking if prompt else None)
+            # Decoding needs little of the memory that a prompt takes: the runtime frees its arena after one.
+            self.session.run_with_iobinding(binding, self._shrinking if last_only and s > 1 else None)
         except Exception as error:  # as above
             raise _failure(input_ids, total, error) from error
-        if prompt:  # decoding needs little of what it took
-            self._give_back()
         cache.lengths = lengths
         return logits
 
@@ -351,9 +336,10 @@ _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def _with_float_activations(path: Path) -> bytes:
-    """A graph whose rounded head reads float32 activations (accuracy_level 1), for comparisons.
+    """A graph whose rounded head reads float32 activations (accuracy_level 1), for comparisons on stock ONNX Runtime.
 
-    That is the head's function body: the native operator has a mode.
+    Our NBitsMatMul takes the session's mode. Its function body is a MatMulNBits whose accuracy is an attribute, which
+    no option of a session overrides: here the session gets bytes of its own, made of the file and kept by nobody else.
     """
     import onnx  # 13 MB resident, which running a model does without
 
