@@ -6,7 +6,7 @@ Whatever comes out is a plain Hugging Face model in evaluation mode, with finite
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from lit_binq.errors import LitBinqError, first_line
+from lit_binq.gguf_files import read_gguf
+from lit_binq.gguf_loading import read_once
 from lit_binq.marker import PACKED_MARKER
 from lit_binq.ties import state_ties
 
@@ -75,6 +77,8 @@ def _one_line_errors(what: str, source: str) -> Iterator[None]:
     """Turn what the libraries raise while they read `source` into a LitBinqError."""
     try:
         yield
+    except LitBinqError:
+        raise
     except Exception as error:  # parsers, network and tensor readers below each raise their own kinds
         local = Path(source).expanduser().exists()
         hint = (
@@ -105,11 +109,12 @@ def load_model(source: str, *, revision: str | None = None, dtype: torch.dtype =
             f"model {source!r}: a packed folder; expected a full-precision checkpoint "
             "(packed folders are read by lit_binq.hub.load_packed)"
         )
-    if path is not None and path.is_file():
-        where, options = path.parent, {"gguf_file": path.name}
+    file = path if path is not None and path.is_file() else None
+    if file is not None:
+        options = {"gguf_file": str(file.resolve())}
     else:
         _check_architecture(source, where, options)
-    with _one_line_errors("model", source):
+    with _one_line_errors("model", source), read_once(file) if file else nullcontext(where) as where:
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
@@ -118,8 +123,8 @@ def load_model(source: str, *, revision: str | None = None, dtype: torch.dtype =
             f"model {source!r}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__} "
             f"(first: {missing[0]}); expected a complete causal language model: check the source"
         )
-    if "gguf_file" in options:
-        _forget_gguf(model, path)
+    if file is not None:
+        _forget_gguf(model, file)
     state_ties(model)
     check_finite(model, source)
     return model.eval()
@@ -146,7 +151,8 @@ def check_finite(model: PreTrainedModel, source: str) -> None:
         LitBinqError: a tensor holds NaN or infinity; the message names it.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # NaN is the least and the greatest value wherever it occurs; one pass, where isfinite takes several.
+        if tensor.is_floating_point() and tensor.numel() and not all(e.isfinite() for e in tensor.aminmax()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise LitBinqError(
                 f"model {source!r}: weight {name} has {bad} NaN or infinite values of {tensor.numel()}; "
@@ -154,7 +160,7 @@ def check_finite(model: PreTrainedModel, source: str) -> None:
             )
 
 
-def _forget_gguf(model: PreTrainedModel, path: Path | None) -> None:
+def _forget_gguf(model: PreTrainedModel, path: Path) -> None:
     """Make a model that was read from GGUF an ordinary one: its weights are dense by now.
 
     transformers leaves its quantizer on the model and on the configuration; `save_pretrained` fails on both.
@@ -165,8 +171,7 @@ def _forget_gguf(model: PreTrainedModel, path: Path | None) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
-    if path is not None:
-        model.config.name_or_path = path.stem
+    model.config.name_or_path = path.stem
 
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -184,8 +189,8 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTok
         with _one_line_errors("tokenizer", source):
             return AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}))
     if path.is_file():
-        with _one_line_errors("tokenizer", source):
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with _one_line_errors("tokenizer", source), read_once(path) as empty:
+            tokenizer = AutoTokenizer.from_pretrained(empty, gguf_file=str(path.resolve()))
             _repair_gguf_tokenizer(tokenizer, path)
         return tokenizer
     if not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
@@ -202,10 +207,8 @@ def _repair_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> No
 
     transformers 5.17 takes the BOS token for EOS and drops the padding token; later versions do not.
     """
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    stated = {key: f.contents() for key in _GGUF_KEYS if (f := reader.get_field(f"tokenizer.ggml.{key}"))}
+    head = read_gguf(path)
+    stated = {key: value for key in _GGUF_KEYS if (value := head.get(f"tokenizer.ggml.{key}")) is not None}
     if stated.get("pre") in _DIGITS_ONE_BY_ONE:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -216,4 +219,5 @@ def _repair_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> No
     for key, name in _GGUF_KEYS.items():
         if name and key in stated:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(stated[key])))
+    tokenizer.name_or_path = path.stem
     tokenizer.clean_up_tokenization_spaces = False  # it would drop spaces before punctuation in decoded text
