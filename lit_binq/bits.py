@@ -1,20 +1,25 @@
 """How large a model is, in bits.
 
-true_bits         bits of all stored tensors of the packed weights (codes, padding, scales) / their N K weights
+true_bits         bits of every weight matrix inside the blocks / their weights: a packed one with all its tensors
+                  (codes, padding, scales), one that stays at full precision with its own bits a weight, 16 or 32
 file_bits         bits of all files of the packed folder / weights of the whole dense model
 activation_bits   bits of a value that enters a packed linear
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from lit_binq.blocks import find_blocks
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PackedLinear
 from lit_binq.formats.activations import mean_bits
 from lit_binq.marker import read_marker
 from lit_binq.packed_layers import packed_linears
 from lit_binq.records import DIAGNOSTICS
+from lit_binq.rounding import stored_bits
 
 
 def block_linear_weights(model: nn.Module) -> int:
@@ -22,16 +27,33 @@ def block_linear_weights(model: nn.Module) -> int:
     return sum(m.in_features * m.out_features for m in packed_linears(model).values())
 
 
-def true_bits(model: nn.Module) -> float:
-    """Stored bits for each weight of the packed linears: codes with their padding and scales, not the bias.
+def true_bits(model: PreTrainedModel, blocks: Iterable[nn.Module] | None = None) -> float:
+    """Stored bits for each weight inside the blocks.
+
+    Packed linears count with codes, their padding and scales. Every other matrix there, a linear that is never called,
+    a router, a convolution, counts with the bits that it is stored with (`lit_binq.rounding`). Biases and norms do not
+    count, nor does what is outside the blocks: embeddings and head.
+
+    Args:
+        model: a calibrated model.
+        blocks: of these blocks of it alone; None takes all, and any packed linear outside them.
 
     Raises:
-        LitBinqError: the model has no packed linear.
+        LitBinqError: nothing is packed.
     """
-    linears = packed_linears(model).values()
-    if not linears:
+    inside = list(find_blocks(model) if blocks is None else blocks)
+    packed = [m for part in ([model] if blocks is None else inside) for m in packed_linears(part).values()]
+    if not packed:
         raise LitBinqError("true_bits: the model has no packed linear; expected a calibrated model")
-    return sum(m.stored_bits() for m in linears) / block_linear_weights(model)
+    left = left_matrices(inside)
+    bits = sum(m.stored_bits() for m in packed) + sum(p.numel() * stored_bits(model, p) for p in left.values())
+    weights = sum(m.in_features * m.out_features for m in packed) + sum(p.numel() for p in left.values())
+    return bits / weights
+
+
+def left_matrices(blocks: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
+    """Parameters of two dimensions or more inside blocks, which are what is not packed there, by "number.name"."""
+    return {f"{i}.{name}": p for i, block in enumerate(blocks) for name, p in block.named_parameters() if p.dim() > 1}
 
 
 def activation_bits(model: nn.Module) -> float:

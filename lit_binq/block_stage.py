@@ -31,11 +31,12 @@ from lit_binq.graphs import GraphedLoss
 from lit_binq.input_formats import choose_input_format, output_error, quantized_input
 from lit_binq.objectives import GramAccumulator, Objective, Statistics, target_and_metric
 from lit_binq.records import BlockMeasures
+from lit_binq.rounding import round_rest
 from lit_binq.shrinkage import choose_shrinkage, pooled, split
 from lit_binq.solvers import RowColumnSolver
 from lit_binq.solvers.amp import amp_metric
 from lit_binq.stages import QUANTIZING, ClosedForm, Stage, Tuning
-from lit_binq.workspace import Workspace, round_parameters
+from lit_binq.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +276,7 @@ class BlockStage(Stage):
         for name, layer in find_layers(self.module, LatentLinear).items():
             replace_module(self.module, name, layer.pack())
         self.module.requires_grad_(False)
-        round_parameters(self.module, w.rest_dtype)
+        round_rest(self.module, w.rest_dtype)
         if self._diagnostics is not None:
             fixed = self.closed_form.shrinkage
             self.measures = self._diagnostics.end(self.module, self.shrinkage if fixed == "auto" else fixed)

@@ -20,6 +20,7 @@ import logging
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +41,6 @@ from lit_binq.kv_cache import KV_BITS
 from lit_binq.marker import PACKED_MARKER
 from lit_binq.memory import reset_peak_memory
 from lit_binq.model_stage import ModelStage
-from lit_binq.models import load_model
 from lit_binq.places import Place, require_output_places
 from lit_binq.records import BlockMeasures, parse_as
 from lit_binq.result import FitFacts, StageRecord, diagnostics_path, log_progress, write_result
@@ -77,6 +77,8 @@ class BinQCalibration(PackedEvaluation):
         revision: branch, tag or commit of a hub model.
         seed: seed of the order in which windows are visited.
         kv_bits: of the quantized model's keys and values, 4, or 0 to leave them as they are (lit_binq.kv_cache).
+        drop_tensors: names, or regular expressions matched anywhere in them, of tensors of the source that may be left
+            out although its architecture does not take them; such a checkpoint is refused otherwise.
     """
 
     def __init__(
@@ -95,8 +97,9 @@ class BinQCalibration(PackedEvaluation):
         revision: str | None = None,
         seed: int = 0,
         kv_bits: Literal[0, 4] = 0,
+        drop_tensors: Sequence[str] = (),
     ) -> None:
-        super().__init__(model, packed, compare_fp, revision)
+        super().__init__(model, packed, compare_fp, revision, drop_tensors)
         if tuning.lr_embeddings:
             raise LitBinqError(
                 f"tuning.lr_embeddings: got {tuning.lr_embeddings}, expected 0: only the model stage tunes embeddings, "
@@ -188,7 +191,7 @@ class BinQCalibration(PackedEvaluation):
         if data is None or not hasattr(data, "train_windows"):
             raise LitBinqError("fit: got no calibration data, expected the data module CalibrationData (option `data`)")
         windows = torch.cat((data.train_windows, data.held_out_windows))
-        teacher = load_model(self.source, revision=self.revision)
+        teacher = self.load_source()
         self._outside["work"] = Workspace(
             teacher,
             windows,

@@ -57,6 +57,7 @@ class LitBinqCLI(LightningCLI):
         """Links between options, checkpoints, and options that are ours."""
         parser.link_arguments("model.model", "data.tokenizer")
         parser.link_arguments("model.revision", "data.revision")
+        parser.link_arguments("model.drop_tensors", "data.drop_tensors")
         parser.add_lightning_class_args(StageCheckpoint, "checkpoint")
         parser.add_argument(
             "--evaluate",

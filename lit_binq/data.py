@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -86,6 +87,7 @@ class CalibrationData(LightningDataModule):
         eval_batch_size: evaluation windows a step, on each rank.
         revision: branch, tag or commit of the tokenizer, for a hub id.
         self_generated: windows that the full-precision model writes itself.
+        drop_tensors: tensors that this model's checkpoint may have too many, as `model.drop_tensors`.
 
     Attributes:
         train_windows: (n, T) int64, this rank's, after setup("fit").
@@ -113,8 +115,10 @@ class CalibrationData(LightningDataModule):
         eval_batch_size: int = 4,
         revision: str | None = None,
         self_generated: SelfGenerated = NOT_GENERATED,
+        drop_tensors: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        self.drop_tensors = list(drop_tensors)
         self.tokenizer, self.revision, self.self_generated = tokenizer, revision, self_generated
         # Not as the argument's own default: the command line would mix its fields into what the user gives.
         train = WIKITEXT2 if train is None else train
@@ -232,6 +236,7 @@ class CalibrationData(LightningDataModule):
             count,
             self.window_length - self.bos,
             revision=self.revision,
+            drop_tensors=self.drop_tensors,
             rank=rank,
             ranks=ranks,
             **around,

@@ -4,7 +4,7 @@ May touch: models, hub, bits, metrics, data's batches.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lit_binq.bits import activation_bits, file_bits, true_bits
 from lit_binq.blocks import move, require_fitting
@@ -20,7 +21,7 @@ from lit_binq.hub import load_packed
 from lit_binq.kv_cache import kv_bits
 from lit_binq.marker import read_marker
 from lit_binq.metrics import TokenPerplexity
-from lit_binq.models import load_model
+from lit_binq.models import check_patterns, load_model
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,21 @@ class PackedEvaluation(pl.LightningModule):
         packed: the packed folder.
         compare_fp: measure the source as well.
         revision: branch, tag or commit of a hub model.
+        drop_tensors: names, or regular expressions matched anywhere in them, of tensors of the source that may be left
+            out although its architecture does not take them; such a checkpoint is refused otherwise.
     """
 
-    def __init__(self, model: str, packed: str, compare_fp: bool = True, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        packed: str,
+        compare_fp: bool = True,
+        revision: str | None = None,
+        drop_tensors: Sequence[str] = (),
+    ) -> None:
         super().__init__()
+        check_patterns(drop_tensors)
+        self.drop_tensors = list(drop_tensors)
         self.source, self.packed, self.compare_fp, self.revision = model, Path(packed), compare_fp, revision
         self.results: dict[str, dict[str, float]] = {}
         self._metrics: dict[str, TokenPerplexity] = {}
@@ -66,7 +78,11 @@ class PackedEvaluation(pl.LightningModule):
         device = self.trainer.strategy.root_device
         self._outside["student"] = move(load_packed(self.packed)[0], device)
         if self.compare_fp:
-            self._outside["teacher"] = move(load_model(self.source, revision=self.revision), device)
+            self._outside["teacher"] = move(self.load_source(), device)
+
+    def load_source(self) -> PreTrainedModel:
+        """The full-precision model; see `lit_binq.models.load_model` for the errors."""
+        return load_model(self.source, revision=self.revision, drop_tensors=self.drop_tensors)
 
     def release(self) -> None:
         """Forget the models of the fit, so that evaluation has the memory and reads what was written."""
@@ -120,7 +136,7 @@ class PackedEvaluation(pl.LightningModule):
         student = self._outside["student"]
         if self.trainer.is_global_zero:
             log.info(
-                "%.3f true bits on the block linears, %.2f file bits, inputs of %.2f bits, keys and values of %d",
+                "%.3f true bits in the blocks, %.2f file bits, inputs of %.2f bits, keys and values of %d",
                 true_bits(student),
                 file_bits(self.packed),
                 activation_bits(student),

@@ -31,12 +31,13 @@ from transformers.initialization import no_init_weights
 from lit_binq.bits import dense_weights, true_bits
 from lit_binq.errors import LitBinqError, first_line
 from lit_binq.files import finite, new_folder
-from lit_binq.formats import FORMATS, PackedLinear
+from lit_binq.formats import FORMATS
 from lit_binq.kv_cache import KV_BITS, kv_bits, set_kv_bits
 from lit_binq.marker import PACKED_MARKER, VERSION, read_marker
 from lit_binq.packed_config import FORMAT, read_configuration, write_configuration
 from lit_binq.packed_layers import describe_layer, empty_layer, packed_linears
 from lit_binq.places import require_folder
+from lit_binq.rounding import round_rest
 from lit_binq.ties import FLAG, distinct_state, state_ties, tie
 
 WEIGHTS = "model.safetensors"
@@ -47,40 +48,6 @@ def _rest_names(model: nn.Module, names: list[str]) -> list[str]:
     """Those of `names` that are not part of a packed weight. A packed linear's bias belongs to the rest."""
     packed = {f"{module}.{buffer}" for module, m in packed_linears(model).items() for buffer in m.weight_buffers()}
     return [name for name in names if name not in packed]
-
-
-@torch.no_grad()
-def round_rest(model: nn.Module, rest_dtype: torch.dtype = torch.float16) -> None:
-    """Round the rest of the model (all but the packed weights) to `rest_dtype`, in place, held as float32.
-
-    So the model computes with exactly what `save_packed` stores. Rounding twice changes nothing.
-
-    Raises:
-        LitBinqError: a tensor does not fit `rest_dtype`; the model is then left as it was.
-    """
-    state, _ = distinct_state(model)
-    rest = [name for name in _rest_names(model, list(state)) if state[name].is_floating_point()]
-    for name in rest:
-        if not torch.isfinite(state[name].to(rest_dtype)).all():
-            raise LitBinqError(
-                f"tensor {name} has values up to {float(state[name].abs().max()):g} that "
-                f"{_dtype_name(rest_dtype)} cannot hold; expected values that stay finite: set the option "
-                "`rest_dtype` to bfloat16 or float32"
-            )
-    # A model may be kept in bfloat16, say. Shared parameters are one object, so they stay shared.
-    for module in model.modules():
-        names = ["bias"] if isinstance(module, PackedLinear) else [*module._parameters, *module._buffers]
-        for name in names:
-            tensor = getattr(module, name)
-            if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float32:
-                continue
-            if isinstance(tensor, nn.Parameter):
-                tensor.data = tensor.data.float()
-            else:
-                setattr(module, name, tensor.float())
-    state, _ = distinct_state(model)
-    for name in rest:
-        state[name].copy_(state[name].to(rest_dtype))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -130,8 +97,8 @@ def save_packed(
         if FORMATS.get(module.kind) is not type(module):
             raise LitBinqError(f"linear {name}: format {type(module).__name__} cannot be stored in a packed folder")
         linears[name] = describe_layer(module)
-    bits = true_bits(model)
     round_rest(model, rest_dtype)
+    bits = true_bits(model)
     state, tied = distinct_state(model)
     rest = set(_rest_names(model, list(state)))
     tensors = {
@@ -228,6 +195,7 @@ def load_packed(
     set_kv_bits(model, marker.get("kv_bits", 0))
     _replace_linears(model, marker["linears"], folder)
     _load_tensors(model, marker, folder)
+    model.stored_dtype = REST_DTYPES[marker["rest_dtype"]]
     if (folder / "generation_config.json").is_file():
         with _damaged("generation_config.json", folder):
             model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)

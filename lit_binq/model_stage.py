@@ -10,9 +10,9 @@ from lit_binq.blocks import find_layers, move, replace_module
 from lit_binq.formats import LatentLinear, PackedLinear
 from lit_binq.graphs import GraphedLoss
 from lit_binq.losses import kl_divergence
+from lit_binq.rounding import round_rest
 from lit_binq.stages import Stage
 from lit_binq.teacher_cache import TeacherCache, autocast_dtype, cache_teacher
-from lit_binq.workspace import round_parameters
 
 
 class ModelStage(Stage):
@@ -85,7 +85,7 @@ class ModelStage(Stage):
             for name, layer in find_layers(block, LatentLinear).items():
                 replace_module(block, name, layer.pack())
         self.module.requires_grad_(False)
-        round_parameters(self.module, self.work.rest_dtype)
+        round_rest(self.module, self.work.rest_dtype)
 
 
 class _ModelLoss(nn.Module):

@@ -5,7 +5,8 @@ Whatever comes out is a plain Hugging Face model in evaluation mode, with finite
 """
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -89,18 +90,28 @@ def _one_line_errors(what: str, source: str) -> Iterator[None]:
         raise LitBinqError(f"{what} {source!r} cannot be loaded ({first_line(error)}); {hint}") from error
 
 
-def load_model(source: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    drop_tensors: Sequence[str] = (),
+) -> PreTrainedModel:
     """Load a causal language model in evaluation mode.
 
     Args:
         source: a hub id (`owner/name`), a checkpoint folder, or a `.gguf` file (dequantized on the way).
         revision: branch, tag or commit, for a hub id.
         dtype: dtype of the weights.
+        drop_tensors: regular expressions, matched anywhere in a name, of tensors of the checkpoint that may be left
+            out although the model does not take them.
 
     Raises:
         LitBinqError: no such source, not a causal language model or an architecture that transformers does
-            not know, tensors missing from the checkpoint, or a weight that is NaN or infinite.
+            not know, fused experts, tensors missing from the checkpoint or left over, or a weight that is NaN or
+            infinite.
     """
+    patterns = check_patterns(drop_tensors)
     path = _local(source)
     where: str | Path = source if path is None else path
     options: dict[str, Any] = {"revision": revision} if path is None and revision else {}
@@ -112,9 +123,8 @@ def load_model(source: str, *, revision: str | None = None, dtype: torch.dtype =
     file = path if path is not None and path.is_file() else None
     if file is not None:
         options = {"gguf_file": str(file.resolve())}
-    else:
-        _check_architecture(source, where, options)
     with _one_line_errors("model", source), read_once(file) if file else nullcontext(where) as where:
+        _check_architecture(source, where, options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
@@ -122,6 +132,13 @@ def load_model(source: str, *, revision: str | None = None, dtype: torch.dtype =
         raise LitBinqError(
             f"model {source!r}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__} "
             f"(first: {missing[0]}); expected a complete causal language model: check the source"
+        )
+    left = sorted(name for name in loaded[1]["unexpected_keys"] if not any(p.search(name) for p in patterns))
+    if left:
+        raise LitBinqError(
+            f"model {source!r}: {type(model).__name__} does not take {len(left)} tensors of the checkpoint (first: "
+            f"{left[0]}); expected all of them to be used: check config.json, or name those that may be left out with "
+            f"the option `drop_tensors`, e.g. [{re.escape(left[0])!r}]"
         )
     if file is not None:
         _forget_gguf(model, file)
@@ -136,12 +153,47 @@ def _check_architecture(source: str, where: str | Path, options: dict[str, Any])
         config = AutoConfig.from_pretrained(where, **options)
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError) as error:
         raise LitBinqError(
             f"model {source!r}: architecture {config.model_type!r} is not a causal language model that "
             "transformers knows; expected one that AutoModelForCausalLM can build, e.g. llama, opt or qwen2"
         ) from error
+    require_own_experts(model, source)
+
+
+def require_own_experts(model: PreTrainedModel, source: str) -> None:
+    """Refuse mixtures of experts that keep all experts in one tensor: nothing here can quantize them.
+
+    They are most of such a model, which would come out as large as it was.
+
+    Raises:
+        LitBinqError: the model has such experts.
+    """
+    for name, module in model.named_modules():
+        if "experts" in type(module).__name__.lower():
+            for leaf, p in module._parameters.items():
+                if p is not None and p.dim() > 1:
+                    raise LitBinqError(
+                        f"model {source!r}: a mixture of experts that are fused into one tensor ({name}.{leaf}, "
+                        f"{' x '.join(map(str, p.shape))}), which cannot be quantized yet; expected a dense model: "
+                        "change the option `model`"
+                    )
+
+
+def check_patterns(patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    """The option `drop_tensors`, compiled.
+
+    Raises:
+        LitBinqError: no regular expression.
+    """
+    try:
+        return [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise LitBinqError(
+            f"drop_tensors: {error.pattern!r} is no regular expression ({first_line(error)}); expected names or "
+            "regular expressions of tensors"
+        ) from None
 
 
 def check_finite(model: PreTrainedModel, source: str) -> None:

@@ -77,7 +77,7 @@ def log_progress(records: list[StageRecord], work: Workspace, stages: int) -> No
         record.after,
         record.best_epoch,
         record.epochs,
-        true_bits(work.student),
+        true_bits(work.student, work.blocks[:done]),
         record.seconds,
         f"{left // 60}:{left % 60:02d}",
         " + model stage" if done < stages and stages > blocks else "",

@@ -20,8 +20,9 @@ import os
 import re
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def write_windows(
     length: int,
     *,
     revision: str | None = None,
+    drop_tensors: Sequence[str] = (),
     device: torch.device | None = None,
     rank: int = 0,
     ranks: int = 1,
@@ -126,6 +128,7 @@ def write_windows(
         count: n.
         length: T.
         revision: of a hub model.
+        drop_tensors: as `load_model` takes it.
         device: where the model runs; the CPU if None.
         rank: this process.
         ranks: how many there are.
@@ -144,7 +147,8 @@ def write_windows(
     folder = _cache(options) / _key(options, source, revision, tokenizer, prompts, device)
     paths = [folder / f"{j:05d}.npy" for j in range(batches)]
     if missing := [j for j in range(rank, batches, ranks) if not paths[j].is_file()]:
-        _write(options, source, revision, tokenizer, prompts, device, {j: paths[j] for j in missing}, rank)
+        load = partial(load_model, source, revision=revision, drop_tensors=drop_tensors)
+        _write(options, load, tokenizer, prompts, device, {j: paths[j] for j in missing}, rank)
     if ranks > 1:
         barrier()
     rows = torch.cat([_read(path, options) for path in paths])[:pieces]
@@ -247,8 +251,7 @@ def _starts(text: str) -> list[int]:
 
 def _write(
     options: SelfGenerated,
-    source: str,
-    revision: str | None,
+    load: Callable[..., PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     prompts: _Prompts,
     device: torch.device | None,
@@ -258,7 +261,7 @@ def _write(
     """Write the batches `paths` names."""
     device = device or torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load_model(source, revision=revision, dtype=dtype)
+    model = load(dtype=dtype)
     torch.nn.Module.to(model, device)
     # Special tokens end a text or begin a turn; padded rows of the embedding have no token.
     size = model.config.get_text_config(decoder=True).vocab_size

@@ -4,17 +4,19 @@ May touch: blocks, streams, formats, kv_cache. Knows no solver, no loss.
 """
 
 import copy
-from collections.abc import Container
+import logging
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_binq.bits import left_matrices
 from lit_binq.blocks import capture_calls, find_blocks, norm_parameters, require_fitting
-from lit_binq.errors import LitBinqError
-from lit_binq.formats import PackedLinear
 from lit_binq.kv_cache import require_kv, set_kv_bits
+from lit_binq.rounding import require_holds, round_rest
 from lit_binq.streams import StreamOptions, Streams
+
+log = logging.getLogger(__name__)
 
 
 class Workspace:
@@ -57,7 +59,12 @@ class Workspace:
         shared = {id(t): t for t in (*self.teacher_blocks.parameters(), *self.teacher_blocks.buffers())}
         self.student: PreTrainedModel = copy.deepcopy(teacher, shared)
         self.blocks = find_blocks(self.student)
-        round_parameters(self.student, rest_dtype, skip=shared)
+        # What is packed is stored otherwise; all else is known by now to fit, but for what tuning makes of norms.
+        packed = {id(m.weight) for m in self.teacher_blocks.modules() if isinstance(m, nn.Linear)}
+        name = next(name for name, m in teacher.named_modules() if m is self.teacher_blocks)
+        require_holds(self.teacher_blocks, rest_dtype, packed, f"{name}.")
+        round_rest(self.student, rest_dtype, shared)
+        self._report_left(packed)
         self.streams = Streams(windows, held_out, device, options)
         self.home = next(teacher.parameters()).device  # where blocks rest that are not in progress
         require_fitting(teacher, windows, "data.window_length")
@@ -68,6 +75,17 @@ class Workspace:
             set_kv_bits(self.student, kv_bits)
             require_kv(self.student, self.blocks, window)
         self.streams.start((teacher, self.teacher_blocks), (self.student, self.blocks))
+
+    def _report_left(self, packed: set[int]) -> None:
+        """Say which matrices inside the blocks nothing will pack: true bits count them as they are stored."""
+        left = {name: p for name, p in left_matrices(self.teacher_blocks).items() if id(p) not in packed}
+        if left and self.rank == 0:
+            weights = sum(p.numel() for p in self.teacher_blocks.parameters() if p.dim() > 1)
+            log.warning(
+                "%d matrices inside the blocks, %.1f%% of their weights, are no linear layers and stay at full "
+                "precision; true bits count them (first: block %s)",
+                *(len(left), 100 * sum(p.numel() for p in left.values()) / weights, next(iter(left))),
+            )
 
     def new_block(self, i: int) -> nn.Module:
         """A private copy of the teacher's block i on the device, with the student's keys and values."""
@@ -95,32 +113,3 @@ class Workspace:
         """The student's embeddings and head, a shared tensor once; only the model stage tunes them, if asked to."""
         inside = {id(p) for p in self.blocks.parameters()}
         return {name: p for name, p in self.student.named_parameters() if p.dim() == 2 and id(p) not in inside}
-
-
-@torch.no_grad()
-def round_parameters(module: nn.Module, dtype: torch.dtype, skip: Container[int] = ()) -> None:
-    """Round everything outside the packed weights, their biases too, to the dtype it is stored in, in place.
-
-    Args:
-        module: a packed block or a model.
-        dtype: dtype on disk.
-        skip: ids of parameters to leave alone.
-
-    Raises:
-        LitBinqError: a parameter or bias does not fit `dtype`.
-    """
-    biases = {
-        f"{name}.bias": m.bias
-        for name, m in module.named_modules()
-        if isinstance(m, PackedLinear) and m.bias is not None
-    }
-    for name, p in (*module.named_parameters(), *biases.items()):
-        if id(p) in skip:
-            continue
-        rounded = p.to(dtype)
-        if not torch.isfinite(rounded).all():
-            raise LitBinqError(
-                f"{name} has values up to {float(p.abs().max()):g}, more than {dtype} holds; expected finite values "
-                "after rounding: set the option `rest_dtype` to bfloat16 or float32"
-            )
-        p.copy_(rounded.to(p.dtype))

@@ -16,8 +16,9 @@ from lit_binq.blocks import norm_parameters
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import LatentBinaryLinear
 from lit_binq.model_stage import ModelStage
+from lit_binq.rounding import round_rest
 from lit_binq.stages import ClosedForm, Tuning, end_stage_tuning
-from lit_binq.workspace import Workspace, round_parameters
+from lit_binq.workspace import Workspace
 
 # ---- tuning --------------------------------------------------------------------------------------------------------
 
@@ -181,6 +182,6 @@ def test_what_does_not_fit_the_stored_dtype_is_refused(which: str) -> None:
     with torch.no_grad():
         (block.final_layer_norm.weight if which == "norm" else block.fc1.bias)[3] = 1e6
     name = "final_layer_norm.weight" if which == "norm" else "fc1.bias"
-    with pytest.raises(LitBinqError, match=rf"{name} has values up to 1e\+06, more than torch\.float16 holds"):
-        round_parameters(block, torch.float16)
-    round_parameters(block, torch.bfloat16)
+    with pytest.raises(LitBinqError, match=rf"{name} has values up to 1e\+06 that float16 cannot hold"):
+        round_rest(block, torch.float16)
+    round_rest(block, torch.bfloat16)

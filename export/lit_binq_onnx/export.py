@@ -30,6 +30,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_binq.bits import true_bits
 from lit_binq.errors import LitBinqError
 from lit_binq.files import new_folder
 from lit_binq.formats import PackedLinear
@@ -210,12 +211,11 @@ def export_onnx(
             written = time.monotonic()
             if check or has_fused:
                 reference = torch_reference(model, tokenizer, fused=has_fused)
-        weights = sum(m.in_features * m.out_features for m in layers.values())
         config = model.config.get_text_config(decoder=True)
         facts = {
             "version": FACTS_VERSION,
             "architecture": type(model).__name__,
-            "true_bits": sum(m.stored_bits() for m in layers.values()) / weights,
+            "true_bits": true_bits(model),
             "head_bits": head_bits,
             "head_block": head_block,
             "head_text": None if head_text is None else Path(head_text).name,

@@ -1,0 +1,170 @@
+"""Rounding of the rest, everything but packed weights, to the dtype that a packed folder stores it in.
+
+A model computes with exactly what is stored, so it is rounded where it stands, once; rounding twice changes nothing.
+float16 ends at 65504 and, downwards, at 6e-8, and neither may pass in silence: a network with norms does not care how
+small its embeddings are, until they are zeros. What a tensor loses is measured row by row,
+
+    |w - w^| <= 2^-8 max(|w|, s)        w a row, w^ the same rounded
+
+where bfloat16 never loses more than 2^-9 |w|. So values that are tiny beside others of their row may vanish. s is the
+size that a row has to be seen beside: of embeddings 2^-10 of the matrix's mean row, since each row is a token's whole
+input and is scaled up by a norm, but rows of tokens that were never trained may be nothing beside the others; of other
+matrices the mean row, since outputs are compared and added with each other; of a bias the rows of the weight before it,
+and of the weight of a norm what it is multiplied by: there w is what the norm gives for inputs of size one.
+
+May touch: torch, formats. Knows no file.
+"""
+
+from collections.abc import Container, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lit_binq.errors import LitBinqError
+from lit_binq.formats import PackedLinear
+
+LOSS = 2.0**-8
+"""Most that a row may lose, as a share of its size."""
+
+UNTRAINED = 2.0**-10
+"""Size of an embedding, as a share of the mean one, below which it says nothing."""
+
+_CHUNK = 1 << 22
+"""Values looked at together."""
+
+
+def rest_tensors(module: nn.Module, skip: Container[int] = ()) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Every stored floating-point tensor outside packed weights: (name, module that holds it, its name there, tensor).
+
+    A shared tensor comes once. A packed linear's bias belongs to the rest.
+
+    Args:
+        module: a model or a part of one.
+        skip: ids of tensors to leave out.
+    """
+    seen: set[int] = set()
+    for prefix, owner in module.named_modules():
+        if isinstance(owner, PackedLinear):
+            names = ["bias"]
+        else:
+            names = [*owner._parameters, *(n for n in owner._buffers if n not in owner._non_persistent_buffers_set)]
+        for name in names:
+            tensor = getattr(owner, name)
+            if tensor is None or not tensor.is_floating_point() or id(tensor) in skip or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            yield (f"{prefix}.{name}" if prefix else name), owner, name, tensor
+
+
+@torch.no_grad()
+def require_holds(module: nn.Module, dtype: torch.dtype, skip: Container[int] = (), prefix: str = "") -> None:
+    """Make sure that `round_rest` neither overflows nor loses a row of any tensor.
+
+    Args:
+        module: a model or a part of one.
+        dtype: float16, bfloat16 or float32.
+        skip: ids of tensors to leave out.
+        prefix: goes before the names in errors.
+
+    Raises:
+        LitBinqError: names the first tensor that `dtype` cannot hold.
+    """
+    shown = str(dtype).removeprefix("torch.")
+    for name, owner, leaf, tensor in rest_tensors(module, skip):
+        rows = tensor.detach().reshape(len(tensor), -1) if tensor.dim() > 1 else tensor.detach().reshape(1, -1)
+        if not tensor.numel():
+            continue
+        sizes, losses = _sizes(rows, dtype)
+        if not torch.isfinite(losses).all():
+            raise LitBinqError(
+                f"tensor {prefix}{name} has values up to {float(tensor.abs().max()):g} that {shown} cannot hold; "
+                "expected values that stay finite: set the option `rest_dtype` to bfloat16 or float32"
+            )
+        # Without values near the dtype's lower end no row can lose so much, whatever it stands beside.
+        if not (losses > LOSS * sizes).any():
+            continue
+        if tensor.dim() < 2:
+            sizes, losses = _in_use(owner, leaf, tensor, dtype, sizes, losses)
+        else:
+            beside = sizes.square().mean().sqrt() * (UNTRAINED if isinstance(owner, nn.Embedding) else 1.0)
+            sizes = sizes.maximum(beside)
+        shares = losses / sizes
+        if (row := int(shares.argmax())) >= 0 and float(shares[row]) > LOSS:
+            size = float(rows[row].double().square().mean().sqrt())
+            raise LitBinqError(
+                f"tensor {prefix}{name} has values too small for {shown}: row {row}, of size {size:.1e}, would lose "
+                f"{float(shares[row]):.1%}, expected at most {LOSS:.1%}: set the option `rest_dtype` to bfloat16 or "
+                "float32"
+            )
+
+
+def _sizes(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Norms of rows (n, k) and of what each loses, (n,) float64."""
+    step = max(1, _CHUNK // rows.shape[1])
+    sizes, losses = [], []
+    for chunk in rows.split(step):
+        exact = chunk.double()
+        sizes.append(exact.norm(dim=1))
+        losses.append((exact - chunk.to(dtype).double()).norm(dim=1))
+    return torch.cat(sizes), torch.cat(losses)
+
+
+def _in_use(
+    owner: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype, size: Tensor, loss: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Size and loss (1,) of a vector in use: of a bias beside its weight, of a norm's weight in its output."""
+    if isinstance(owner, PackedLinear):
+        return (size.square() + owner.dequantize().double().square().sum()).sqrt(), loss
+    weight = owner._parameters.get("weight")
+    if leaf == "bias" and weight is not None and weight.dim() > 1:
+        return (size.square() + weight.detach().double().square().sum()).sqrt(), loss
+    vectors = {p.shape for p in owner._parameters.values() if p is not None}
+    if not list(owner.children()) and len(vectors) == 1 and tensor.dim() == 1:
+        x = torch.randn(8, len(tensor), generator=torch.Generator().manual_seed(0)).to(tensor.device, tensor.dtype)
+        try:
+            exact = owner(x)
+            change = functional_call(owner, {leaf: tensor.to(dtype).to(tensor.dtype)}, (x,)) - exact
+        except (TypeError, RuntimeError, ValueError, IndexError):  # no norm: it wants other inputs
+            return size, loss
+        if isinstance(exact, Tensor) and torch.isfinite(exact).all():
+            return exact.double().norm()[None], change.double().norm()[None]
+    return size, loss
+
+
+@torch.no_grad()
+def round_rest(module: nn.Module, dtype: torch.dtype = torch.float16, skip: Container[int] = ()) -> None:
+    """Round the rest of a model or block to the dtype it is stored in, in place, held as contiguous float32.
+
+    `module.stored_dtype` says from then on which dtype that is.
+
+    Args:
+        module: a model, or a block whose linears are packed.
+        dtype: float16, bfloat16 or float32.
+        skip: ids of tensors to leave alone.
+
+    Raises:
+        LitBinqError: a tensor does not fit `dtype` (`require_holds`); the module is then left as it was.
+    """
+    require_holds(module, dtype, skip)
+    for _, owner, name, tensor in list(rest_tensors(module, skip)):
+        # Shared parameters are one object, so they stay shared. Strides change how products are summed.
+        rounded = tensor.detach().to(dtype).float().contiguous()
+        if tensor.dtype == torch.float32 and tensor.is_contiguous():
+            tensor.detach().copy_(rounded)
+        elif isinstance(tensor, nn.Parameter):
+            tensor.data = rounded
+        else:
+            setattr(owner, name, rounded)
+    for owner in module.modules():  # what no file holds: it is made again as float32
+        for name in () if isinstance(owner, PackedLinear) else owner._non_persistent_buffers_set:
+            buffer = getattr(owner, name)
+            if buffer is not None and buffer.is_floating_point() and id(buffer) not in skip:
+                setattr(owner, name, buffer.float())
+    module.stored_dtype = dtype  # type: ignore[assignment]  # a plain attribute
+
+
+def stored_bits(module: nn.Module, tensor: Tensor) -> int:
+    """Bits that each value of a tensor outside packed weights takes in a file: of `round_rest`'s dtype, if it ran."""
+    dtype = getattr(module, "stored_dtype", None)
+    return torch.finfo(dtype).bits if dtype is not None and tensor.is_floating_point() else tensor.element_size() * 8
