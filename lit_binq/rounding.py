@@ -30,9 +30,6 @@ LOSS = 2.0**-8
 UNTRAINED = 2.0**-10
 """Size of an embedding, as a share of the mean one, below which it says nothing."""
 
-_CHUNK = 1 << 22
-"""Values looked at together."""
-
 
 def rest_tensors(module: nn.Module, skip: Container[int] = ()) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Every stored floating-point tensor outside packed weights: (name, module that holds it, its name there, tensor).
@@ -72,42 +69,46 @@ def require_holds(module: nn.Module, dtype: torch.dtype, skip: Container[int] = 
     """
     shown = str(dtype).removeprefix("torch.")
     for name, owner, leaf, tensor in rest_tensors(module, skip):
-        rows = tensor.detach().reshape(len(tensor), -1) if tensor.dim() > 1 else tensor.detach().reshape(1, -1)
         if not tensor.numel():
             continue
-        sizes, losses = _sizes(rows, dtype)
-        if not torch.isfinite(losses).all():
+        rows = tensor.detach().reshape(len(tensor), -1) if tensor.dim() > 1 else tensor.detach().reshape(1, -1)
+        low, high = rows.aminmax()
+        if not torch.isfinite(torch.stack((low, high)).to(dtype)).all():
             raise LitBinqError(
                 f"tensor {prefix}{name} has values up to {float(tensor.abs().max()):g} that {shown} cannot hold; "
                 "expected values that stay finite: set the option `rest_dtype` to bfloat16 or float32"
             )
-        # Without values near the dtype's lower end no row can lose so much, whatever it stands beside.
+        small = _small_rows(rows, dtype)
+        if not len(small):
+            continue
+        exact = rows[small].double()
+        sizes, losses = exact.norm(dim=1), (exact - exact.to(dtype).double()).norm(dim=1)
         if not (losses > LOSS * sizes).any():
             continue
         if tensor.dim() < 2:
             sizes, losses = _in_use(owner, leaf, tensor, dtype, sizes, losses)
         else:
-            beside = sizes.square().mean().sqrt() * (UNTRAINED if isinstance(owner, nn.Embedding) else 1.0)
-            sizes = sizes.maximum(beside)
-        shares = losses / sizes
-        if (row := int(shares.argmax())) >= 0 and float(shares[row]) > LOSS:
-            size = float(rows[row].double().square().mean().sqrt())
+            share = UNTRAINED if isinstance(owner, nn.Embedding) else 1.0
+            sizes = sizes.maximum(share * rows.norm(dtype=torch.float64) / len(rows) ** 0.5)
+        shares = (losses / sizes).nan_to_num(0)  # rows of zeros
+        worst = int(shares.argmax())
+        size, lost = float(exact[worst].square().mean().sqrt()), float(shares[worst])
+        if lost > LOSS:
             raise LitBinqError(
-                f"tensor {prefix}{name} has values too small for {shown}: row {row}, of size {size:.1e}, would lose "
-                f"{float(shares[row]):.1%}, expected at most {LOSS:.1%}: set the option `rest_dtype` to bfloat16 or "
-                "float32"
+                f"tensor {prefix}{name} has values too small for {shown}: row {int(small[worst])}, of size "
+                f"{size:.1e}, would lose {lost:.1%}, expected at most {LOSS:.1%}: set the option `rest_dtype` to "
+                "bfloat16 or float32"
             )
 
 
-def _sizes(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Norms of rows (n, k) and of what each loses, (n,) float64."""
-    step = max(1, _CHUNK // rows.shape[1])
-    sizes, losses = [], []
-    for chunk in rows.split(step):
-        exact = chunk.double()
-        sizes.append(exact.norm(dim=1))
-        losses.append((exact - chunk.to(dtype).double()).norm(dim=1))
-    return torch.cat(sizes), torch.cat(losses)
+def _small_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Indices of those rows (n, k) that may lose too much: others are too large for it, whatever is in them.
+
+    Every value loses at most eps / 2 of its size or half of the step between the dtype's smallest numbers.
+    """
+    info = torch.finfo(dtype)
+    most = info.smallest_normal * info.eps / 2 * rows.shape[1] ** 0.5
+    return (rows.norm(dim=1) * (LOSS - info.eps) < most).nonzero()[:, 0]
 
 
 def _in_use(
