@@ -4,10 +4,12 @@ import json
 import logging
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from conftest import VOCAB, tiny_model
 from fitting import fit
+from gguf_cases import add_shape, finish
 from safetensors.torch import load_file, save_file
 from test_hub import pack
 from torch import nn
@@ -139,3 +141,15 @@ def test_a_fit_and_its_evaluation_take_the_option(make_source, text_file, tmp_pa
         PackedEvaluation(str(source), str(tmp_path / "packed")).load_source()
     with pytest.raises(LitBinqError, match=r"drop_tensors: '\(' is no regular expression"):
         PackedEvaluation(str(source), str(tmp_path / "packed"), drop_tensors=["("])
+
+
+def test_so_are_those_of_a_gguf_file(tmp_path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "experts.gguf", "qwen3moe")
+    add_shape(writer)
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+    writer.add_expert_feed_forward_length(16)
+    writer.add_vocab_size(VOCAB)
+    finish(writer)  # there are no weights
+    with pytest.raises(LitBinqError, match="mixture of experts that are fused into one tensor"):
+        load_model(str(tmp_path / "experts.gguf"))
