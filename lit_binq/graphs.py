@@ -60,12 +60,22 @@ class GraphedLoss:
                     step, tuple(t.clone() for t in inputs), allow_unused_input=True
                 )
         except RuntimeError as error:  # a module that synchronises or allocates in ways a graph cannot hold
-            log.warning("no CUDA graph (%s): steps are launched one by one", str(error).splitlines()[0])
+            log.warning("no CUDA graph (%s): steps are launched one by one", _reason(error))
             torch.cuda.synchronize()
             return
         assert isinstance(made, nn.Module)
         self._graphed = made
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first: leaving a capture that has failed raises an error of its own, which hides it."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    lines = str(error).splitlines() or [type(error).__name__]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{lines[0]}; lower `data.batch_size`"
+    return lines[0]
 
 
 class _Step(nn.Module):

@@ -57,6 +57,29 @@ def test_on_the_cpu_every_call_runs_the_module(enabled: bool) -> None:
         assert not loss(*batches[0]).requires_grad
 
 
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing\nmore"), "operation not permitted when"),
+        (torch.OutOfMemoryError("tried to allocate 2.32 GiB\nmore"), "tried to allocate 2.32 GiB; lower `data.batch_"),
+    ],
+)
+def test_the_first_error_of_a_capture_is_named(first, words, monkeypatch, caplog) -> None:
+    """Leaving a capture that failed raises another error, and it is this one that Python reports."""
+
+    def capture(*_: Any, **__: Any) -> None:
+        try:
+            raise first
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    GraphedLoss(Squares())._capture(inputs(4))
+    assert f"no CUDA graph ({words}" in caplog.text
+    assert "previous error" not in caplog.text
+
+
 def test_errors_of_the_module_are_its_own() -> None:
     with pytest.raises(RuntimeError, match="size mismatch"):
         GraphedLoss(Squares())(torch.ones(2, 4), torch.ones(2))
