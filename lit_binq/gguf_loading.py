@@ -151,13 +151,14 @@ def _exchanged(owner: Any, name: str, other: Any) -> Iterator[None]:
 
 
 @contextmanager
-def read_once(path: Path) -> Iterator[str]:
+def read_once(path: Path, vocabulary: bool) -> Iterator[str]:
     """While it is open, whatever transformers and gguf read of the head of this file comes out of `read_gguf`.
 
     Readers of other files work as ever. One file at a time: another thread waits.
 
     Args:
         path: the .gguf file.
+        vocabulary: whether a tokenizer is being made; a model only needs to know how many tokens there are.
 
     Yields:
         An empty folder to name as the checkpoint, the file itself being named by its absolute path: files that lie
@@ -170,9 +171,6 @@ def read_once(path: Path) -> Iterator[str]:
 
     def ours(given: Any) -> bool:
         return Path(given).resolve() == head.path
-
-    # Versions with this function take the vocabulary through it, and from gguf's reader only its size.
-    vocabulary = not hasattr(_module(_METADATA_READERS[0]), "get_gguf_tokenizer")
 
     def reader(given: Any, *more: Any, **options: Any) -> Any:
         return _Reader(head, vocabulary) if ours(given) else real_reader(given, *more, **options)

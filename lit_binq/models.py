@@ -123,7 +123,7 @@ def load_model(
     file = path if path is not None and path.is_file() else None
     if file is not None:
         options = {"gguf_file": str(file.resolve())}
-    with _one_line_errors("model", source), read_once(file) if file else nullcontext(where) as where:
+    with _one_line_errors("model", source), read_once(file, False) if file else nullcontext(where) as where:
         _check_architecture(source, where, options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     model: PreTrainedModel = loaded[0]
@@ -241,7 +241,7 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTok
         with _one_line_errors("tokenizer", source):
             return AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}))
     if path.is_file():
-        with _one_line_errors("tokenizer", source), read_once(path) as empty:
+        with _one_line_errors("tokenizer", source), read_once(path, True) as empty:
             tokenizer = AutoTokenizer.from_pretrained(empty, gguf_file=str(path.resolve()))
             _repair_gguf_tokenizer(tokenizer, path)
         return tokenizer

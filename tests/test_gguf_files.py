@@ -197,7 +197,7 @@ def test_readers_of_other_files_are_left_alone(tmp_path):
     write_every_type(tmp_path / "a.gguf")
     write_bpe(tmp_path / "b.gguf", "llama", "smollm")
     real = gguf.GGUFReader
-    with read_once(tmp_path / "a.gguf") as empty:
+    with read_once(tmp_path / "a.gguf", True) as empty:
         assert not any(Path(empty).iterdir())
         assert isinstance(gguf.GGUFReader(tmp_path / "b.gguf"), real)
         mine, theirs = gguf.GGUFReader(tmp_path / "a.gguf"), real(tmp_path / "a.gguf")
@@ -208,7 +208,7 @@ def test_readers_of_other_files_are_left_alone(tmp_path):
             assert (a.n_elements, a.n_bytes, list(a.shape)) == (b.n_elements, b.n_bytes, list(b.shape))
     assert gguf.GGUFReader is real
     assert not Path(empty).exists()
-    with pytest.raises(RuntimeError), read_once(tmp_path / "a.gguf"):
+    with pytest.raises(RuntimeError), read_once(tmp_path / "a.gguf", True):
         raise RuntimeError
     assert gguf.GGUFReader is real
 
