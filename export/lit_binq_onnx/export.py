@@ -43,6 +43,7 @@ from lit_binq_onnx.genai import write_genai
 from lit_binq_onnx.graph import require_packed_nodes, simplify, store_half
 from lit_binq_onnx.head import Tables, quantize_readers, rounded_tables
 from lit_binq_onnx.head_rounding import HEAD_BITS, RANDOM_DAMPING, TEXT_WINDOWS, head_gram, random_windows
+from lit_binq_onnx.rotary import length_dependent, longest_text
 from lit_binq_onnx.session import DATA, FACTS, FACTS_VERSION, FUSED, MODEL
 from lit_binq_onnx.supported import unsupported_reason
 from lit_binq_onnx.tensors import DataFile
@@ -185,6 +186,11 @@ def export_onnx(
         raise LitBinqError(f"fused: got {fused!r}, expected 'auto' or 'off'")
     if target not in ("ort", "genai"):
         raise LitBinqError(f"target: got {target!r}, expected 'ort' or 'genai'")
+    if target == "genai" and (angles := length_dependent(model.config)) is not None:
+        raise LitBinqError(
+            f"target: got 'genai' with a rotary embedding of type {angles[0]!r}, expected 'ort': onnxruntime-genai "
+            f"does not read a text again that grows beyond {angles[1]} tokens"
+        )
     place = Path(os.path.abspath(out_dir))
     layers = _refuse(model, place)
     model.eval()
@@ -211,7 +217,7 @@ def export_onnx(
             written = time.monotonic()
             if check or has_fused:
                 reference = torch_reference(model, tokenizer, fused=has_fused)
-        config = model.config.get_text_config(decoder=True)
+        config, angles = model.config.get_text_config(decoder=True), length_dependent(model.config)
         facts = {
             "version": FACTS_VERSION,
             "architecture": type(model).__name__,
@@ -225,7 +231,8 @@ def export_onnx(
             "opset": OPSET,
             "data_bytes": data.size,
             "token_bytes": data.size - unread,
-            "max_positions": getattr(config, "max_position_embeddings", None),
+            "max_positions": longest_text(config),
+            "angles": None if angles is None else {"kind": angles[0], "limit": angles[1]},
             # relative, so that both folders can move together
             "packed": None if packed is None else os.path.relpath(packed, place),
             "versions": _versions(),

@@ -70,12 +70,15 @@ def onnx_perplexity(onnx_model: OnnxModel, windows: Any, *, batch: int = 4) -> P
             "shorten the windows"
         )
     ids = ids.astype(np.int64)
+    # angles that depend on the length of the text: what is longer than their limit is one pass
+    angles = onnx_model.facts.get("angles")
+    whole = angles is not None and ids.shape[1] - 1 > int(angles["limit"])
     last = ids.shape[1] - 1  # nothing follows the last token: it is not fed
     nll, step = 0.0, 32  # the first pass is short: it shows how large V is
     for group in (ids[i : i + batch] for i in range(0, len(ids), batch)):
         past, start = onnx_model.empty_past(len(group)), 0
         while start < last:
-            stop = min(start + step, last)
+            stop = last if whole else min(start + step, last)
             where = np.broadcast_to(np.arange(start, stop), (len(group), stop - start))
             logits, past = onnx_model.forward(group[:, start:stop], np.ones((len(group), stop)), where, past)
             losses = token_nll(logits.reshape(-1, logits.shape[2]), group[:, start + 1 : stop + 1].reshape(-1))

@@ -46,6 +46,14 @@ def length_dependent(config: Any) -> tuple[str, int] | None:
     return None
 
 
+def longest_text(config: Any) -> int | None:
+    """Most tokens a model has positions for; None: no limit is known. NTK stretches what the configuration names."""
+    text = config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    factors = [float(p["factor"]) for _, p in rope_parameters(text) if p.get("rope_type") == "dynamic"]
+    return None if limit is None else int(limit * max([1.0, *factors]))
+
+
 def _kinds(module: nn.Module) -> dict[str | None, str]:
     """Kind of the angles that a rotary module makes, by kind of block; None where all blocks have the same."""
     kinds = getattr(module, "rope_type", None)

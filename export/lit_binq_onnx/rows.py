@@ -1,5 +1,10 @@
 """Several texts decoded side by side, on either route: prompts in, then one token a row and step.
 
+Where a model's rotary angles depend on the length of the text (`angles` in its facts), a pass gives all its new tokens
+the angles of its longest row. There every text has passes of its own, a prompt beyond the limit is read in one, and a
+LongRoPE text that grows beyond it is read again, as transformers' Phi-3 does: its keys were made for short texts. So
+a text's logits are those of a single pass over it.
+
 Knows a session and its caches; nothing of text or sampling.
 
 Legend: n rows, V vocabulary.
@@ -114,10 +119,60 @@ class GenericRows(Rows):
         self._mask, self.logits = self._mask[rows], self.logits[rows]
 
 
+class LengthRow(GenericRows):
+    """One text of a model whose angles depend on its length.
+
+    Args:
+        onnx_model: on the generic route.
+        prompt: token numbers, not empty.
+        kind: "longrope" or "dynamic".
+        limit: longest text that has the first angles.
+        part: positions in one pass, of a prompt that is not longer than the limit.
+    """
+
+    def __init__(self, onnx_model: OnnxModel, prompt: Sequence[int], kind: str, limit: int, part: int) -> None:
+        self._ids, self._switch = list(prompt), limit + 1 if kind == "longrope" else None
+        super().__init__(onnx_model, [prompt], part if len(prompt) <= limit else len(prompt))
+
+    def step(self, tokens: Sequence[int]) -> None:
+        """See `Rows`."""
+        self._ids += map(int, tokens)
+        if len(self._ids) == self._switch:
+            super().__init__(self._model, [self._ids], len(self._ids))
+        else:
+            super().step(tokens)
+
+
+class SeparateRows(Rows):
+    """Texts that share no pass.
+
+    Args:
+        rows: of one text each.
+    """
+
+    def __init__(self, rows: Sequence[Rows]) -> None:
+        self._rows = list(rows)
+        self.logits = np.concatenate([row.logits for row in self._rows])
+
+    def step(self, tokens: Sequence[int]) -> None:
+        """See `Rows`."""
+        for row, token in zip(self._rows, tokens, strict=True):
+            row.step([token])
+        self.logits = np.concatenate([row.logits for row in self._rows])
+
+    def keep(self, rows: list[int]) -> None:
+        """See `Rows`."""
+        self._rows, self.logits = [self._rows[i] for i in rows], self.logits[rows]
+
+
 def start_rows(
     onnx_model: OnnxModel, prompts: Sequence[Sequence[int]], new_tokens: int, *, part: int = PREFILL
 ) -> Rows:
     """Read the prompts on the model's route; arguments as the classes'."""
     if onnx_model.route == "fused":
         return FusedRows(onnx_model, prompts, new_tokens, part)
+    angles = onnx_model.facts.get("angles")
+    if angles is not None:
+        kind, limit = str(angles["kind"]), int(angles["limit"])
+        return SeparateRows([LengthRow(onnx_model, prompt, kind, limit, part) for prompt in prompts])
     return GenericRows(onnx_model, prompts, part)

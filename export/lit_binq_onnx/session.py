@@ -58,7 +58,9 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     Keys: version, architecture, true_bits, packed_nodes, nodes, opset, data_bytes, token_bytes (what a token reads of
     them at most; absent: all), max_positions (int or None), head_bits (0 or absent: the embedding and head are not
     rounded), head_block and head_text (how they were; None or absent: by default), fused (whether there is a fused
-    graph), packed (path of the packed folder relative to this one, or None), versions.
+    graph), angles ({"kind": "longrope" or "dynamic", "limit": longest text with the first angles}; None or absent: a
+    position has the same angles in every text, see `rows`), packed (path of the packed folder relative to this one, or
+    None), versions.
 
     Raises:
         LitBinqError: no such folder, not one of ours, or a file is missing or too short.
