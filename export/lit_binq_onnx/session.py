@@ -43,7 +43,17 @@ GrowingCache = Sequence[ort.OrtValue | np.ndarray]
 
 Cache = GrowingCache | StaticCache
 
+FUSED_BODIES_SINCE = (1, 24)
+"""First ONNX Runtime in which the body of CachedAttention means what the native operator does: before 1.24 its
+GroupQueryAttention lets a window see a token too many, before 1.20 it takes a prompt in one part only."""
+
 _warned: set[str] = set()
+
+
+def ort_version() -> tuple[int, int]:
+    """Major and minor version of the ONNX Runtime that is imported."""
+    major, minor = ort.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def cache_names(blocks: int) -> tuple[list[str], list[str]]:
@@ -155,6 +165,8 @@ class OnnxModel:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        # ONNX Runtime 1.18 plans memory once for a shape, and its second run then overwrites bound buffers.
+        options.enable_mem_pattern = ort_version() >= (1, 19)
         options.log_severity_level = 3  # errors: its warnings are about graph rewrites no user can act on
         self.native = native is not False and register(options, required=native is True, mode=mode)
         self.mode: Mode = mode if self.native else "exact"
@@ -165,6 +177,18 @@ class OnnxModel:
                 "slower and more memory; %s",
                 HOW_TO_BUILD,
             )
+        if self.route == "fused" and not self.native and ort_version() < FUSED_BODIES_SINCE:
+            since = ".".join(map(str, FUSED_BODIES_SINCE))
+            told = (
+                f"ONNX Runtime {ort.__version__} runs the fused graph's function bodies otherwise (sliding windows, "
+                f"prompts in parts), expected {since} or newer, or the native library"
+            )
+            if route == "fused":
+                raise LitBinqError(f"route: got 'fused', but {told}: leave `route` at 'auto'")
+            self.route = "generic"
+            if "bodies" not in _warned:
+                _warned.add("bodies")
+                log.warning("%s: taking the generic graph instead; %s", told, HOW_TO_BUILD)
         name = FUSED if self.route == "fused" else MODEL
         try:
             source: Path | bytes = self.folder / name

@@ -20,8 +20,8 @@ def cached_attention_function() -> FunctionProto:
 
     Attributes: num_heads, kv_num_heads, scale, local_window_size (default -1: all tokens).
 
-    What may be left out comes last, as in every operator of the domain. Where ONNX Runtime 1.18 runs the body, a window
-    has a token more, and a prompt must be read in one part.
+    What may be left out comes last, as in every operator of the domain. Where ONNX Runtime before 1.24 runs the body, a
+    window has a token more, and before 1.20 a prompt must be read in one part: `session` does not run it there.
     """
     attention = node(
         "GroupQueryAttention",
