@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,23 +23,11 @@ from transformers import (
 from lit_binq.errors import LitBinqError, first_line
 from lit_binq.gguf_files import read_gguf
 from lit_binq.gguf_loading import read_once
+from lit_binq.gguf_tokenizers import repaired
 from lit_binq.marker import PACKED_MARKER
 from lit_binq.ties import state_ties
 
 log = logging.getLogger(__name__)
-
-# GGUF names the splitting rule of a byte-level tokenizer in `tokenizer.ggml.pre`; transformers drops the name
-# and falls back to GPT-2's rule, which keeps a run of digits together. This rule splits them one by one.
-_DIGITS_ONE_BY_ONE = ("smollm",)
-
-_GGUF_KEYS = {
-    "pre": "",
-    "bos_token_id": "bos_token",
-    "eos_token_id": "eos_token",
-    "unknown_token_id": "unk_token",
-    "padding_token_id": "pad_token",
-}
-"""Key under `tokenizer.ggml.` -> the tokenizer's attribute that holds that token."""
 
 
 def looks_like_path(source: str) -> bool:
@@ -242,9 +229,7 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTok
             return AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}))
     if path.is_file():
         with _one_line_errors("tokenizer", source), read_once(path, True) as empty:
-            tokenizer = AutoTokenizer.from_pretrained(empty, gguf_file=str(path.resolve()))
-            _repair_gguf_tokenizer(tokenizer, path)
-        return tokenizer
+            return repaired(AutoTokenizer.from_pretrained(empty, gguf_file=str(path.resolve())), read_gguf(path))
     if not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
         raise LitBinqError(
             f"tokenizer {source!r}: the folder has no tokenizer files; expected tokenizer.json or the like "
@@ -252,24 +237,3 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTok
         )
     with _one_line_errors("tokenizer", source):
         return AutoTokenizer.from_pretrained(path)
-
-
-def _repair_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Give the tokenizer what its GGUF file states and transformers loses: digits split, special tokens.
-
-    transformers 5.17 takes the BOS token for EOS and drops the padding token; later versions do not.
-    """
-    head = read_gguf(path)
-    stated = {key: value for key in _GGUF_KEYS if (value := head.get(f"tokenizer.ggml.{key}")) is not None}
-    if stated.get("pre") in _DIGITS_ONE_BY_ONE:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
-    for key, name in _GGUF_KEYS.items():
-        if name and key in stated:
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(stated[key])))
-    tokenizer.name_or_path = path.stem
-    tokenizer.clean_up_tokenization_spaces = False  # it would drop spaces before punctuation in decoded text

@@ -1,7 +1,9 @@
 """Heads of GGUF files: as gguf's reader has them; damaged ones in one line and without memory; read once."""
 
 import itertools
+import json
 import os
+import shutil
 import struct
 import tracemalloc
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from gguf_cases import TEXTS, add_shape, finish, write_bpe, write_every_type, write_sentencepiece
 from test_models import write_gguf
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from lit_binq import gguf_files
 from lit_binq.errors import LitBinqError
@@ -285,6 +287,67 @@ def test_what_lies_beside_a_gguf_file_says_nothing_about_it(tmp_path):
     assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<pad>", "<eos>", "<bos>", "<unk>"]
     assert tokenizer.chat_template is None
     assert tokenizer("the").input_ids[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rule"),
+    [
+        ("llama", "smollm"),
+        ("llama", "llama-bpe"),
+        ("llama", None),
+        ("qwen2", "qwen2"),
+        ("qwen3", "qwen2"),
+        ("gpt2", "gpt-2"),
+        ("starcoder2", "starcoder"),
+        ("gpt2", "tekken"),
+        ("llama", "sentencepiece"),
+        ("gemma3", "sentencepiece"),
+    ],
+)
+def test_a_tokenizer_is_the_same_once_saved_and_reloaded(architecture, rule, tmp_path):
+    """The class that reads it again has rules of its own, and takes them instead of those in tokenizer.json."""
+    path = tmp_path / "m.gguf"
+    write_sentencepiece(path, architecture) if rule == "sentencepiece" else write_bpe(path, architecture, rule)
+    tokenizer = load_tokenizer(str(path))
+    tokenizer.save_pretrained(tmp_path / "alone")
+    shutil.copytree(tmp_path / "alone", tmp_path / "with")
+    kind = {"gemma3": "gemma3_text"}.get(architecture, architecture)
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / "with")  # as beside a model, which has its say too
+    for folder in ("alone", "with"):
+        again = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert json.loads(again.backend_tokenizer.to_str()) == json.loads(tokenizer.backend_tokenizer.to_str())
+        for text in TEXTS:
+            ids = tokenizer(text).input_ids
+            assert again(text).input_ids == ids
+            assert again.decode(ids) == tokenizer.decode(ids)
+        for name in ("special_tokens_map", "all_special_ids", "padding_side", "chat_template", "model_input_names"):
+            assert getattr(again, name) == getattr(tokenizer, name), name
+
+
+def test_a_qwen_tokenizer_composes_its_text(tmp_path):
+    """As its own tokenizer.json does; a GGUF file has no word for it."""
+    write_bpe(tmp_path / "m.gguf", "qwen2", "qwen2")
+    tokenizer = load_tokenizer(str(tmp_path / "m.gguf"))
+    assert tokenizer("e\u0301").input_ids == tokenizer("\u00e9").input_ids == [tokenizer.convert_tokens_to_ids("Ã©")]
+
+
+def test_a_splitting_rule_without_a_name_here_is_told(tmp_path, caplog):
+    for rule, told in (("gpt-2", False), ("starcoder", False), ("qwen2", False), ("some-new-rule", True), (None, True)):
+        caplog.clear()
+        write_bpe(tmp_path / "m.gguf", "llama", rule)
+        load_tokenizer(str(tmp_path / "m.gguf"))
+        assert (f"the name {rule!r}, which is not known here" in caplog.text) == told
+
+
+def test_a_special_token_outside_the_vocabulary(tmp_path):
+    write_bpe(tmp_path / "m.gguf", "llama", "smollm")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    key = b"tokenizer.ggml.padding_token_id" + struct.pack("<I", 4)
+    at = whole.index(key) + len(key)
+    (tmp_path / "m.gguf").write_bytes(whole[:at] + struct.pack("<I", 999_999) + whole[at + 4 :])
+    with pytest.raises(LitBinqError, match=r"cannot be loaded|padding_token_id is 999999") as caught:
+        load_tokenizer(str(tmp_path / "m.gguf"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
