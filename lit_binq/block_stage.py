@@ -30,6 +30,7 @@ from lit_binq.formats.two_plane import InputFormat
 from lit_binq.graphs import GraphedLoss
 from lit_binq.input_formats import choose_input_format, output_error, quantized_input
 from lit_binq.objectives import GramAccumulator, Objective, Statistics, target_and_metric
+from lit_binq.ranks import take_from_first, take_module_from_first
 from lit_binq.records import BlockMeasures
 from lit_binq.rounding import round_rest
 from lit_binq.shrinkage import choose_shrinkage, pooled, split
@@ -132,10 +133,7 @@ class BlockStage(Stage):
             scales = torch.empty(5, device=like) if options.bits == 4 and options.refit else None
             fixed = torch.empty(4, device=like) if options.static else None
             inputs = InputFormat(options.bits, torch.empty(P, dtype=torch.int64, device=like), scales, fixed)
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            for tensor in (inputs.outliers, inputs.scales, inputs.range):
-                if tensor is not None and tensor.numel():
-                    torch.distributed.broadcast(tensor, 0)
+        take_from_first(t for t in (inputs.outliers, inputs.scales, inputs.range) if t is not None)
         self.activation_bits |= dict.fromkeys(names, mean_bits(K, options.bits, P))
         return inputs
 
@@ -251,11 +249,7 @@ class BlockStage(Stage):
             raise LitBinqError(f"block {self.index}, {name}: {error}") from None
         if self.tuning.epochs and self.tuning.lr_codes:
             self._targets[name] = T
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            # Ranks solve the same system; should their libraries round differently, rank 0 is right.
-            for tensor in packed.weight_buffers().values():
-                torch.distributed.broadcast(tensor, 0)
-            packed.refresh()
+        take_module_from_first(packed)  # ranks solve the same system; should their libraries round differently
         replace_module(self.module, name, packed)
 
     def loss(self, rows: Tensor) -> Tensor:
@@ -277,6 +271,7 @@ class BlockStage(Stage):
             replace_module(self.module, name, layer.pack())
         self.module.requires_grad_(False)
         round_rest(self.module, w.rest_dtype)
+        take_module_from_first(self.module)  # latents agree, but a tie may be rounded differently by unlike devices
         if self._diagnostics is not None:
             fixed = self.closed_form.shrinkage
             self.measures = self._diagnostics.end(self.module, self.shrinkage if fixed == "auto" else fixed)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lit_binq.best_epoch import BestEpoch
 from lit_binq.block_stage import BlockStage
 from lit_binq.budget import plan
-from lit_binq.checkpoint import StageCheckpoint, identity, require_same
+from lit_binq.checkpoint import StageCheckpoint, fingerprint, identity, require_same
 from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
 from lit_binq.evaluation import PackedEvaluation, highest_precision
@@ -46,15 +46,15 @@ from lit_binq.records import BlockMeasures, parse_as
 from lit_binq.result import FitFacts, StageRecord, diagnostics_path, log_progress, write_result
 from lit_binq.resume import restore_student, student_state
 from lit_binq.schedule import rate_factors
-from lit_binq.stages import ClosedForm, Stage, Tuning, end_stage_tuning
+from lit_binq.stages import ClosedForm, ModelTuning, Stage, Tuning
 from lit_binq.streams import StreamOptions
-from lit_binq.trainer_checks import require_trainer
+from lit_binq.trainer_checks import LIGHTNINGS_EPOCHS, require_no_epochs, require_trainer
 from lit_binq.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "lit_binq"
-CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), Tuning(epochs=24), end_stage_tuning(), StreamOptions()
+CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), Tuning(epochs=24), ModelTuning(), StreamOptions()
 DIAGNOSTICS = DiagnosticsOptions()
 
 
@@ -87,7 +87,7 @@ class BinQCalibration(PackedEvaluation):
         packed: str = "packed",
         closed_form: ClosedForm = CLOSED_FORM,
         tuning: Tuning = TUNING,
-        finish: Tuning = FINISH,
+        finish: ModelTuning = FINISH,
         streams: StreamOptions = STREAMS,
         diagnostics: DiagnosticsOptions = DIAGNOSTICS,
         rest_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
@@ -105,7 +105,8 @@ class BinQCalibration(PackedEvaluation):
                 f"tuning.lr_embeddings: got {tuning.lr_embeddings}, expected 0: only the model stage tunes embeddings, "
                 "set `finish.lr_embeddings`"
             )
-        self.closed_form, self.tuning, self.finish = closed_form, tuning, finish
+        # Python callers may give any tuning; its errors then name the option that it is for.
+        self.closed_form, self.tuning, self.finish = closed_form, tuning, ModelTuning(**vars(finish))
         self.stream_options, self.diagnostics, self.seed = streams, diagnostics, seed
         self.rest_dtype: torch.dtype = getattr(torch, rest_dtype)
         self.matmul_precision, self.cuda_graphs = matmul_precision, cuda_graphs
@@ -167,12 +168,13 @@ class BinQCalibration(PackedEvaluation):
         """Refuse what cannot work before anything is loaded.
 
         Raises:
-            LitBinqError: a strategy that shards the model, a precision below float32 throughout, or an output that
-                cannot be written.
+            LitBinqError: a strategy that shards the model, a precision below float32 throughout, a number of epochs,
+                or an output that cannot be written.
         """
         require_trainer(self.trainer)
         if stage == "fit":
             require_output_places(self.output_places(self.trainer))
+            require_no_epochs(self.trainer.max_epochs, -1, LIGHTNINGS_EPOCHS)
             # Stages end by their own rule, so Lightning's epoch count must not end the fit.
             self.trainer.fit_loop.max_epochs = -1
         torch.set_float32_matmul_precision(self.matmul_precision)
@@ -192,6 +194,7 @@ class BinQCalibration(PackedEvaluation):
             raise LitBinqError("fit: got no calibration data, expected the data module CalibrationData (option `data`)")
         windows = torch.cat((data.train_windows, data.held_out_windows))
         teacher = self.load_source()
+        self._model = fingerprint(teacher)
         self._outside["work"] = Workspace(
             teacher,
             windows,
@@ -231,7 +234,7 @@ class BinQCalibration(PackedEvaluation):
             "gradient_clip_val": self.trainer.gradient_clip_val,
             "limit_train_batches": self.trainer.limit_train_batches,
         }
-        return identity(self.work.teacher, self._data["fingerprint"], options)
+        return identity(self._model, self._data["fingerprint"], options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the packed blocks and the stage; see lit_binq.resume for what is left out and why."""

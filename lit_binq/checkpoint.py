@@ -5,6 +5,7 @@ May touch: Lightning's callback, nothing of the calibration but its stage number
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError
 from lit_binq.files import replacing
+from lit_binq.ties import distinct_state
 
 
 class WholeFile(TorchCheckpointIO):
@@ -89,18 +91,35 @@ class StageCheckpoint(Checkpoint):
         self.saved = True
 
 
-def identity(model: PreTrainedModel, data: str, options: dict[str, Any]) -> dict[str, str]:
+def fingerprint(model: PreTrainedModel) -> str:
+    """A digest of a model: its configuration, and name, dtype, shape and every byte of each tensor it stores.
+
+    A fine-tune may share any part of its tensors with another model. Reads about 1 GB a second on each core.
+    """
+    tensors, tied = distinct_state(model)
+
+    def of(name: str) -> bytes:
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.digest()
+
+    whole = hashlib.sha256(model.config.to_json_string().encode() + json.dumps(tied, sort_keys=True).encode())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets other threads run
+        for part in pool.map(of, tensors):
+            whole.update(part)
+    return whole.hexdigest()[:16]
+
+
+def identity(model: str, data: str, options: dict[str, Any]) -> dict[str, str]:
     """What must be the same for a checkpoint to be resumed: model, data and options.
 
     Args:
-        model: the full-precision model; its configuration and the first values of each parameter are hashed.
+        model: fingerprint of the full-precision model.
         data: fingerprint of the calibration windows.
         options: everything else that changes the result; kept readable.
     """
-    digest = hashlib.sha256(model.config.to_json_string().encode())
-    for name, p in model.named_parameters():
-        digest.update(name.encode() + p.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return {"model": digest.hexdigest()[:16], "data": data, "options": json.dumps(options, sort_keys=True)}
+    return {"model": model, "data": data, "options": json.dumps(options, sort_keys=True)}
 
 
 def require_same(saved: dict[str, str], mine: dict[str, str]) -> None:

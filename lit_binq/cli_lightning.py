@@ -19,7 +19,7 @@ from lit_binq.demo import require_model
 from lit_binq.errors import LitBinqError
 from lit_binq.files import write_json
 from lit_binq.places import Place, require_output_places
-from lit_binq.trainer_checks import refuse_sharding
+from lit_binq.trainer_checks import refuse_sharding, require_no_epochs
 
 
 class FitParser(OneLine, LightningArgumentParser):
@@ -89,7 +89,8 @@ class LitBinqCLI(LightningCLI):
             require_checkpoint(Path(path))
 
     def before_fit(self) -> None:
-        """Refuse places that cannot be written to, before text is read and a model loaded."""
+        """Refuse epochs and places that cannot be written to, before text is read and a model loaded."""
+        require_no_epochs(self._get(self.config, "trainer.max_epochs"), -1)
         require_output_places([*self.model.output_places(self.trainer), *self._results_place()])
 
     def _results_place(self) -> list[Place]:

@@ -10,6 +10,7 @@ from lit_binq.blocks import find_layers, move, replace_module
 from lit_binq.formats import LatentLinear, PackedLinear
 from lit_binq.graphs import GraphedLoss
 from lit_binq.losses import kl_divergence
+from lit_binq.ranks import take_module_from_first
 from lit_binq.rounding import round_rest
 from lit_binq.stages import Stage
 from lit_binq.teacher_cache import TeacherCache, autocast_dtype, cache_teacher
@@ -86,6 +87,7 @@ class ModelStage(Stage):
                 replace_module(block, name, layer.pack())
         self.module.requires_grad_(False)
         round_rest(self.module, self.work.rest_dtype)
+        take_module_from_first(self.module)
 
 
 class _ModelLoss(nn.Module):

@@ -9,7 +9,7 @@ May touch: blocks, objectives, input_formats, solvers, formats, losses. Knows no
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -132,26 +132,62 @@ class Tuning:
     codes_after: float = 0.0
     codes_until: float = 1.0
 
+    OPTION: ClassVar[str] = "tuning"
+    """The option that holds these, for errors."""
+
     def __post_init__(self) -> None:
+        o = self.OPTION
         for name, value in vars(self).items():
             if name != "loss" and not value >= 0:
-                raise LitBinqError(f"tuning.{name}: got {value}, expected a number >= 0")
+                raise LitBinqError(f"{o}.{name}: got {value}, expected a number >= 0")
         if self.epochs and not (self.lr_codes or self.lr_scales or self.lr_norms or self.lr_embeddings):
-            raise LitBinqError("tuning: got epochs with every learning rate 0, expected one above 0, or `epochs: 0`")
+            raise LitBinqError(f"{o}: got epochs with every learning rate 0, expected one above 0, or `epochs: 0`")
         if self.interaction == math.inf:
-            raise LitBinqError("tuning.interaction: got inf, expected a finite number >= 0")
+            raise LitBinqError(f"{o}.interaction: got inf, expected a finite number >= 0")
         if not self.codes_after < self.codes_until <= 1:
             raise LitBinqError(
-                f"tuning.codes_until: got {self.codes_until} with codes_after {self.codes_after}, expected shares of "
+                f"{o}.codes_until: got {self.codes_until} with codes_after {self.codes_after}, expected shares of "
                 "the steps, codes_after < codes_until <= 1; `lr_codes: 0` keeps codes as they are throughout"
             )
         if self.loss not in get_args(BlockLoss):
-            raise LitBinqError(f"tuning.loss: got {self.loss!r}, expected one of {', '.join(get_args(BlockLoss))}")
+            raise LitBinqError(f"{o}.loss: got {self.loss!r}, expected one of {', '.join(get_args(BlockLoss))}")
 
 
-def end_stage_tuning() -> Tuning:
-    """Defaults of the model stage: left out; when switched on, scales, norms and, slowly, codes."""
-    return Tuning(epochs=0, lr_codes=1e-2, lr_scales=2e-3, lr_norms=2e-3, patience=3)
+@dataclass
+class ModelTuning(Tuning):
+    """How the whole model is tuned at the end; the stage is left out unless it has epochs.
+
+    Learning rates are relative: scales and norms step by a share of their mean size, latent codes have mean size 1.
+
+    Attributes:
+        epochs: most passes over the training windows; 0 leaves the stage out.
+        lr_codes: for latent codes; 0 freezes the codes.
+        lr_scales: for row and column scales.
+        lr_norms: for norm weights and biases.
+        lr_embeddings: for embeddings and an untied head, which are stored in full anyway.
+        patience: epochs without a better held-out loss after which the stage ends; 0 means never early.
+        final_lr: share of the learning rate that the cosine schedule ends at.
+        loss: of block stages alone.
+        interaction: of block stages alone.
+        codes_after: share of the stage's steps during which codes stay as they are, while scales settle.
+        codes_until: share of the stage's steps after which codes stay as they are, and scales settle again.
+    """
+
+    lr_codes: float = 1e-2
+    lr_scales: float = 2e-3
+    lr_norms: float = 2e-3
+    patience: int = 3
+
+    OPTION: ClassVar[str] = "finish"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("loss", "token"), ("interaction", 0.0)):
+            if getattr(self, name) != value:
+                raise LitBinqError(
+                    f"finish.{name}: got {getattr(self, name)}, expected {value}: only blocks are tuned on a block's "
+                    f"output, set `tuning.{name}`"
+                )
 
 
 CODES = "codes"

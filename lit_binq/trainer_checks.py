@@ -8,6 +8,9 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_binq.errors import LitBinqError
 
+LIGHTNINGS_EPOCHS = 1000
+"""What a trainer says that was given no number of epochs."""
+
 
 def require_trainer(trainer: pl.Trainer) -> None:
     """Refuse a trainer before anything is loaded.
@@ -21,6 +24,23 @@ def require_trainer(trainer: pl.Trainer) -> None:
         raise LitBinqError(
             f"trainer.precision: got {trainer.precision}, expected 32-true, bf16-mixed or 16-mixed: "
             "statistics and streams are float32"
+        )
+
+
+def require_no_epochs(epochs: int | None, *unset: int) -> None:
+    """Refuse a number of epochs: stages have their own.
+
+    Args:
+        epochs: the trainer's `max_epochs`.
+        unset: what it is if nobody set it, besides None.
+
+    Raises:
+        LitBinqError: it was set.
+    """
+    if epochs is not None and epochs not in unset:
+        raise LitBinqError(
+            f"trainer.max_epochs: got {epochs}, expected none, each stage has its own epochs: set "
+            "`model.tuning.epochs` for the blocks and `model.finish.epochs` for the whole model"
         )
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from lit_binq.bits import true_bits
 from lit_binq.block_stage import BlockStage
 from lit_binq.calibration import BinQCalibration
+from lit_binq.checkpoint import fingerprint
 from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import PackedLinear, Solution
+from lit_binq.formats import LatentBinaryLinear, PackedLinear, Solution
 from lit_binq.hub import load_packed
 from lit_binq.marker import read_marker
 from lit_binq.packed_layers import packed_linears
@@ -193,6 +194,56 @@ def test_the_epoch_before_tuning_is_the_same_on_both_processes(make_source, text
                  finish=Tuning(epochs=0), trainer=two_processes())  # fmt: skip
     assert read_marker(module.packed)["facts"]["stages"][0]["best_epoch"] == 0
     assert (tmp_path / "rank-0").read_text() == (tmp_path / "rank-1").read_text()
+
+
+@pytest.mark.parametrize("stage", ["tuning", "finish"])
+def test_the_first_process_is_right_about_what_tuning_packs(stage, make_source, text_file, tmp_path, monkeypatch):
+    """Latents that are the same everywhere, packed by a device that rounds otherwise, only more; norms as well."""
+    pack = LatentBinaryLinear.pack
+
+    @torch.no_grad()
+    def drifting(layer):
+        layer.v.mul_(1 - 2 * torch.distributed.get_rank())
+        return pack(layer)
+
+    monkeypatch.setattr(LatentBinaryLinear, "pack", drifting)
+    options = {"tuning": Tuning(), "finish": Tuning()} | {stage: Tuning(epochs=1)}
+    fit(make_source(blocks=1), text_file, tmp_path / "packed", callbacks=[Remember(tmp_path)], trainer=two_processes(),
+        **options)  # fmt: skip
+    assert (tmp_path / "rank-0").read_text() == (tmp_path / "rank-1").read_text()
+
+
+def test_a_model_that_shares_the_beginning_of_every_tensor_is_another(make_source, text_file, tmp_path, make_model):
+    """A fine-tune may leave rows alone: 256 values of each are not the model."""
+    source = make_source(blocks=1)
+    fit(source, text_file, tmp_path / "one", finish=Tuning())
+    last = tmp_path / "one-ckpt" / "last.ckpt"
+    other = make_model("llama", blocks=1)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight[-1, -1] += 1e-6
+    other.save_pretrained(source)
+    with pytest.raises(LitBinqError, match="another model"):
+        fit(source, text_file, tmp_path / "two", ckpt_path=last, finish=Tuning())
+
+
+def test_a_fingerprint_sees_every_byte(make_model):
+    mark = fingerprint(make_model("qwen2"))
+    assert mark == fingerprint(make_model("qwen2"))
+    for change in ("model.norm.weight", "model.layers.1.self_attn.k_proj.bias", "model.embed_tokens.weight"):
+        model = make_model("qwen2")
+        model.get_parameter(change).data.view(torch.int32).view(-1)[-1] ^= 1
+        assert fingerprint(model) != mark
+    assert fingerprint(make_model("qwen2", tied=False)) != mark
+    assert fingerprint(make_model("qwen2").to(torch.bfloat16)) != mark
+    model = make_model("qwen2")
+    model.config.rms_norm_eps = 1e-5
+    assert fingerprint(model) != mark
+
+
+def test_a_trainers_number_of_epochs_is_refused(make_source, text_file, tmp_path):
+    with pytest.raises(LitBinqError, match=r"trainer\.max_epochs: got 3, expected none.*`model\.tuning\.epochs`"):
+        fit(make_source(blocks=1), text_file, tmp_path / "packed", trainer={"max_epochs": 3})
+    assert not (tmp_path / "packed").exists()
 
 
 def test_validation_reports_both_models(make_source, text_file, tmp_path):

@@ -93,6 +93,9 @@ def test_help_and_wrong_usage(capsys):
     ("arguments", "words"),
     [
         (["--model.tuning.epochs", "-3"], ["tuning.epochs", "-3"]),
+        (["--model.finish.epochs", "-3"], ["finish.epochs", "-3"]),
+        (["--trainer.max_epochs", "1000"], ["trainer.max_epochs", "`model.tuning.epochs`", "`model.finish.epochs`"]),
+        (["--model.drop_tensors", "['(']"], ["drop_tensors", "'('"]),
         (["--model.model", "./nowhere"], ["./nowhere", "no such file"]),
         (["--data.train", '{"path": "nowhere.txt"}'], ["nowhere.txt", "no such file"]),
         (["--data.window_length", "5000000"], ["too short", "window_length"]),

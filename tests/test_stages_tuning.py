@@ -17,7 +17,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import LatentBinaryLinear
 from lit_binq.model_stage import ModelStage
 from lit_binq.rounding import round_rest
-from lit_binq.stages import ClosedForm, Tuning, end_stage_tuning
+from lit_binq.stages import ClosedForm, ModelTuning, Tuning
 from lit_binq.workspace import Workspace
 
 # ---- tuning --------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def test_parameter_groups_hold_what_has_a_learning_rate(tuning: Tuning, trained:
 def test_model_stage_loss_is_the_kl_by_hand(kind: str) -> None:
     work = workspace(tiny_model(kind))
     quantize(work)
-    stage = ModelStage(work, end_stage_tuning())
+    stage = ModelStage(work, ModelTuning())
     stage.enter()
     windows = make_windows()
 
@@ -99,7 +99,7 @@ def test_model_stage_packs_again_and_rounds_norms(kind: str) -> None:
     student = quantize(work)
     codes = {name: m.codes.clone() for name, m in packed(student).items()}
     before = student(input_ids=make_windows(), use_cache=False).logits.detach()
-    stage = ModelStage(work, end_stage_tuning())
+    stage = ModelStage(work, ModelTuning())
     stage.enter()
     assert not packed(student)
     torch.testing.assert_close(student(input_ids=make_windows(), use_cache=False).logits.detach(), before)
@@ -185,3 +185,24 @@ def test_what_does_not_fit_the_stored_dtype_is_refused(which: str) -> None:
     with pytest.raises(LitBinqError, match=rf"{name} has values up to 1e\+06 that float16 cannot hold"):
         round_rest(block, torch.float16)
     round_rest(block, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": -1}, r"finish\.epochs: got -1"),
+        ({"lr_norms": math.nan}, r"finish\.lr_norms: got nan"),
+        ({"epochs": 1, "lr_codes": 0, "lr_scales": 0, "lr_norms": 0}, r"finish: got epochs with every learning rate 0"),
+        ({"codes_until": 1.5}, r"finish\.codes_until: got 1\.5"),
+        ({"loss": "layer"}, r"finish\.loss: got 'layer'"),
+        ({"loss": "block"}, r"finish\.loss: got block, expected token: .*`tuning\.loss`"),
+        ({"interaction": 0.1}, r"finish\.interaction: got 0\.1, expected 0\.0: .*`tuning\.interaction`"),
+        ({"interaction": math.inf}, r"finish\.interaction: got inf"),
+    ],
+)
+def test_errors_of_the_model_stage_name_its_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LitBinqError, match=message):
+        ModelTuning(**options)
+    if not options.keys() & {"loss", "interaction"}:
+        with pytest.raises(LitBinqError, match=message.replace("finish", "tuning")):
+            Tuning(**({"lr_embeddings": 0.0} | options))
