@@ -12,7 +12,7 @@ May touch: torch and transformers modules.
 
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 
 from lit_binq.errors import LitBinqError
 
-SHORT = 32
+SHORT = 16
 """Tokens of the passes that compare blocks with the model: long enough to tell masks apart, quick for any model."""
 
 TOLERANCE = 1e-4
@@ -83,14 +83,24 @@ class BlockCall:
 
     def to(self, device: torch.device) -> "BlockCall":
         """The same arguments with every tensor on `device`."""
-        return BlockCall(_move(self.args, device), _move(self.kwargs, device))
+        return self.map(lambda t: t.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "BlockCall":
+        """The same arguments with `function` applied to every tensor."""
+
+        def apply(leaf: Any) -> Any:
+            if isinstance(leaf, PerWindow):
+                return PerWindow(function(leaf.part), leaf.dim, leaf.interleaved)
+            return function(leaf) if isinstance(leaf, Tensor) else leaf
+
+        return BlockCall(_map(self.args, apply), _map(self.kwargs, apply))
 
     def of(self, windows: int) -> "BlockCall":
         """The arguments for so many windows, tensors only."""
         return BlockCall(_for_windows(self.args, windows), _for_windows(self.kwargs, windows))
 
 
-def _map(value: Any, function: Any) -> Any:
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     """A nested value with `function` applied to everything but tuples, lists and dicts."""
     if isinstance(value, (tuple, list)):
         made = [_map(v, function) for v in value]
@@ -98,15 +108,6 @@ def _map(value: Any, function: Any) -> Any:
     if isinstance(value, dict):
         return {k: _map(v, function) for k, v in value.items()}
     return function(value)
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    def move(leaf: Any) -> Any:
-        if isinstance(leaf, PerWindow):
-            return PerWindow(leaf.part.to(device), leaf.dim, leaf.interleaved)
-        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
-
-    return _map(value, move)
 
 
 def _for_windows(value: Any, windows: int) -> Any:
@@ -137,16 +138,16 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, window: Tensor)
     """
     # The same tokens in another place: what depends on them differs.
     pair = torch.cat((window, window.roll(1, 1)))
-    short = pair[:, :SHORT]
-    one, two = _record(model, blocks, short[:1]), _record(model, blocks, short)
-    _require_chain(model, blocks, two)
-    calls = [_merge(a.call, b.call, model) for a, b in zip(one, two, strict=True)]
-    _require_blocks(model, blocks, two, calls)
+    short = _record(model, blocks, pair[:, :SHORT])
+    _require_chain(model, short)
+    # Blocks whose outputs are nothing but hidden states need not run for what the model passes on.
+    like = short if all(isinstance(r.output, Tensor) or all(v is None for v in r.output[1:]) for r in short) else None
+    one = _record(model, blocks, pair[:1, :SHORT], like)
+    calls = [_merge(a.call, b.call, model) for a, b in zip(one, short, strict=True)]
+    _require_blocks(model, blocks, short, calls)
     if window.shape[1] <= SHORT:
         return calls
-    # Blocks whose outputs are nothing but hidden states need not run for what the model passes on.
-    skip = all(isinstance(r.output, Tensor) or all(v is None for v in r.output[1:]) for r in two)
-    longer = [_record(model, blocks, windows, two if skip else None) for windows in (pair[:1], pair)]
+    longer = [_record(model, blocks, windows, like) for windows in (pair[:1], pair)]
     return [_merge(a.call, b.call, model) for a, b in zip(*longer, strict=True)]
 
 
@@ -218,8 +219,8 @@ def _handing_on(block: nn.Module, output: Any, passes: list[_Pass]) -> Iterator[
 
 def _split(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
     """Hidden states and all other arguments, by name where the block's signature has names; caches left out."""
-    parameters = inspect.signature(block.forward).parameters
-    by_name = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    parameters = inspect.signature(type(block).forward).parameters  # the block's own may be replaced, see _handing_on
+    by_name = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     rest: tuple[Any, ...] = ()
     if by_name and len(args) <= len(by_name):
         named = {**dict(zip((p.name for p in by_name), args, strict=False)), **kwargs}
@@ -291,7 +292,7 @@ def _odd(model: PreTrainedModel, what: str) -> LitBinqError:
     )
 
 
-def _require_chain(model: PreTrainedModel, blocks: nn.ModuleList, passes: list[_Pass]) -> None:
+def _require_chain(model: PreTrainedModel, passes: list[_Pass]) -> None:
     """Refuse models that do something between their blocks."""
     for i, (now, following) in enumerate(itertools.pairwise(passes)):
         if not _close(following.hidden, _first(now.output)):
@@ -307,9 +308,9 @@ def _require_blocks(model: PreTrainedModel, blocks: nn.ModuleList, passes: list[
     Raises:
         LitBinqError: a block fails or computes something else.
     """
-    seen: set[Any] = set()
+    seen: set[Hashable] = set()
     for i, (block, made, call) in enumerate(zip(blocks, passes, calls, strict=True)):
-        kind = (type(block), tuple((n, type(m)) for n, m in block.named_modules()), _form(call))
+        kind = kind_of(block, call)
         if kind in seen:
             continue
         seen.add(kind)
@@ -323,6 +324,12 @@ def _require_blocks(model: PreTrainedModel, blocks: nn.ModuleList, passes: list[
             raise LitBinqError(f"{wrong} fails ({type(error).__name__}: {line}); {hint}") from error
         if not _close(output, _first(made.output)):
             raise LitBinqError(f"{wrong} gives other hidden states for two windows, {hint}")
+
+
+def kind_of(block: nn.Module, call: BlockCall) -> Hashable:
+    """Blocks of one kind have the same modules and shapes, and get arguments of the same shapes."""
+    shapes = tuple(t.shape for t in (*block.parameters(), *block.buffers()))
+    return type(block), tuple((name, type(m)) for name, m in block.named_modules()), shapes, _form(call)
 
 
 def _form(call: BlockCall) -> str:
