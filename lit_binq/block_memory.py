@@ -10,13 +10,16 @@ May touch: blocks, formats, losses, live_bytes. Knows no stage.
 """
 
 import copy
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_binq.block_calls import BlockCall, run_block
+from lit_binq.block_calls import BlockCall, hooked, run_block
 from lit_binq.blocks import find_layers, norm_parameters, replace_module
 from lit_binq.formats.row_column import LatentBinaryLinear, RowColumn
 from lit_binq.live_bytes import copy_without_content, counting, pass_bytes, step_bytes, without_content
@@ -46,7 +49,7 @@ class BlockMemory:
 
     Attributes:
         dense: bytes of its float32 tensors.
-        linears: (N, K) of its linear layers.
+        linears: (N, K) of its linear layers, but for those that are never called.
         forward: the most a pass of statistics holds (float32, no gradient), its output among it.
         step: a training step of one latent a weight.
     """
@@ -88,11 +91,15 @@ def block_memory(
         autocast: the step's mixed precision; None is float32.
         train: whether codes, scales and norms are trained.
     """
-    linears = [(m.out_features, m.in_features) for m in block.modules() if isinstance(m, nn.Linear)]
     _, T, d = hidden
+    called: dict[str, tuple[int, int]] = {}
 
     def forward(module: nn.Module, call: BlockCall, x: Tensor) -> int:
-        return pass_bytes(lambda: run_block(module, x, call))
+        with ExitStack() as stack:
+            for name, m in find_layers(module, nn.Linear).items():
+                note = partial(lambda name, m, *_: called.update({name: (m.out_features, m.in_features)}), name)
+                stack.enter_context(hooked(m.register_forward_pre_hook(note)))
+            return pass_bytes(lambda: run_block(module, x, call))
 
     def step(module: nn.Module, call: BlockCall, x: Tensor) -> Step:
         def loss() -> Tensor:
@@ -104,18 +111,18 @@ def block_memory(
         with counting():
             empty, arguments = copy_without_content(block), call.map(without_content)
             passed = forward(empty, arguments, torch.empty(batch_windows, T, d))
-            _make_latent(empty, train)
+            _make_latent(empty, called, train)
             trained = step(empty, arguments, torch.empty(batch, T, d))
     except Exception:  # what a block's code asks of values that are not there is its own
         few, more = (_shorter(call, T, n) for n in (FEW, 2 * FEW))
         twin = copy.deepcopy(block)
         ends = [forward(twin, c, torch.randn(1, n, d)) for c, n in ((few, FEW), (more, 2 * FEW))]
         passed = _extended(ends[0], ends[1], batch_windows * T)
-        _make_latent(twin, train)
+        _make_latent(twin, called, train)
         first, second = (step(twin, c, torch.randn(1, n, d)) for c, n in ((few, FEW), (more, 2 * FEW)))
         kept, peak = (_extended(a, b, batch * T) for a, b in ((first.kept, second.kept), (first.peak, second.peak)))
         trained = Step(kept, peak, second.gradients)
-    return BlockMemory(size_of(block), linears, passed, trained)
+    return BlockMemory(size_of(block), list(called.values()), passed, trained)
 
 
 def head_step(
@@ -170,10 +177,12 @@ def solve_bytes(N: int, K: int, statistics: bool) -> int:
     return max(gathered, target, solve)
 
 
-def _make_latent(block: nn.Module, train: tuple[bool, bool, bool]) -> None:
-    """Put the trainable twin of the row x column format in place of every linear layer."""
+def _make_latent(block: nn.Module, names: Iterable[str], train: tuple[bool, bool, bool]) -> None:
+    """Put the trainable twin of the row x column format in place of linear layers."""
     codes, scales, norms = train
-    for name, linear in find_layers(block, nn.Linear).items():
+    for name in names:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         W = linear.weight
         solution = RowColumn(torch.ones_like(W[:, 0]), torch.ones_like(W[0]), torch.ones_like(W))
         replace_module(block, name, LatentBinaryLinear(solution, linear.bias, codes))

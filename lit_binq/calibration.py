@@ -37,11 +37,13 @@ from lit_binq.diagnostics import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
 from lit_binq.evaluation import PackedEvaluation, highest_precision
 from lit_binq.files import UnwritableError
+from lit_binq.fit_preflight import ask_before_fit
 from lit_binq.kv_cache import KV_BITS
 from lit_binq.marker import PACKED_MARKER
 from lit_binq.memory import reset_peak_memory
 from lit_binq.model_stage import ModelStage
 from lit_binq.places import Place, require_output_places
+from lit_binq.preflight import PreflightOptions, Report
 from lit_binq.records import BlockMeasures, parse_as
 from lit_binq.result import FitFacts, StageRecord, diagnostics_path, log_progress, write_result
 from lit_binq.resume import restore_student, student_state
@@ -55,7 +57,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "lit_binq"
 CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), Tuning(epochs=24), ModelTuning(), StreamOptions()
-DIAGNOSTICS = DiagnosticsOptions()
+DIAGNOSTICS, PREFLIGHT = DiagnosticsOptions(), PreflightOptions()
 
 
 class BinQCalibration(PackedEvaluation):
@@ -79,6 +81,11 @@ class BinQCalibration(PackedEvaluation):
         kv_bits: of the quantized model's keys and values, 4, or 0 to leave them as they are (lit_binq.kv_cache).
         drop_tensors: names, or regular expressions matched anywhere in them, of tensors of the source that may be left
             out although its architecture does not take them; such a checkpoint is refused otherwise.
+        preflight: what is asked before the first block.
+
+    Attributes:
+        evaluates: whether an evaluation follows the fit, whose needs the preflight then asks for.
+        report: what the preflight found.
     """
 
     def __init__(
@@ -98,6 +105,7 @@ class BinQCalibration(PackedEvaluation):
         seed: int = 0,
         kv_bits: Literal[0, 4] = 0,
         drop_tensors: Sequence[str] = (),
+        preflight: PreflightOptions = PREFLIGHT,
     ) -> None:
         super().__init__(model, packed, compare_fp, revision, drop_tensors)
         if tuning.lr_embeddings:
@@ -112,7 +120,8 @@ class BinQCalibration(PackedEvaluation):
         self.matmul_precision, self.cuda_graphs = matmul_precision, cuda_graphs
         if kv_bits not in KV_BITS:
             raise LitBinqError(f"kv_bits: got {kv_bits}, expected one of {', '.join(map(str, KV_BITS))}")
-        self.kv_bits = kv_bits
+        self.kv_bits, self.preflight, self.evaluates = kv_bits, preflight, False
+        self.report: Report | None = None
         # DDP refuses to wrap a module without trainable parameters; no stage is on when Lightning first wraps it.
         self.placeholder = nn.Parameter(torch.zeros(1))
         self.active: nn.Module | None = None
@@ -194,6 +203,9 @@ class BinQCalibration(PackedEvaluation):
             raise LitBinqError("fit: got no calibration data, expected the data module CalibrationData (option `data`)")
         windows = torch.cat((data.train_windows, data.held_out_windows))
         teacher = self.load_source()
+        self.report = ask_before_fit(self, self.trainer, data, teacher)
+        if self.trainer.is_global_zero:
+            log.info("%s", self.report.line())
         self._model = fingerprint(teacher)
         self._outside["work"] = Workspace(
             teacher,
@@ -411,7 +423,8 @@ class BinQCalibration(PackedEvaluation):
         self.finished = True
         self.work.streams.close()
         if self.trainer.is_global_zero:
-            run = FitFacts(self.source, self.revision, self._data, self._tokens, self._identity())
+            assert self.report is not None
+            run = FitFacts(self.source, self.revision, self._data, self._tokens, self._identity(), self.report.facts())
             seconds = time.monotonic() - self._began
             try:
                 write_result(self.packed, self.work, run, self.records, self.measures, seconds)

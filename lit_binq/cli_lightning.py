@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,15 @@ from lit_binq.data import CalibrationData
 from lit_binq.demo import require_model
 from lit_binq.errors import LitBinqError
 from lit_binq.files import write_json
+from lit_binq.fit_preflight import ask_before_fit
 from lit_binq.places import Place, require_output_places
-from lit_binq.trainer_checks import refuse_sharding, require_no_epochs
+from lit_binq.trainer_checks import refuse_sharding, require_no_epochs, require_trainer
+
+log = logging.getLogger(__name__)
+
+
+class Asked(Exception):
+    """A preflight was all that was wanted; never leaves this file."""
 
 
 class FitParser(OneLine, LightningArgumentParser):
@@ -66,6 +74,14 @@ class LitBinqCLI(LightningCLI):
             help="measure perplexity after the fit, on data.evaluation",
         )
         parser.add_argument(
+            "--preflight_only",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="ask everything that the fit, its evaluation and the export will ask, print an estimate, and stop",
+        )
+        parser.add_argument(
             "--results", type=str | None, default=None, help="JSON file the perplexities are written to"
         )
 
@@ -89,9 +105,26 @@ class LitBinqCLI(LightningCLI):
             require_checkpoint(Path(path))
 
     def before_fit(self) -> None:
-        """Refuse epochs and places that cannot be written to, before text is read and a model loaded."""
+        """Ask what needs no model: epochs, places, evaluation texts; with `--preflight_only` ask all, and stop."""
         require_no_epochs(self._get(self.config, "trainer.max_epochs"), -1)
         require_output_places([*self.model.output_places(self.trainer), *self._results_place()])
+        self.model.evaluates = bool(self._get(self.config, "evaluate"))
+        if self.model.evaluates:
+            self.datamodule.load_evaluation()
+        if self._get(self.config, "preflight_only"):
+            self._preflight()
+            raise Asked
+
+    def _preflight(self) -> None:
+        """Ask what a fit asks before its first block, and print the estimate by its parts."""
+        require_trainer(self.trainer)
+        torch.set_float32_matmul_precision(self.model.matmul_precision)
+        self.datamodule.trainer = self.trainer  # its ranks
+        self.datamodule.setup("fit")
+        teacher = self.model.load_source()
+        report = ask_before_fit(self.model, self.trainer, self.datamodule, teacher)
+        print(report.table())
+        log.info("%s", report.line())
 
     def _results_place(self) -> list[Place]:
         path = self._get(self.config, "results")
@@ -143,23 +176,24 @@ def lightning(arguments: list[str]) -> None:
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
 
-    LitBinqCLI(
-        BinQCalibration,
-        CalibrationData,
-        args=None if arguments == sys.argv[1:] else arguments,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_callback=None,
-        parser_kwargs={"prog": "litbinq"},
-        trainer_defaults={
-            "max_epochs": -1,
-            "num_sanity_val_steps": 0,
-            "use_distributed_sampler": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": False,
-        },
-    )
+    with suppress(Asked):
+        LitBinqCLI(
+            BinQCalibration,
+            CalibrationData,
+            args=None if arguments == sys.argv[1:] else arguments,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=None,
+            parser_kwargs={"prog": "litbinq"},
+            trainer_defaults={
+                "max_epochs": -1,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "logger": False,
+            },
+        )
 
 
 def require_checkpoint(path: Path) -> None:

@@ -138,6 +138,8 @@ class CalibrationData(LightningDataModule):
         self.train_windows = self.held_out_windows = torch.empty(0, window_length, dtype=torch.int64)
         self._calibration: tuple[Tensor, Tensor] | None = None  # train, held-out windows of all ranks
         self._evaluation: dict[str, Tensor] | None = None  # windows of all ranks
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._described = ""
 
     def _check(self) -> None:
         """Refuse contradictory options, naming them."""
@@ -162,21 +164,49 @@ class CalibrationData(LightningDataModule):
             LitBinqError: text or tokenizer that cannot be used, or too few windows for the ranks.
         """
         rank, ranks = self._place()
-        tokenizer: PreTrainedTokenizerBase | None = None
         if stage in ("fit", None):
             if self._calibration is None:
-                tokenizer = load_tokenizer(self.tokenizer, revision=self.revision)
-                self._calibration = self._split(self._mix(tokenizer))
+                self._calibration = self._split(self._mix(self.load_tokenizer()))
             train, held_out = self._calibration
             self.train_windows = self._share(train, rank, ranks, "windows")
             self.held_out_windows = self._share(held_out, rank, ranks, "held_out")
-        if stage in ("validate", "test", None) and self._evaluation is None:
-            tokenizer = tokenizer or load_tokenizer(self.tokenizer, revision=self.revision)
-            self._evaluation = {name: self._eval_set(tokenizer, name) for name in self.eval_names}
-        if rank == 0:
-            log.info("%s", self.describe())
+        if stage in ("validate", "test", None):
+            self.load_evaluation()
+        if rank == 0 and self._described != (described := self.describe()):
+            self._described = described
+            log.info("%s", described)
             if self._calibration is not None and self._evaluation is not None:
-                self._report_overlap(tokenizer or load_tokenizer(self.tokenizer, revision=self.revision))
+                self._report_overlap(self.load_tokenizer())
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, read once.
+
+        Raises:
+            LitBinqError: see `lit_binq.models.load_tokenizer`.
+        """
+        self._tokenizer = self._tokenizer or load_tokenizer(self.tokenizer, revision=self.revision)
+        return self._tokenizer
+
+    def load_evaluation(self) -> None:
+        """Read and tokenize the evaluation sets once: a fit asks for them before it begins.
+
+        Raises:
+            LitBinqError: an evaluation text that cannot be used; names the set.
+        """
+        if self._evaluation is not None:
+            return
+        made = {}
+        for name in self.eval_names:
+            try:
+                made[name] = self._eval_set(self.load_tokenizer(), name)
+            except LitBinqError as error:
+                raise LitBinqError(f"data.evaluation, set {name!r}: {error}") from error
+        self._evaluation = made
+
+    @property
+    def evaluation_windows(self) -> dict[str, Tensor]:
+        """Windows (n, T) of each evaluation set, over all ranks; empty before they are loaded."""
+        return self._evaluation or {}
 
     def _report_overlap(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Say how much of each evaluation set was calibrated on, be it real text or prompts of what a model wrote."""

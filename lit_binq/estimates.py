@@ -24,6 +24,7 @@ May touch: blocks, block_memory, stages' options, streams' options.
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from lit_binq.block_memory import BlockMemory, Step, block_memory, head_step, si
 from lit_binq.blocks import find_blocks
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import Solution
-from lit_binq.stages import ClosedForm, Tuning
+from lit_binq.stages import ClosedForm, ModelTuning, Tuning
 from lit_binq.streams import StreamOptions
 from lit_binq.teacher_cache import DEVICE_SHARE, logits_are_the_heads
 
@@ -76,7 +77,7 @@ class Run:
     streams: StreamOptions
     closed_form: ClosedForm
     tuning: Tuning
-    finish: Tuning
+    finish: ModelTuning
     autocast: torch.dtype | None = None
     ranks: int = 1
     rest_bytes: int = 2
@@ -281,13 +282,13 @@ def _block_phases(sizes: _Sizes, run: Run, cuda: bool) -> list[Phase]:
     judged = 2 if run.closed_form.shrinkage == "auto" else 1
     closed, tuned = [], []
     for _, m in sizes.kinds:
-        widest = max(K for _, K in m.linears)
+        widest = max((K for _, K in m.linears), default=0)
         inputs = 4 * w * T * widest
         hidden = 2 * 4 * w * T * sizes.d
         grams = 12 * widest * widest * judged if statistics else 0
         # A pass with the other stream's inputs beside it; then both weighed token by token.
         gathering = max(m.forward + inputs, 4 * inputs) if statistics else m.forward
-        solving = max(solve_bytes(N, K, statistics) for N, K in m.linears) + (grams if judged > 1 else 0)
+        solving = max((solve_bytes(N, K, statistics) for N, K in m.linears), default=0) + (grams if judged > 1 else 0)
         reference = {"full-precision block": float(m.dense)} if cuda else {}
         closed.append(
             Phase(
@@ -308,7 +309,7 @@ def _block_phases(sizes: _Sizes, run: Run, cuda: bool) -> list[Phase]:
         P = m.step.gradients + 4 * more * m.weights if run.tuning.lr_codes else m.step.gradients
         frozen = 0 if run.tuning.lr_codes else 4 * sizes.latents * m.weights
         step = m.step.peak + more * LATENT_STEP * m.weights + 2 * 4 * b * T * sizes.d * (1 + bool(cuda))
-        largest = max(N * K for N, K in m.linears)
+        largest = max((N * K for N, K in m.linears), default=0)
         scoring = P + m.forward + hidden + 4 * largest
         tuned.append(
             Phase(
@@ -380,3 +381,8 @@ def minutes(seconds: float) -> str:
     if seconds < 90:
         return f"{max(math.ceil(seconds / 10) * 10, 10)} s"
     return f"{math.ceil(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def known(value: Any) -> str:
+    """A number of bytes in words; a dash where it is not known."""
+    return "-" if value is None else f"{gigabytes(value)} GB"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_binq.bits import dense_weights, file_bits, true_bits
 from lit_binq.errors import LitBinqError
+from lit_binq.estimates import known
 from lit_binq.hub import save_packed
 from lit_binq.memory import peak_memory
 from lit_binq.models import load_tokenizer
@@ -94,6 +95,7 @@ class FitFacts:
         data: rules and fingerprint of the calibration windows.
         tokens: calibration tokens of all ranks, held-out ones not counted.
         identity: what a checkpoint of this run must match (lit_binq.checkpoint).
+        estimated: peak memory as it was estimated before the first block, with the keys of the measured one.
     """
 
     source: str
@@ -101,6 +103,7 @@ class FitFacts:
     data: dict[str, Any]
     tokens: int
     identity: dict[str, str]
+    estimated: dict[str, int | None]
 
 
 def write_result(
@@ -127,12 +130,14 @@ def write_result(
         LitBinqError: see `save_packed`; nothing is left behind then. What was written is read again, and must give
             the student's logits bit for bit.
     """
+    peak = peak_memory(work.device)
     facts = {
         "source": run.source,
         "data": run.data,
         "calibration_tokens": run.tokens,
         "calibration_seconds": round(seconds, 1),
-        "calibration_peak_memory": peak_memory(work.device),
+        "calibration_peak_memory": peak,
+        "calibration_estimated_memory": run.estimated,
         "device": _device_name(work.device),
         "identity": run.identity,
         "stages": [dataclasses.asdict(r) for r in records],
@@ -151,6 +156,10 @@ def write_result(
         write_diagnostics(path, measures)
     else:
         _remove_older(path)
+    log.info(
+        "peak memory of the fit, and its estimate: host %s (%s), device %s (%s)",
+        *(known(m[key]) for key in ("host_bytes", "device_bytes") for m in (peak, run.estimated)),
+    )
     log.info(
         "wrote %s: %.3f true bits, %.2f file bits, calibrated on %d tokens in %.0f s",
         folder,

@@ -10,6 +10,7 @@ from fitting import Remember, T, fit
 from transformers import PreTrainedTokenizerFast
 
 from lit_binq.hub import load_packed
+from lit_binq.preflight import PreflightOptions
 
 
 @pytest.mark.parametrize("kind", [k for k in architectures.CONFIGS if k != "rwkv"])
@@ -20,7 +21,7 @@ def test_the_fit_is_what_transformers_computes_with_its_weights(
     architectures.make(kind).save_pretrained(source)
     tokenizer.save_pretrained(source)
     remember = Remember()
-    fit(source, text_file, packed, callbacks=[remember])
+    fit(source, text_file, packed, callbacks=[remember], preflight=PreflightOptions(torch_only=True))
     reloaded, dense = load_packed(packed)[0], dense_model(packed)
     with torch.no_grad():
         assert torch.equal(reloaded(input_ids=torch.arange(24).reshape(1, -1)).logits, remember.logits)
