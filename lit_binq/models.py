@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lit_binq.errors import LitBinqError, first_line
+from lit_binq.gguf_checks import require_stated, tensors_left_out
 from lit_binq.gguf_files import read_gguf
 from lit_binq.gguf_loading import read_once
 from lit_binq.gguf_tokenizers import repaired
@@ -111,16 +112,17 @@ def load_model(
     if file is not None:
         options = {"gguf_file": str(file.resolve())}
     with _one_line_errors("model", source), read_once(file, False) if file else nullcontext(where) as where:
-        _check_architecture(source, where, options)
+        _check_architecture(source, where, options, file)
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
-    model: PreTrainedModel = loaded[0]
+        model: PreTrainedModel = loaded[0]
+        unexpected = [*loaded[1]["unexpected_keys"], *(tensors_left_out(read_gguf(file), model) if file else ())]
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise LitBinqError(
             f"model {source!r}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__} "
             f"(first: {missing[0]}); expected a complete causal language model: check the source"
         )
-    left = sorted(name for name in loaded[1]["unexpected_keys"] if not any(p.search(name) for p in patterns))
+    left = sorted(name for name in unexpected if not any(p.search(name) for p in patterns))
     if left:
         raise LitBinqError(
             f"model {source!r}: {type(model).__name__} does not take {len(left)} tensors of the checkpoint (first: "
@@ -134,7 +136,7 @@ def load_model(
     return model.eval()
 
 
-def _check_architecture(source: str, where: str | Path, options: dict[str, Any]) -> None:
+def _check_architecture(source: str, where: str | Path, options: dict[str, Any], file: Path | None) -> None:
     """Refuse what transformers cannot build as a causal language model, before any weight is fetched."""
     with _one_line_errors("model", source):
         config = AutoConfig.from_pretrained(where, **options)
@@ -147,6 +149,8 @@ def _check_architecture(source: str, where: str | Path, options: dict[str, Any])
             "transformers knows; expected one that AutoModelForCausalLM can build, e.g. llama, opt or qwen2"
         ) from error
     require_own_experts(model, source)
+    if file is not None:
+        require_stated(read_gguf(file), model.config)
 
 
 def require_own_experts(model: PreTrainedModel, source: str) -> None:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from gguf_cases import TEXTS, add_shape, finish, write_bpe, write_every_type, write_sentencepiece
 from test_models import write_gguf
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Phi3Config
 
 from lit_binq import gguf_files
 from lit_binq.errors import LitBinqError
+from lit_binq.gguf_checks import require_stated
 from lit_binq.gguf_files import read_gguf
 from lit_binq.gguf_loading import read_once
 from lit_binq.models import load_model, load_tokenizer
@@ -243,6 +244,58 @@ def test_quantized_weights_are_what_gguf_makes_of_them(type, tmp_path, make_mode
         ("output_norm", "model.norm"),
     ):
         assert torch.equal(state[f"{ours}.weight"], torch.from_numpy(stored[f"{theirs}.weight"].astype(np.float32)))
+
+
+FACTORS = np.linspace(1, 8, 4, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (lambda w: w.add_tensor("rope_freqs.weight", FACTORS), r"does not take 1 tensors .*rope_freqs\.weight"),
+        (lambda w: w.add_tensor("blk.1.attn_q.bias", np.ones(32, np.float32)), r"first: blk\.1\.attn_q\.bias"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "scaled by yarn None"),
+        (lambda w: w.add_rope_scaling_factor(4.0), "scaled by linear 4.0"),
+        (lambda w: w.add_sliding_window(16), "a sliding window of 16 tokens"),
+    ],
+)
+def test_what_transformers_passes_over_is_refused(more, words, tmp_path, make_model):
+    """It loads the first two without the tensor, the others with the rotary embeddings and masks of a plain LLaMA."""
+    path = tmp_path / "m.gguf"
+    write_gguf(make_model("llama"), path, "smollm", more)
+    AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    with pytest.raises(LitBinqError, match=words) as caught:
+        load_model(str(path))
+    assert "\n" not in str(caught.value)
+    if "does not take" in words:
+        load_model(str(path), drop_tensors=["rope_freqs"])
+
+
+def test_a_share_of_rotated_dimensions_is_compared(tmp_path):
+    config = Phi3Config(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+    path = tmp_path / "m.gguf"
+    for rotated, words in ((16, None), (12, "12 rotated dimensions of 16 a head")):
+        writer = gguf.GGUFWriter(path, "phi3")
+        add_shape(writer)
+        writer.add_rope_dimension_count(rotated)
+        finish(writer)
+        if words is None:
+            require_stated(read_gguf(path), config)
+            continue
+        with pytest.raises(LitBinqError, match=words):
+            require_stated(read_gguf(path), config)
+        config.rope_parameters["partial_rotary_factor"] = 0.75
+        require_stated(read_gguf(path), config)
+
+
+def test_what_changes_nothing_is_let_through(tmp_path, make_model):
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(1.0)
+        writer.add_sliding_window(10**6)  # longer than the context
+
+    write_gguf(make_model("llama"), tmp_path / "m.gguf", "smollm", more)
+    load_model(str(tmp_path / "m.gguf"))
 
 
 KINDS = {

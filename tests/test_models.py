@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -26,8 +27,16 @@ def pair_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_gguf(model: LlamaForCausalLM, path: Path, pre: str | None) -> None:
-    """A GGUF file of a tiny LLaMA with float32 weights and a byte-level tokenizer with the merge "1 2"."""
+def write_gguf(
+    model: LlamaForCausalLM,
+    path: Path,
+    pre: str | None,
+    more: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
+) -> None:
+    """A GGUF file of a tiny LLaMA with float32 weights and a byte-level tokenizer with the merge "1 2".
+
+    `more` may write more keys and tensors.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -74,6 +83,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path, pre: str | None) -> None:
             elif theirs == "attn_k":
                 weight = pair_rotary(weight, config.num_key_value_heads)
             writer.add_tensor(f"blk.{i}.{theirs}.weight", weight.contiguous().numpy())
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
