@@ -84,6 +84,7 @@ class BlockStage(Stage):
         self._targets: dict[str, Tensor] = {}
         groups = linear_groups(reference, w.streams.x[:1].to(w.device), self.call)
         for names in groups:
+            self.ask()
             objective = self.closed_form.objective
             if self.closed_form.scope == "last" and names is not groups[-1]:
                 objective = "weight"

@@ -18,6 +18,7 @@ trainer_checks, data, cli and here.
 import dataclasses
 import logging
 import math
+import signal
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,8 +28,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
+from lit_binq import stopping
 from lit_binq.best_epoch import BestEpoch
 from lit_binq.block_stage import BlockStage
 from lit_binq.budget import plan
@@ -131,6 +134,7 @@ class BinQCalibration(PackedEvaluation):
         self.measures: list[BlockMeasures] = []
         self._stage: Stage | None = None
         self._resume: dict[str, Any] | None = None
+        self._before: dict[str, Any] | None = None
 
     # ---- set-up -----------------------------------------------------------------------------------------------
 
@@ -165,12 +169,11 @@ class BinQCalibration(PackedEvaluation):
             places.append(Place("model.streams.cache_dir", Path(folder), "room"))
         return places
 
-    @property
-    def checkpoint_file(self) -> Path | None:
+    def checkpoint_file(self, trainer: pl.Trainer) -> Path | None:
         """The checkpoint that goes on behind the last finished stage; None if there is none yet."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # a list, set by the Trainer
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a list, set by the Trainer
         written = [c.path for c in callbacks if isinstance(c, StageCheckpoint) and c.saved]
-        given = self.trainer.ckpt_path
+        given = trainer.ckpt_path
         return written[0] if written else Path(given) if given else None
 
     def setup(self, stage: str) -> None:
@@ -251,13 +254,17 @@ class BinQCalibration(PackedEvaluation):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the packed blocks and the stage; see lit_binq.resume for what is left out and why."""
         checkpoint["state_dict"] = {}
+        checkpoint[CHECKPOINT_KEY] = self._before or self._state()
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the finished stages, also while another is on."""
         done = min(self.stage_index, len(self.work.blocks))
-        checkpoint[CHECKPOINT_KEY] = {
+        return {
             "stage": self.stage_index,
             "identity": self._identity(),
             **student_state(self.work, done, matrices=self.finish.lr_embeddings > 0),
-            "records": [dataclasses.asdict(r) for r in self.records],
-            "measures": [dataclasses.asdict(m) for m in self.measures],
+            "records": [dataclasses.asdict(r) for r in self.records[: self.stage_index]],
+            "measures": [dataclasses.asdict(m) for m in self.measures[:done]],
             "seconds": time.monotonic() - self._began,
         }
 
@@ -299,11 +306,21 @@ class BinQCalibration(PackedEvaluation):
                 self._take_up(self._resume)
             self._resume = None
 
+    def on_train_start(self) -> None:
+        """Take SIGTERM back from Lightning, as evaluation does."""
+        self.answer_signals()
+
+    def ask_stop(self) -> None:
+        """End here if the process was told to stop. Raises Stopped or Lightning's SIGTERMException."""
+        stopping.ask()
+        if self.trainer.received_sigterm:
+            raise SIGTERMException(128 + signal.SIGTERM)
+
     def on_train_epoch_start(self) -> None:
-        """Begin the next stage if none is on, and pass stages that need no tuning."""
-        while self._stage is None and self.stage_index < self.n_stages:
+        """Begin the next stage if none is on: one an epoch, so that Lightning has its say between any two."""
+        if self._stage is None and self.stage_index < self.n_stages:
             self._enter()
-        if self._stage is not None:
+        if self._tunes:
             generator = torch.Generator().manual_seed(
                 ((self.seed * 1000 + self.stage_index) * 100_000 + self._kept.epoch) % 2**63
             )
@@ -318,6 +335,8 @@ class BinQCalibration(PackedEvaluation):
             stage = BlockStage(work, i, self.closed_form, self.tuning, self.diagnostics)
         else:
             stage = ModelStage(work, self.finish)
+            self._before = self._state()  # the stage changes the student in place
+        stage.ask = self.ask_stop
         with highest_precision():
             stage.enter()
         before = self._score(stage)
@@ -336,8 +355,6 @@ class BinQCalibration(PackedEvaluation):
         # After DDP has made the parameters the same on all ranks.
         parameters = [p for group in self._groups for p in group["params"]]
         self._kept = BestEpoch(parameters, before, epochs, stage.tuning.patience)
-        if not epochs:
-            self._finish_stage()
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine schedule over the stage in progress; the placeholder's optimizer before the first."""
@@ -351,8 +368,12 @@ class BinQCalibration(PackedEvaluation):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """Skip the epoch when every stage is done."""
-        return -1 if self._stage is None else None
+        """Skip the epoch of a stage without tuning, and when every stage is done."""
+        return None if self._tunes else -1
+
+    @property
+    def _tunes(self) -> bool:
+        return self._stage is not None and self._stage.tuning.epochs > 0
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The stage's loss on a batch of windows: {"index": (b,) int64} are positions in this epoch's order."""
@@ -362,14 +383,14 @@ class BinQCalibration(PackedEvaluation):
     def on_train_epoch_end(self) -> None:
         """Score the epoch on the held-out windows; end the stage when it is over or no longer improves."""
         stage = self._stage
-        if stage is None:
-            self.trainer.should_stop = self.stage_index >= self.n_stages
-            return
-        score = self._score(stage)
-        self.log(f"loss/{stage.title.replace(' ', '_')}", score, sync_dist=True)
-        if self._kept.add(score):
+        if stage is not None and self._tunes:
+            score = self._score(stage)
+            self.log(f"loss/{stage.title.replace(' ', '_')}", score, sync_dist=True)
+            if not self._kept.add(score):
+                return
+        if stage is not None:
             self._finish_stage()
-            self.trainer.should_stop = self.stage_index >= self.n_stages
+        self.trainer.should_stop = self.stage_index >= self.n_stages
 
     @torch.no_grad()
     def _score(self, stage: Stage) -> float:
@@ -394,7 +415,7 @@ class BinQCalibration(PackedEvaluation):
             self.measures.append(stage.measures)
             # With both, Lightning neither waits for other ranks nor warns that they were not asked.
             self.log_dict(stage.measures.scalars(), rank_zero_only=True, sync_dist=True)
-        self.active, self._stage, self._groups = None, None, []
+        self.active, self._stage, self._groups, self._before = None, None, [], None
         self.placeholder.requires_grad_(True)
         seconds = time.monotonic() - self._stage_began
         record = StageRecord(
@@ -420,7 +441,6 @@ class BinQCalibration(PackedEvaluation):
 
     def _write(self) -> None:
         """Write the packed folder, with every fact of this run."""
-        self.finished = True
         self.work.streams.close()
         if self.trainer.is_global_zero:
             assert self.report is not None
@@ -429,7 +449,8 @@ class BinQCalibration(PackedEvaluation):
             try:
                 write_result(self.packed, self.work, run, self.records, self.measures, seconds)
             except UnwritableError as error:
-                kept = self.checkpoint_file
+                kept = self.checkpoint_file(self.trainer)
                 rescue = f"the same options with another `model.packed` and --ckpt_path {kept} only write"
                 raise LitBinqError(f"{error}; {rescue}" if kept else str(error)) from error
         self.trainer.strategy.barrier()
+        self.finished = True

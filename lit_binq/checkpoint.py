@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from transformers import PreTrainedModel
 
+from lit_binq import stopping
 from lit_binq.errors import LitBinqError
 from lit_binq.files import replacing
 from lit_binq.ties import distinct_state
@@ -82,13 +83,14 @@ class StageCheckpoint(Checkpoint):
     def save(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint. Called on every rank."""
         try:
-            trainer.save_checkpoint(self.path)
+            with stopping.whole():
+                trainer.save_checkpoint(self.path)
+                self.saved = True
         except OSError as error:
             raise LitBinqError(
                 f"checkpoint.dirpath: {str(self.path)!r} cannot be written ({error.strerror}); "
                 "expected a writable folder with room for it"
             ) from error
-        self.saved = True
 
 
 def fingerprint(model: PreTrainedModel) -> str:

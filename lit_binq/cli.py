@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from lit_binq import stopping
 from lit_binq.errors import LitBinqError
 
 log = logging.getLogger("lit_binq")
@@ -36,7 +37,8 @@ commands:
   generate  write text with it:      litbinq generate OUT --prompt "Once upon a time"
   bench     how fast, beside others: litbinq bench ops, litbinq bench decode OUT, litbinq bench prefill OUT
 
-litbinq COMMAND --help explains every option. Exit codes: 0 done, 1 an error that the last line names, 2 wrong usage.
+litbinq COMMAND --help explains every option. Exit codes: 0 done, 1 an error that the last line names, 2 wrong usage,
+130 ended by Ctrl-C, 143 by SIGTERM (the last line says how to go on).
 """
 
 
@@ -47,9 +49,14 @@ def main(args: Sequence[str] | None = None) -> int:
         args: arguments without the program's name; `sys.argv` if None.
 
     Returns:
-        The exit code: 0 done, 1 a user's error (one line on standard error).
+        The exit code: 0 done, 1 a user's error (one line on standard error), 128 + n ended by signal n.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    with stopping.listening():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     _set_up_output()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(OVERVIEW, end="")
@@ -84,15 +91,23 @@ def main(args: Sequence[str] | None = None) -> int:
     except LitBinqError as error:
         print(f"litbinq {command}: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"litbinq {command}: interrupted", file=sys.stderr)
-        return 130
+    except stopping.Stopped as stopped:
+        return _say(command, stopped)
     except Exception as error:
+        if (number := stopping.stopped()) is not None:  # what the end of other processes or threads leads to
+            return _say(command, stopping.Stopped(number))
         if not _is_users(error):
             raise
         print(f"litbinq {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _say(command: str, stopped: stopping.Stopped) -> int:
+    """The one line about a signal, from one of the processes of a run; returns the exit code."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"litbinq {command}: {stopped}", file=sys.stderr)
+    return 128 + stopped.number
 
 
 def _is_users(error: Exception) -> bool:

@@ -1,6 +1,7 @@
 """The commands fit, validate and test: Lightning's command line over BinQCalibration and CalibrationData."""
 
 import logging
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_binq import __version__
+from lit_binq import __version__, stopping
 from lit_binq.calibration import BinQCalibration
 from lit_binq.checkpoint import StageCheckpoint
 from lit_binq.command_line import OneLine
@@ -21,6 +23,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.files import write_json
 from lit_binq.fit_preflight import ask_before_fit
 from lit_binq.places import Place, require_output_places
+from lit_binq.processes import together
 from lit_binq.trainer_checks import refuse_sharding, require_no_epochs, require_trainer
 
 log = logging.getLogger(__name__)
@@ -103,6 +106,28 @@ class LitBinqCLI(LightningCLI):
         path = self.config[subcommand].get("ckpt_path") if subcommand else None
         if path and subcommand == "fit":
             require_checkpoint(Path(path))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it with all its processes. Raises Stopped, with how to go on, if a signal ended it."""
+        try:
+            with together(self.trainer):
+                super()._run_subcommand(subcommand)
+        except BaseException as error:
+            number = signal.SIGTERM if isinstance(error, SIGTERMException) else stopping.stopped()
+            if number is None:
+                raise
+            raise stopping.Stopped(number, self._how_to_go_on(subcommand)) from error
+
+    def _how_to_go_on(self, subcommand: str) -> str:
+        if subcommand != "fit":
+            return "nothing was written"
+        if self.model.finished:
+            packed = str(self.model.packed)
+            return f"{packed!r} is written, `litbinq validate` with the same options measures it"
+        kept = self.model.checkpoint_file(self.trainer)
+        if kept is None:
+            return "no stage was finished, the same command begins again"
+        return f"go on behind stage {self.model.stage_index} with the same options and --ckpt_path {kept}"
 
     def before_fit(self) -> None:
         """Ask what needs no model: epochs, places, evaluation texts; with `--preflight_only` ask all, and stop."""

@@ -179,7 +179,16 @@ def fit(options: Path, output: Path) -> int:
     """
     command = [sys.executable, "-m", "lit_binq.cli", "fit", "--config", str(options)]
     with output.open("wb") as file:
-        return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT).returncode
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            return process.wait()
+        except BaseException:  # told to stop: so is the fit, which has things to put away
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 def _read_results(path: Path) -> Record | None:

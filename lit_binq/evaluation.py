@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_binq import stopping
 from lit_binq.bits import activation_bits, file_bits, true_bits
 from lit_binq.blocks import move, require_fitting
 from lit_binq.formats.activations import FULL_BITS
@@ -22,6 +23,7 @@ from lit_binq.kv_cache import kv_bits
 from lit_binq.marker import read_marker
 from lit_binq.metrics import TokenPerplexity
 from lit_binq.models import check_patterns, load_model
+from lit_binq.processes import requeued
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +106,14 @@ class PackedEvaluation(pl.LightningModule):
             **{k: v for k, v in facts.items() if k.startswith("calibration_") or k in ("device", "versions")},
         }
 
+    def answer_signals(self) -> None:
+        """Take SIGTERM back from Lightning, whose handler only makes a note, and blocks under DDP."""
+        if not requeued(self.trainer):
+            stopping.take_back()
+
     def on_validation_start(self) -> None:
         """Fresh metrics, one for each evaluation set and model."""
+        self.answer_signals()
         names = self.datamodule.eval_names
         models = ["packed"] + ["fp"] * ("teacher" in self._outside)
         for loader in self.datamodule.val_dataloader():

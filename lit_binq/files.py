@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lit_binq import stopping
 from lit_binq.errors import LitBinqError, first_line
 
 PART = ".litbinq.part"
@@ -86,7 +87,8 @@ def new_folder(target: Path, manifest: str = "") -> Iterator[Path]:
         if manifest:
             _list_files(work, manifest)
         _sync(work)
-        _publish(work, real, manifest)
+        with stopping.whole():
+            _publish(work, real, manifest)
     except Exception as error:
         read = isinstance(error, OSError) and not str(error.filename or work).startswith((str(work), str(real)))
         if read or isinstance(error, LitBinqError) or (why := reason(error)) is None:

@@ -34,7 +34,7 @@ def student_state(work: Workspace, done: int, *, matrices: bool) -> dict[str, An
             i: {name: describe_layer(m) for name, m in find_layers(work.blocks[i], PackedLinear).items()}
             for i in range(done)
         },
-        "loose": {name: p.detach() for name, p in _loose(work, matrices).items()},
+        "loose": {name: p.detach().clone() for name, p in _loose(work, matrices).items()},
     }
 
 

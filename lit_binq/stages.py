@@ -8,6 +8,7 @@ May touch: blocks, objectives, input_formats, solvers, formats, losses. Knows no
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -204,6 +205,7 @@ class Stage(ABC):
     Attributes:
         shrinkage: by linear layer, where it was chosen from data.
         activation_bits: of the inputs of each linear layer, averaged over its columns, where they are quantized.
+        ask: called between groups of a closed form; raises where the fit is to stop.
     """
 
     title: str
@@ -213,6 +215,7 @@ class Stage(ABC):
         self.work, self.tuning = work, tuning
         self.shrinkage: dict[str, float] = {}
         self.activation_bits: dict[str, float] = {}
+        self.ask: Callable[[], None] = lambda: None
 
     @abstractmethod
     def enter(self) -> None:

@@ -1,0 +1,112 @@
+"""Being told to stop: SIGTERM, Ctrl-C and a closed terminal end a command where it stands.
+
+The signal becomes an exception at once, which removes what is half done on its way out, except within `whole`, where it
+waits. What swallows exceptions (Python does so while it collects garbage) cannot swallow the request: `ask` raises it
+again. A signal under way makes further ones wait for it, those after a while end the process at once.
+
+Touches nothing but the process; every other room may import this file.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PATIENCE = 10.0
+"""Seconds after which a second signal ends the process without tidying up."""
+
+
+class Stopped(SystemExit):
+    """A signal asked to stop. `code` is what shells expect: 128 and the signal's number, 143 for SIGTERM.
+
+    Args:
+        number: the signal.
+        hint: how to go on, for the last line.
+    """
+
+    def __init__(self, number: int, hint: str = "") -> None:
+        super().__init__(128 + number)
+        self.number, self.hint = number, hint
+
+    def __str__(self) -> str:
+        name = "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
+        return f"stopped by {name}{self.hint and f'; {self.hint}'}"
+
+
+class _State:
+    """What this process was told."""
+
+    listening = False
+    number: int | None = None
+    since = 0.0
+    whole = 0
+    heralds: tuple[Callable[[int], None], ...] = ()
+
+
+def stopped() -> int | None:
+    """The signal that asked to stop, if one did."""
+    return _State.number
+
+
+def handle(number: int, frame: FrameType | None = None) -> None:
+    """The signals' handler. Raises Stopped, or leaves that to `whole`."""
+    now = time.monotonic()
+    if _State.number is not None:
+        if now - _State.since > PATIENCE:
+            os._exit(128 + number)
+        return
+    _State.number, _State.since = number, now
+    for herald in _State.heralds:
+        herald(number)
+    ask()
+
+
+def ask() -> None:
+    """Raise Stopped if the process was told to stop, unless within `whole`."""
+    if _State.number is not None and not _State.whole:
+        raise Stopped(_State.number)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Let the body, a short one, come to its end first."""
+    _State.whole += 1
+    try:
+        yield
+    finally:
+        _State.whole -= 1
+    ask()
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Handle the signals inside, in the main thread; what is ignored, as in the background of a script, stays so."""
+    before: dict[int, Any] = {}
+    _State.number, _State.whole, _State.heralds = None, 0, ()
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.getsignal(s) for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, handle)
+    _State.listening = bool(before)
+    try:
+        yield
+    finally:
+        _State.listening = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def tell(herald: Callable[[int], None]) -> None:
+    """Have a function called with the first signal: it tells processes that belong to this one."""
+    _State.heralds += (herald,)
+
+
+def take_back() -> None:
+    """Handle SIGTERM again after somebody else began to, if this process is listening."""
+    if _State.listening and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handle)
