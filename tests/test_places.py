@@ -265,7 +265,7 @@ def test_a_fit_asks_all_places_before_it_reads_a_word(option, where, config, dis
     subprocess.run(["mount", "-o", "remount,ro", str(locked)], check=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lit_binq.data.CalibrationData.setup", lambda *_: pytest.fail("text was read"))
-    monkeypatch.setattr("lit_binq.calibration.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lit_binq.evaluation.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     arguments = ["--model.streams.cache", "disk"] if "cache" in option else []
     assert cli.main(["fit", "--config", str(config), *arguments, f"--{option}", where]) == 1
     line = one_line(capsys)

@@ -79,7 +79,7 @@ def strike(place: str, at: int, number: int = signal.SIGTERM, times: int = 1) ->
 
 PLACES = {
     "reading text": ("lit_binq.data.CalibrationData.setup", 1, 0, "begins again"),
-    "loading the model": ("lit_binq.calibration.load_model", 1, 0, "begins again"),
+    "loading the model": ("lit_binq.evaluation.load_model", 1, 0, "begins again"),
     "a closed form": ("lit_binq.block_stage.BlockStage._solve", 10, 1, "--ckpt_path"),
     "between blocks": ("lit_binq.block_stage.BlockStage.enter", 3, 2, "--ckpt_path"),
     "the last writing": ("lit_binq.hub.save_file", 1, 3, "--ckpt_path"),
@@ -232,6 +232,7 @@ def test_all_processes_of_a_run_end_together(to, strategy, config, tmp_path):
             code = first.wait(60)
         finally:
             first.kill()
+            first.wait()
     lines = (tmp_path / "said").read_text().splitlines()
     time.sleep(1)
     stats = [Path(f"/proc/{p}/stat") for p in others]
