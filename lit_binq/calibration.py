@@ -196,7 +196,10 @@ class BinQCalibration(PackedEvaluation):
         if self.trainer.state.fn != "fit":
             super().configure_model()
         elif "work" not in self._outside:
-            self._start_fit()
+            # Lightning makes the device the default place of new tensors here. The teacher rests on the host, whatever
+            # its size, and streams where their option says; what belongs on the device is put there by name.
+            with torch.device("cpu"):
+                self._start_fit()
 
     def _start_fit(self) -> None:
         reset_peak_memory(self.trainer.strategy.root_device)

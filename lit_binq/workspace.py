@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_binq.bits import left_matrices
+from lit_binq.block_calls import SHORT
 from lit_binq.blocks import capture_calls, find_blocks, norm_parameters, require_fitting
 from lit_binq.kv_cache import require_kv, set_kv_bits
 from lit_binq.rounding import require_holds, round_rest
@@ -73,7 +74,7 @@ class Workspace:
         if kv_bits:
             # Its configuration is a copy, as every block's will be: the teacher's stays as it is.
             set_kv_bits(self.student, kv_bits)
-            require_kv(self.student, self.blocks, window)
+            require_kv(self.student, self.blocks, window[:, :SHORT])
         self.streams.start((teacher, self.teacher_blocks), (self.student, self.blocks))
 
     def _report_left(self, packed: set[int]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from fitting import KeepEach, Remember, T, assert_same, fit, make_data, make_trainer, stored, two_processes
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from lit_binq.bits import true_bits
@@ -295,3 +296,11 @@ def test_nothing_is_left_behind_when_a_stage_fails(make_source, text_file, tmp_p
         fit(source, text_file, tmp_path / "packed", tuning=Tuning(epochs=0))
     assert not (tmp_path / "packed").exists()
     assert not list(tmp_path.glob(".packed*"))
+
+
+def test_the_model_rests_on_the_host_whatever_place_lightning_prefers(model_folder, text_file, tmp_path, monkeypatch):
+    """On a GPU Lightning makes it the default device while the module builds its model; `meta` stands for it here."""
+    fit(model_folder, text_file, tmp_path / "usual")
+    monkeypatch.setattr(SingleDeviceStrategy, "tensor_init_context", lambda *_, **__: torch.device("meta"))
+    fit(model_folder, text_file, tmp_path / "elsewhere")
+    assert_same(tmp_path / "usual", tmp_path / "elsewhere")
