@@ -9,13 +9,14 @@ import gc
 import json
 import logging
 import math
+import re
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 
 from lit_binq.compare_plan import get, load_yaml
 from lit_binq.data import CalibrationData
@@ -35,19 +36,62 @@ STOCK_WINDOWS = 4
 """Evaluated without the library, where a session takes long to load, and with it for comparison."""
 
 
-def evaluation_windows(data: dict[str, Any], model: str) -> dict[str, torch.Tensor]:
-    """The evaluation windows (n, T) of a configuration's `data` part, by name."""
+def evaluation_windows(options: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
+    """The evaluation windows (n, T) of a fit's options, by name, and their fingerprint."""
+    data, model = options["data"], options["model"]
     sets = {name: TextSource(**source) for name, source in data["evaluation"].items()}
-    options = {k: data[k] for k in ("eval_windows", "eval_length", "eval_batch_size") if k in data}
-    module = CalibrationData(model, evaluation=sets, **options)
+    chosen = {k: data[k] for k in ("eval_windows", "eval_length", "eval_batch_size") if k in data}
+    module = CalibrationData(model["model"], evaluation=sets, revision=model.get("revision"), **chosen)
     module.setup("validate")
-    return {name: loader.dataset.windows for name, loader in zip(sets, module.val_dataloader(), strict=True)}  # type: ignore[attr-defined]  # our own data set class
+    loaders = zip(sets, module.val_dataloader(), strict=True)
+    windows = {name: loader.dataset.windows for name, loader in loaders}  # type: ignore[attr-defined]  # our own data set class
+    return windows, module.fingerprint("evaluation")
+
+
+def _require_evaluated_on(recipe: str, results: dict[str, Any], fingerprint: str) -> None:
+    """Refuse figures of other windows than those measured here: perplexities of two texts say nothing together.
+
+    Raises:
+        LitBinqError: the fit was evaluated on other windows, or does not say on which.
+    """
+    found = re.search(r"^evaluation: .*; fingerprint ([0-9a-f]+)$", str(results.get("data")), re.MULTILINE)
+    if found is None or found[1] != fingerprint:
+        raise LitBinqError(
+            f"summary: the fit of {recipe!r} was evaluated on windows with the fingerprint "
+            f"{found[1] if found else 'none'}, and its recipe and texts now give {fingerprint}; expected the same: a "
+            "text, the recipe or the tokenizer has changed since: run the fit again"
+        )
+
+
+def _require_export_of(onnx: Path, recipe: str, options: dict[str, Any], results: dict[str, Any]) -> None:
+    """Refuse an export of another packed folder than the fit's.
+
+    Raises:
+        LitBinqError: no export, one of a folder elsewhere, or one with other bits.
+    """
+    from lit_binq_onnx.session import read_facts
+
+    facts = read_facts(onnx)
+    ours = Path(options["model"]["packed"]).resolve()
+    theirs = facts.get("packed") and (onnx / facts["packed"]).resolve()
+    if theirs is not None and theirs != ours:
+        raise LitBinqError(
+            f"summary: {str(onnx)!r} was exported from {str(theirs)!r}, and the fit of {recipe!r} wrote {str(ours)!r}; "
+            "expected an export of that: run `litbinq export` on it"
+        )
+    if not math.isclose(facts["true_bits"], results["true_bits"], rel_tol=1e-9):
+        raise LitBinqError(
+            f"summary: {str(onnx)!r} has {facts['true_bits']:.6f} true bits, and the fit of {recipe!r} reported "
+            f"{results['true_bits']:.6f}; expected an export of what that fit wrote: run `litbinq export` again"
+        )
 
 
 @torch.no_grad()
-def torch_tokens_per_second(source: str, prompt: str, new_tokens: int) -> float:
-    """Greedy decoding steps a second of the full-precision model in eager torch, float32, with its cache."""
-    model, tokenizer = load_model(source), load_tokenizer(source)
+def torch_tokens_per_second(options: dict[str, Any], prompt: str, new_tokens: int) -> float:
+    """Greedy decoding steps a second of a fit's full-precision model in eager torch, float32, with its cache."""
+    source, revision = options["model"], options.get("revision")
+    model = load_model(source, revision=revision, drop_tensors=options.get("drop_tensors") or ())
+    tokenizer = load_tokenizer(source, revision=revision)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     out = model(input_ids=ids, use_cache=True)
     began = time.perf_counter()
@@ -83,11 +127,15 @@ def onnx_perplexities(folder: Path, windows: torch.Tensor) -> dict[str, float]:
 
 
 def onnx_tokens_per_second(folder: Path, prompt: str, new_tokens: int) -> tuple[float, str]:
-    """Median decoding steps a second with the native operators, and the text after the prompt (greedy)."""
+    """Median decoding steps a second with the native operators, and the text after the prompt (greedy).
+
+    With as many threads as torch has, which is what the table says.
+    """
     from lit_binq_onnx.generate import generate
     from lit_binq_onnx.session import OnnxModel
 
-    model, tokenizer = OnnxModel(folder, native=True), load_tokenizer(str(folder))
+    model = OnnxModel(folder, native=True, threads=torch.get_num_threads())
+    tokenizer = load_tokenizer(str(folder))
     rates, text = [], ""
     for _ in range(REPEATS):
         generation = generate(model, tokenizer, prompt, new_tokens)
@@ -107,6 +155,10 @@ def torch_text(folder: str, prompt: str, new_tokens: int) -> str:
             dense.bias.copy_(layer.bias)
         model.set_submodule(name, dense)
     ids = tokenizer(prompt, return_tensors="pt")
+    # Only where it ends is the model's own: penalties and the like would make it another text than the greedy one, and
+    # transformers takes them from there even if they are not given here.
+    special = {k: getattr(model.generation_config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**special)
     written: Any = GenerationMixin.generate(model, **ids, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[arg-type]  # a causal model has the mixin
     return str(tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
 
@@ -164,15 +216,21 @@ def summarize(recipe: str, onnx: str, out: str, beside: str | None = None) -> No
             stand beside; nothing of it needs to be exported.
 
     Raises:
-        LitBinqError: a fit has left no results, or the evaluation sets differ.
+        LitBinqError: a fit has left no results, the evaluation sets differ, or the export is of another fit.
     """
+    from lit_binq_onnx.session import DATA, FUSED, MODEL
+
     options, fit = _fitted(recipe)
     other = None if beside is None else _fitted(beside)
-    source = options["model"]["model"]
     name = next(iter(options["data"]["evaluation"]))
     ppl_fp, ppl_torch = _perplexity(recipe, fit, name, "fp", "packed")
     ppl_beside = [] if other is None else _perplexity(str(beside), other[1], name, "packed")
-    windows = evaluation_windows(options["data"], source)[name]
+    _require_export_of(Path(onnx), recipe, options, fit)
+    sets, fingerprint = evaluation_windows(options)
+    _require_evaluated_on(recipe, fit, fingerprint)
+    if other is not None:
+        _require_evaluated_on(str(beside), other[1], fingerprint)
+    windows = sets[name]
     perplexity = onnx_perplexities(Path(onnx), windows)
     log.info("decoding speed")
     rate, text = onnx_tokens_per_second(Path(onnx), PROMPT, NEW_TOKENS)
@@ -187,9 +245,9 @@ def summarize(recipe: str, onnx: str, out: str, beside: str | None = None) -> No
         "calibration_tokens": fit["calibration_tokens"],
         "calibration_seconds": fit["calibration_seconds"],
         "tokens_per_second_onnx": rate,
-        "tokens_per_second_torch_fp32": torch_tokens_per_second(source, PROMPT, NEW_TOKENS),
+        "tokens_per_second_torch_fp32": torch_tokens_per_second(options["model"], PROMPT, NEW_TOKENS),
         "threads": torch.get_num_threads(),
-        "onnx_megabytes": sum(f.stat().st_size for f in Path(onnx).glob("model.onnx*")) / 1e6,
+        "onnx_megabytes": sum(f.stat().st_size for n in (MODEL, FUSED, DATA) if (f := Path(onnx) / n).is_file()) / 1e6,
         "text": PROMPT + text,
     }
     if other is not None:

@@ -11,11 +11,15 @@ from exporting import export, packed_model
 from native import require_native
 
 from lit_binq import summary
+from lit_binq.data import CalibrationData
 from lit_binq.errors import LitBinqError
 from lit_binq.hub import save_packed
 from lit_binq.summary import STOCK_WINDOWS, onnx_perplexities, summarize, table, torch_text
+from lit_binq.texts import TextSource
+from lit_binq_onnx import session
+from lit_binq_onnx.export import export_onnx
 from lit_binq_onnx.perplexity import onnx_perplexity
-from lit_binq_onnx.session import OnnxModel
+from lit_binq_onnx.session import OnnxModel, read_facts
 
 FIGURES = {
     "model": "folder/model.gguf",
@@ -38,9 +42,11 @@ FIGURES = {
 }
 
 
-def test_text_is_greedy(tmp_path: Path) -> None:
-    """As step by step with the packed model itself."""
+@pytest.mark.parametrize("penalty", [1.0, 9.0])
+def test_text_is_greedy(penalty: float, tmp_path: Path) -> None:
+    """As step by step with the packed model itself, whatever its generation settings ask for."""
     model, tokenizer = packed_model("llama"), byte_tokenizer()
+    model.generation_config.repetition_penalty = penalty
     save_packed(model, tokenizer, tmp_path / "packed", facts={})
     ids = tokenizer("ab", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -120,9 +126,11 @@ def test_an_infinite_perplexity_is_a_figure(
 ) -> None:
     """A fit's results have null for it; the table says inf, and the summary is JSON again."""
     figures = {k: v for k, v in FIGURES.items() if k not in ("ppl_fp", "ppl_torch", "text")}
-    results = json.dumps(figures | {"perplexity": {"wiki": {"fp": 2.5, "packed": None}}})
+    data = "calibration: c; fingerprint ab\nevaluation: wiki; fingerprint cd"
+    results = json.dumps(figures | {"perplexity": {"wiki": {"fp": 2.5, "packed": None}}, "data": data})
     path = recipe(tmp_path, results)
-    monkeypatch.setattr(summary, "evaluation_windows", lambda *_: {"wiki": torch.zeros(2, 3)})
+    monkeypatch.setattr(summary, "evaluation_windows", lambda *_: ({"wiki": torch.zeros(2, 3)}, "cd"))
+    monkeypatch.setattr(summary, "_require_export_of", lambda *_: None)
     monkeypatch.setattr(
         summary, "onnx_perplexities", lambda *_: {k[4:]: v for k, v in FIGURES.items() if k.startswith("ppl_onnx")}
     )
@@ -136,3 +144,96 @@ def test_an_infinite_perplexity_is_a_figure(
     assert "| - full precision, torch | 2.50 |" in shown
     written = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
     assert (written["ppl_fp"], written["ppl_torch"], written["beside"]["ppl_torch"]) == (2.5, None, None)
+
+
+class Measured(Exception):
+    """All checks are passed: the first measurement would begin."""
+
+
+@pytest.fixture
+def run(tmp_path: Path, text_file: Path, make_source: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A fit's recipe and results, and an export of what it wrote; the fit itself is left out."""
+
+    def stop(*_: Any) -> None:
+        raise Measured
+
+    monkeypatch.setattr(summary, "onnx_perplexities", stop)
+    source, packed, text = make_source("llama"), tmp_path / "packed", tmp_path / "wiki.txt"
+    text.write_bytes(text_file.read_bytes())
+    export_onnx(packed_model("llama"), byte_tokenizer(), tmp_path / "onnx", check=False, fused="off", packed=packed)
+    data = CalibrationData(str(source), evaluation={"wiki": TextSource(str(text))}, eval_windows=3, eval_length=16)
+    data.setup("validate")
+    return {
+        "text": text,
+        "options": {
+            "model": {"model": str(source), "packed": str(packed)},
+            "data": {"evaluation": {"wiki": {"path": str(text)}}, "eval_windows": 3, "eval_length": 16},
+        },
+        "results": {
+            "true_bits": read_facts(tmp_path / "onnx")["true_bits"],
+            "perplexity": {"wiki": {"fp": 2.0, "packed": 3.0}},
+            "data": data.describe(),
+            "calibration_seconds": 1.0,
+        },
+    }
+
+
+def summarized(run: dict[str, Any], folder: Path, beside: dict[str, Any] | None = None) -> None:
+    """Summarize a run, with another fit's results beside it."""
+    places = [folder / "a", folder / "b"]
+    for place in places:
+        place.mkdir(exist_ok=True)
+    path = recipe(places[0], json.dumps(run["results"]), run["options"])
+    other = None if beside is None else recipe(places[1], json.dumps(beside), run["options"])
+    summarize(path, str(folder / "onnx"), str(folder / "summary.json"), other)
+
+
+def test_a_run_of_one_piece_is_measured(run: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Measured):
+        summarized(run, tmp_path, run["results"])
+
+
+def test_other_windows_than_the_fits_are_refused(run: dict[str, Any], tmp_path: Path) -> None:
+    """Perplexities of the fit would stand beside those of another text, or of more of it."""
+    older = {**run["results"], "data": run["results"]["data"].replace("fingerprint ", "fingerprint 0")}
+    with pytest.raises(LitBinqError, match=r"b/fit\.yaml' was evaluated on windows with the fingerprint 0"):
+        summarized(run, tmp_path, older)
+    with pytest.raises(LitBinqError, match="fingerprint none"):
+        summarized({**run, "results": {**run["results"], "data": ""}}, tmp_path)
+    longer = {**run["options"], "data": {**run["options"]["data"], "eval_windows": 4}}
+    with pytest.raises(LitBinqError, match=r"a/fit\.yaml' was evaluated on windows with the fingerprint"):
+        summarized({**run, "options": longer}, tmp_path)
+    run["text"].write_text(run["text"].read_text().replace("cat", "cow"))
+    with pytest.raises(LitBinqError, match=r"has changed since: run the fit again") as caught:
+        summarized(run, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_export_of_another_fit_is_refused(run: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(LitBinqError, match=r"true bits, and the fit of .* reported 9\.000000"):
+        summarized({**run, "results": {**run["results"], "true_bits": 9.0}}, tmp_path)
+    moved = {**run["options"], "model": {**run["options"]["model"], "packed": str(tmp_path / "elsewhere")}}
+    with pytest.raises(LitBinqError, match=r"was exported from .*packed', and the fit of .* wrote .*elsewhere"):
+        summarized({**run, "options": moved}, tmp_path)
+
+
+def test_speeds_are_taken_with_the_threads_the_table_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    require_native()
+    export("llama", tmp_path / "onnx")
+    byte_tokenizer().save_pretrained(tmp_path / "onnx")
+    given: list[Any] = []
+    real = session.OnnxModel.__init__
+    monkeypatch.setattr(session.OnnxModel, "__init__", lambda *a, **k: given.append(k.get("threads")) or real(*a, **k))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    summary.onnx_tokens_per_second(tmp_path / "onnx", "ab", 3)
+    assert given == [1]
+
+
+def test_the_source_is_the_fits_own_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(source: str, **options: Any) -> None:
+        raise LitBinqError(f"{source} {sorted(options.items())}")
+
+    monkeypatch.setattr(summary, "load_model", load)
+    options = {"model": "owner/name", "revision": "v2", "drop_tensors": ["x"]}
+    with pytest.raises(LitBinqError, match=r"owner/name \[\('drop_tensors', \['x'\]\), \('revision', 'v2'\)\]"):
+        summary.torch_tokens_per_second(options, "ab", 1)
