@@ -209,9 +209,7 @@ class BinQCalibration(PackedEvaluation):
             raise LitBinqError("fit: got no calibration data, expected the data module CalibrationData (option `data`)")
         windows = torch.cat((data.train_windows, data.held_out_windows))
         teacher = self.load_source()
-        self.report = ask_before_fit(self, self.trainer, data, teacher)
-        if self.trainer.is_global_zero:
-            log.info("%s", self.report.line())
+        self.report = ask_before_fit(self, self.trainer, data, teacher, self._show)
         self._model = fingerprint(teacher)
         self._outside["work"] = Workspace(
             teacher,
@@ -223,6 +221,7 @@ class BinQCalibration(PackedEvaluation):
             # Not under DDP: NCCL's own thread may touch the device while a capture is on, which ends it.
             self.cuda_graphs and self.trainer.world_size == 1,
             self.kv_bits,
+            self.report.calls,
         )
         if self.closed_form.bits:
             with highest_precision():
@@ -231,6 +230,10 @@ class BinQCalibration(PackedEvaluation):
             self.work.bits = self.trainer.strategy.broadcast(bits)
         self._tokens = len(data.train_windows) * windows.shape[1] * self.trainer.world_size
         self._data = {"rules": data.describe(), "fingerprint": data.fingerprint()}
+
+    def _show(self, report: Report) -> None:
+        if self.trainer.is_global_zero:
+            log.info("%s", report.line())
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 

@@ -26,8 +26,6 @@ from lit_binq.places import Place, require_output_places
 from lit_binq.processes import together
 from lit_binq.trainer_checks import refuse_sharding, require_no_epochs, require_trainer
 
-log = logging.getLogger(__name__)
-
 
 class Asked(Exception):
     """A preflight was all that was wanted; never leaves this file."""
@@ -147,9 +145,7 @@ class LitBinqCLI(LightningCLI):
         self.datamodule.trainer = self.trainer  # its ranks
         self.datamodule.setup("fit")
         teacher = self.model.load_source()
-        report = ask_before_fit(self.model, self.trainer, self.datamodule, teacher)
-        print(report.table())
-        log.info("%s", report.line())
+        ask_before_fit(self.model, self.trainer, self.datamodule, teacher, lambda report: print(report.table()))
 
     def _results_place(self) -> list[Place]:
         path = self._get(self.config, "results")

@@ -37,7 +37,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import Solution
 from lit_binq.stages import ClosedForm, ModelTuning, Tuning
 from lit_binq.streams import StreamOptions
-from lit_binq.teacher_cache import DEVICE_SHARE, logits_are_the_heads
+from lit_binq.teacher_cache import DEVICE_SHARE
 
 LATENT_STEP = 14
 """Bytes a step holds for each latent beyond one a weight: sign, its product with a scale, the weight in two dtypes."""
@@ -68,6 +68,7 @@ class Run:
         evaluation: (b, T) of an evaluation batch; None if nothing is evaluated afterwards.
         compare_fp: whether the source is evaluated too.
         free: bytes free on a CUDA device.
+        cached: whether the model's logits are its head's output, so that the model stage keeps hidden states only.
     """
 
     device: torch.device
@@ -84,6 +85,7 @@ class Run:
     evaluation: tuple[int, int] | None = None
     compare_fp: bool = True
     free: int = 0
+    cached: bool = True
 
 
 @dataclass
@@ -240,7 +242,7 @@ def _sizes(model: PreTrainedModel, calls: list[BlockCall], run: Run) -> _Sizes:
         V = int(weight.shape[0])
         if run.finish.epochs and isinstance(table, nn.Module):
             step = head_step(model, (run.batch, T), run.autocast, run.finish.lr_embeddings > 0)
-    cached = bool(run.finish.epochs) and logits_are_the_heads(model)
+    cached = bool(run.finish.epochs) and run.cached
     matrices = sum(t.numel() for t in loose if isinstance(t, nn.Parameter) and t.dim() == 2)
     return _Sizes(
         S=4 * n * T * d,

@@ -4,6 +4,7 @@ May touch: preflight, estimates, checkpoint, Lightning's trainer.
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +14,23 @@ from transformers import PreTrainedModel
 
 from lit_binq.checkpoint import StageCheckpoint
 from lit_binq.estimates import Run
-from lit_binq.preflight import Asked, Report, preflight
+from lit_binq.preflight import Asked, Report, preflight, require_resources
 
 if TYPE_CHECKING:
     from lit_binq.calibration import BinQCalibration
 
 
-def ask_before_fit(module: "BinQCalibration", trainer: pl.Trainer, data: Any, model: PreTrainedModel) -> Report:
-    """Ask everything; see `lit_binq.preflight.preflight`.
+def ask_before_fit(
+    module: "BinQCalibration", trainer: pl.Trainer, data: Any, model: PreTrainedModel, show: Callable[[Report], None]
+) -> Report:
+    """Ask everything; see `lit_binq.preflight`.
 
     Args:
         module: its options say what will be done.
         trainer: its strategy says where.
         data: the data module, set up for the fit, its evaluation sets loaded where they are to be measured.
         model: the full-precision model, loaded.
+        show: is given what was found before it is compared with what memory and disk there is.
 
     Raises:
         LitBinqError: something cannot work.
@@ -62,7 +66,10 @@ def ask_before_fit(module: "BinQCalibration", trainer: pl.Trainer, data: Any, mo
         checkpoint=folders[0] if folders else None,
         cache=Path(module.stream_options.cache_dir or tempfile.gettempdir()),
     )
-    return preflight(asked, module.preflight)
+    report = preflight(asked, module.preflight)
+    show(report)
+    require_resources(report, run, refuse=module.preflight.check_resources)
+    return report
 
 
 def _autocast(precision: str) -> torch.dtype | None:

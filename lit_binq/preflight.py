@@ -14,17 +14,17 @@ asked if it is there.
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_binq.block_calls import SHORT, capture_calls, hooked
+from lit_binq.block_calls import BlockCall, capture_calls, hooked
 from lit_binq.blocks import find_blocks, replace_module, require_fitting
 from lit_binq.durations import fit_seconds
 from lit_binq.errors import LitBinqError, first_line
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 CLEARLY = 1.25
 """An estimate that exceeds what there is by this factor is refused, as far as estimates are off; less is a warning."""
+
+FEW = 4
+"""Tokens of a pass that only looks at which modules do what."""
 
 CHECKPOINTS = 2
 """The one before is still there while the next one is written."""
@@ -85,12 +88,13 @@ class Report:
 
     Attributes:
         estimate: memory by phase, and what is written.
-        host: bytes the host has for this process, None if the system does not say.
+        host: bytes the host has for this process, those it holds among them; None if the system does not say.
         device: bytes free on the CUDA device; 0 on a CPU.
         disk: what is written and what is free, by place.
         seconds: estimated time of the fit.
         took: seconds of the preflight.
         reached: bytes of host memory the process had at most before the fit.
+        calls: the blocks' arguments, on the host.
     """
 
     estimate: Estimate
@@ -100,6 +104,7 @@ class Report:
     seconds: float
     took: float
     reached: int = 0
+    calls: list[BlockCall] = field(default_factory=list)
 
     def facts(self) -> dict[str, int | None]:
         """The fit's estimated peak in bytes, for the packed folder; the same keys as the measured one."""
@@ -123,7 +128,7 @@ class Report:
     def table(self) -> str:
         """Every phase by its parts, in GB."""
         e = self.estimate
-        rows = [("time", f"about {minutes(self.seconds)}", "")]
+        rows = [("preflight", f"{self.took:.1f} s", ""), ("time", f"about {minutes(self.seconds)}", "")]
         for where, phases, have in (("device", e.device, self.device), ("host", e.host, self.host)):
             rows += [(f"{where}, {p.name}", f"{gigabytes(p.total)} GB", _parts(p)) for p in phases]
             if phases and have is not None:
@@ -141,7 +146,7 @@ def _parts(phase: Phase) -> str:
 
 
 def preflight(asked: Asked, options: PreflightOptions) -> Report:
-    """Ask everything.
+    """Ask everything; what memory and disk there is remains to be compared with, by `require_resources`.
 
     Args:
         asked: the model and what will be done with it.
@@ -161,14 +166,21 @@ def preflight(asked: Asked, options: PreflightOptions) -> Report:
     versions = {name: t._version for name, t in model.named_parameters()}
     calls = capture_calls(model, blocks, asked.window)
     require_same_weights(model, versions)
-    require_hidden_weights(model, blocks, asked.window[:, :SHORT])
+    run.cached = require_hidden_weights(model, blocks, asked.window[:, :FEW])
     tokenizer_bytes = require_tokenizer(asked.tokenizer, model)
     loading = max(reached - now, 0)
     made = estimate(model, calls, run, now, loading)
+    available = host_available()
     report = Report(
-        made, host_available(), run.free, _disk(asked, made, tokenizer_bytes), fit_seconds(model, run), 0.0, reached
+        estimate=made,
+        host=None if available is None else available + now,
+        device=run.free,
+        disk=_disk(asked, made, tokenizer_bytes),
+        seconds=fit_seconds(model, run),
+        took=0.0,
+        reached=reached,
+        calls=calls,
     )
-    require_resources(report, run, refuse=options.check_resources, resident_now=now)
     report.took = time.monotonic() - began
     return report
 
@@ -194,31 +206,27 @@ def require_export(model: PreTrainedModel, *, torch_only: bool) -> None:
     log.warning("`litbinq export` will refuse this model: %s", reason)
 
 
-class _Opaque(nn.Module):
-    """A linear layer that is called, but whose weight nobody can read."""
+class _Watched(nn.Module):
+    """A linear layer that notes whether it is called and whether its weight is read from outside."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         object.__setattr__(self, "linear", linear)
+        object.__setattr__(self, "called", False)
+        object.__setattr__(self, "read", False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            object.__setattr__(self, "read", True)
+        return getattr(self.linear, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)  # type: ignore[operator]
-
-
-@contextmanager
-def _opaque(blocks: nn.ModuleList, before: dict[str, nn.Linear]) -> Iterator[None]:
-    """Linear layers, by their names in `blocks`, hide their weights for a while."""
-    try:
-        for name, linear in before.items():
-            replace_module(blocks, name, _Opaque(linear))
-        yield
-    finally:
-        for name, linear in before.items():
-            replace_module(blocks, name, linear)
+        object.__setattr__(self, "called", True)
+        return self.linear(x)
 
 
 @torch.no_grad()
-def require_hidden_weights(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) -> None:
+def require_hidden_weights(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) -> bool:
     """Refuse models whose code reads the weight of a linear layer that it also calls: a packed one has none.
 
     Args:
@@ -226,25 +234,37 @@ def require_hidden_weights(model: PreTrainedModel, blocks: nn.ModuleList, window
         blocks: its decoder blocks.
         windows: (b, T) int64, short.
 
+    Returns:
+        Whether the model's logits are what its head gives, and nothing else.
+
     Raises:
-        LitBinqError: a pass with layers that hide their weights fails.
+        LitBinqError: it does, or a pass fails.
     """
-    called: dict[str, nn.Linear] = {}
-    with ExitStack() as stack:
-        for name, m in blocks.named_modules():
-            if isinstance(m, nn.Linear):
-                note = partial(lambda name, m, *_: called.__setitem__(name, m), name)
-                stack.enter_context(hooked(m.register_forward_pre_hook(note)))
-        model(input_ids=windows, use_cache=False)
+    watched = {name: _Watched(m) for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+    head = model.get_output_embeddings()
+    caught: list[Tensor] = []
+    try:
+        for name, layer in watched.items():
+            replace_module(blocks, name, layer)
+        with ExitStack() as stack:
+            if isinstance(head, nn.Module):
+                stack.enter_context(hooked(head.register_forward_pre_hook(lambda _, args: caught.append(args[0]))))
+            logits = model(input_ids=windows, use_cache=False).logits
+    except Exception as error:  # whatever a model's own code makes of a layer of another class
+        raise LitBinqError(
+            f"{type(model).__name__} fails with linear layers of another class ({first_line(error)}), expected layers "
+            "that are only called: this architecture is not supported, change the option `model`"
+        ) from error
+    finally:
+        for name, layer in watched.items():
+            replace_module(blocks, name, layer.linear)
     # Those that are never called are never packed.
-    with _opaque(blocks, called):
-        try:
-            model(input_ids=windows, use_cache=False)
-        except Exception as error:  # whatever a model's own code makes of a layer of another class
-            raise LitBinqError(
-                f"{type(model).__name__} reads the weights of its linear layers itself ({first_line(error)}), expected "
-                "layers that are only called: this architecture is not supported, change the option `model`"
-            ) from error
+    if both := [name for name, layer in watched.items() if layer.called and layer.read]:
+        raise LitBinqError(
+            f"{type(model).__name__} reads the weight of {both[0]} itself, expected layers that are only called: "
+            "this architecture is not supported, change the option `model`"
+        )
+    return isinstance(head, nn.Module) and len(caught) == 1 and torch.equal(head(caught[0]).float(), logits.float())
 
 
 def require_same_weights(model: PreTrainedModel, versions: dict[str, int]) -> None:
@@ -306,14 +326,13 @@ def _disk(asked: Asked, made: Estimate, tokenizer: int) -> list[tuple[str, float
     return [(name, size, free_bytes(path)) for name, path, size in places if path is not None]
 
 
-def require_resources(report: Report, run: Run, *, refuse: bool, resident_now: int) -> None:
+def require_resources(report: Report, run: Run, *, refuse: bool) -> None:
     """Compare the estimate with what there is.
 
     Args:
         report: estimate and what there is.
         run: options, for advice.
         refuse: whether to refuse what clearly exceeds it.
-        resident_now: bytes of host memory this process holds already, which are its own.
 
     Raises:
         LitBinqError: something is needed of which there is clearly too little.
@@ -325,8 +344,7 @@ def require_resources(report: Report, run: Run, *, refuse: bool, resident_now: i
         needs.append((f"device memory ({phase.name})", phase.total, report.device, _advice(phase, run)))
     if report.host is not None:
         phase = e.largest(e.host)
-        there = report.host + resident_now
-        needs.append((f"host memory ({phase.name})", phase.total, there, _advice(phase, run)))
+        needs.append((f"host memory ({phase.name})", phase.total, report.host, _advice(phase, run)))
     needs += [(f"disk at {name}", size, free, f"choose another place for `{name}`") for name, size, free in report.disk]
     for what, size, have, advice in needs:
         if size <= have:

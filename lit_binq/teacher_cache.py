@@ -105,22 +105,6 @@ def cache_teacher(teacher: PreTrainedModel, windows: Tensor, batch: int) -> Teac
     return TeacherCache(head, store, device)
 
 
-@torch.no_grad()
-def logits_are_the_heads(model: PreTrainedModel) -> bool:
-    """Whether `cache_teacher` will find that the model's logits are its head's output, from a few tokens in float32."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Module):
-        return False
-    caught: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-    try:
-        tokens = torch.zeros(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
-        logits = model(input_ids=tokens, use_cache=False).logits
-    finally:
-        handle.remove()
-    return len(caught) == 1 and torch.equal(head(caught[0]).float(), logits.float())
-
-
 def _place(shape: tuple[int, ...], sample: Tensor, device: torch.device) -> torch.device:
     """The device if the cache is small beside its free memory, else the host."""
     if device.type != "cuda":

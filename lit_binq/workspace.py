@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lit_binq.bits import left_matrices
 from lit_binq.block_calls import SHORT
-from lit_binq.blocks import capture_calls, find_blocks, norm_parameters, require_fitting
+from lit_binq.blocks import BlockCall, capture_calls, find_blocks, norm_parameters, require_fitting
 from lit_binq.kv_cache import require_kv, set_kv_bits
 from lit_binq.rounding import require_holds, round_rest
 from lit_binq.streams import StreamOptions, Streams
@@ -35,6 +35,7 @@ class Workspace:
         rest_dtype: dtype in which everything but the packed weights is stored.
         cuda_graphs: whether tuning steps may be captured as CUDA graphs.
         kv_bits: of the student's keys and values, see `lit_binq.kv_cache`; the teacher's are never quantized.
+        calls: the blocks' arguments where they are known already.
 
     Raises:
         LitBinqError: windows too long for the model, or a model whose blocks cannot be run or quantized one by one.
@@ -50,6 +51,7 @@ class Workspace:
         rest_dtype: torch.dtype,
         cuda_graphs: bool = False,
         kv_bits: int = 0,
+        calls: list[BlockCall] | None = None,
     ) -> None:
         teacher.requires_grad_(False)
         self.teacher, self.device, self.rest_dtype = teacher, device, rest_dtype
@@ -70,7 +72,7 @@ class Workspace:
         self.home = next(teacher.parameters()).device  # where blocks rest that are not in progress
         require_fitting(teacher, windows, "data.window_length")
         window = windows[:1].to(self.home)
-        self.calls = [call.to(device) for call in capture_calls(teacher, self.teacher_blocks, window)]
+        self.calls = [call.to(device) for call in calls or capture_calls(teacher, self.teacher_blocks, window)]
         if kv_bits:
             # Its configuration is a copy, as every block's will be: the teacher's stays as it is.
             set_kv_bits(self.student, kv_bits)

@@ -112,11 +112,11 @@ def test_a_model_that_changes_its_weights_is_refused(
 def test_weights_are_hidden_for_a_while_only(llama: PreTrainedModel) -> None:
     blocks = find_blocks(llama)
     before = dict(blocks.named_modules())
-    require_hidden_weights(llama, blocks, torch.arange(8).reshape(1, -1))
+    assert require_hidden_weights(llama, blocks, torch.arange(8).reshape(1, -1))
     assert dict(blocks.named_modules()) == before
     blocks[1].register_forward_pre_hook(lambda block, _: block.mlp.up_proj.weight.sum() and None)
-    with pytest.raises(LitBinqError, match="reads the weights"):
-        require_hidden_weights(llama, blocks, torch.arange(8).reshape(1, -1))
+    with pytest.raises(LitBinqError, match="reads the weight of 1.mlp.up_proj"):
+        assert require_hidden_weights(llama, blocks, torch.arange(8).reshape(1, -1))
     assert dict(blocks.named_modules()) == before
 
 
