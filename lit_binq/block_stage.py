@@ -268,6 +268,7 @@ class BlockStage(Stage):
     def leave(self) -> None:
         """Pack the block, put it into the student, advance both streams with exactly what is stored."""
         w = self.work
+        self._loss.release()
         for name, layer in find_layers(self.module, LatentLinear).items():
             replace_module(self.module, name, layer.pack())
         self.module.requires_grad_(False)

@@ -6,7 +6,8 @@ weight of the format; P bytes of what a stage trains (float32).
 
 Phases, one after the other, and what each holds:
 
-    closed form    streams 3 S; full-precision block and its copy; the larger of a pass with Grams and a solve
+    closed form    streams 3 S; full-precision block and its copy; the larger of a pass with Grams and a solve; P, its
+                   gradients and 2 P moments of the block before, which the optimizer holds until it has the next
     tuning         streams 3 S; full-precision block; P latents and scales, P best epoch, 2 P moments; a step, gradients
                    among it, or a pass that scores the epoch
     model          student's embeddings, head and norms; P latents and scales, P best epoch, 2 P moments, P gradients;
@@ -292,12 +293,16 @@ def _block_phases(sizes: _Sizes, run: Run, cuda: bool) -> list[Phase]:
         gathering = max(m.forward + inputs, 4 * inputs) if statistics else m.forward
         solving = max((solve_bytes(N, K, statistics) for N, K in m.linears), default=0) + (grams if judged > 1 else 0)
         reference = {"full-precision block": float(m.dense)} if cuda else {}
+        more = sizes.latents - 1
+        P = m.step.gradients + 4 * more * m.weights if run.tuning.lr_codes else m.step.gradients
+        before = {"optimizer of the block before": 4.0 * P} if run.tuning.epochs else {}
         closed.append(
             Phase(
                 "closed form",
                 {
                     **reference,
                     "block in progress": float(m.dense),
+                    **before,
                     **_larger(
                         {"pass of statistics": float(gathering + hidden), "Gram matrices": float(grams)},
                         {"solving": float(solving)},
@@ -307,8 +312,6 @@ def _block_phases(sizes: _Sizes, run: Run, cuda: bool) -> list[Phase]:
         )
         if not run.tuning.epochs:
             continue
-        more = sizes.latents - 1
-        P = m.step.gradients + 4 * more * m.weights if run.tuning.lr_codes else m.step.gradients
         frozen = 0 if run.tuning.lr_codes else 4 * sizes.latents * m.weights
         step = m.step.peak + more * LATENT_STEP * m.weights + 2 * 4 * b * T * sizes.d * (1 + bool(cuda))
         largest = max((N * K for N, K in m.linears), default=0)

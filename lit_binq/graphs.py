@@ -7,6 +7,7 @@ shapes (the last, smaller batch of an epoch) and devices other than CUDA take th
 May touch: torch. Knows neither models nor stages.
 """
 
+import gc
 import logging
 
 import torch
@@ -48,6 +49,16 @@ class GraphedLoss:
                 p.grad = p.grad.clone()
         loss: Tensor = self._graphed(*inputs)
         return loss.clone()  # the next replay writes over it
+
+    def release(self) -> None:
+        """Give back what a capture holds: the graphs' memory, inputs, gradients and with them the parameters.
+
+        torch ties them into a cycle, so until the garbage collector comes by, every stage's would stay.
+        """
+        captured, self._graphed, self._parameters = self._graphed is not None, None, []
+        self.enabled = False
+        if captured:
+            gc.collect()
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         # Not the cache of autocast: it would hand tensors of one capture to the next.

@@ -82,6 +82,8 @@ class ModelStage(Stage):
 
     def leave(self) -> None:
         """Pack the student's linears again."""
+        if self._loss is not None:
+            self._loss.release()
         for block in self.work.blocks:
             for name, layer in find_layers(block, LatentLinear).items():
                 replace_module(block, name, layer.pack())

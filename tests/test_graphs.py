@@ -1,7 +1,9 @@
 """A loss as CUDA graphs: the ordinary way on the CPU; on a GPU the same losses and gradients, step by step."""
 
 import copy
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -37,6 +39,38 @@ class Squares(nn.Module):
 def inputs(b: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(b, 3, generator=g), torch.randn(b, generator=g)
+
+
+def test_what_a_capture_ties_into_a_cycle_is_gone_after_release() -> None:
+    """As torch's graphed callables do: the module holds a function that holds the module."""
+    module = Squares()
+    loss = GraphedLoss(module)
+    step = nn.Module()
+    step.held, step.itself = torch.ones(3), lambda: step
+    loss._graphed, held = step, weakref.ref(step.held)
+    del step
+    gc.disable()
+    try:
+        loss.release()
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@gpu
+@needs_gpu
+def test_stages_leave_no_graph_behind() -> None:
+    """Memory held after each of several blocks does not grow."""
+    held = []
+    for seed in range(4):
+        module = Squares().cuda()
+        loss = GraphedLoss(module)
+        x, y = (t.cuda() for t in inputs(4, seed))
+        loss(x, y).backward()
+        loss.release()
+        del module, loss
+        held.append(torch.cuda.memory_allocated())
+    assert held[-1] <= held[0]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
