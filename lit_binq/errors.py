@@ -12,6 +12,10 @@ class LitBinqError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, or its type's name: for one-line reports."""
+    """The first line of an error's message that is not empty, or its type's name: for one-line reports.
+
+    Long ones are cut: some libraries quote what they could not read.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    first = lines[0] if lines else type(error).__name__
+    return first if len(first) <= 400 else first[:397] + "..."

@@ -11,47 +11,31 @@ else (embeddings, norms, head, biases: "the rest") is rounded to `rest_dtype` in
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.initialization import no_init_weights
 
 from lit_binq.bits import dense_weights, true_bits
-from lit_binq.errors import LitBinqError, first_line
+from lit_binq.blocks import move
+from lit_binq.errors import LitBinqError
 from lit_binq.files import finite, new_folder
 from lit_binq.formats import FORMATS
-from lit_binq.kv_cache import KV_BITS, kv_bits, set_kv_bits
+from lit_binq.kv_cache import kv_bits
 from lit_binq.marker import PACKED_MARKER, VERSION, read_marker
-from lit_binq.packed_config import FORMAT, read_configuration, write_configuration
-from lit_binq.packed_layers import describe_layer, empty_layer, packed_linears
+from lit_binq.packed_config import FORMAT, write_configuration
+from lit_binq.packed_layers import describe_layer, packed_linears
+from lit_binq.packed_reader import REST_DTYPES, WEIGHTS, damaged, dtype_name, read_model, rest_names
 from lit_binq.places import require_folder
 from lit_binq.rounding import round_rest
-from lit_binq.ties import FLAG, distinct_state, state_ties, tie
-
-WEIGHTS = "model.safetensors"
-REST_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def _rest_names(model: nn.Module, names: list[str]) -> list[str]:
-    """Those of `names` that are not part of a packed weight. A packed linear's bias belongs to the rest."""
-    packed = {f"{module}.{buffer}" for module, m in packed_linears(model).items() for buffer in m.weight_buffers()}
-    return [name for name in names if name not in packed]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+from lit_binq.ties import distinct_state
 
 
 def require_target(folder: Path) -> None:
@@ -90,8 +74,8 @@ def save_packed(
     """
     folder = Path(folder)
     require_target(folder)
-    if _dtype_name(rest_dtype) not in REST_DTYPES:
-        raise LitBinqError(f"rest_dtype: got {_dtype_name(rest_dtype)}, expected one of {', '.join(REST_DTYPES)}")
+    if dtype_name(rest_dtype) not in REST_DTYPES:
+        raise LitBinqError(f"rest_dtype: got {dtype_name(rest_dtype)}, expected one of {', '.join(REST_DTYPES)}")
     linears: dict[str, dict[str, Any]] = {}
     for name, module in packed_linears(model).items():
         if FORMATS.get(module.kind) is not type(module):
@@ -100,7 +84,7 @@ def save_packed(
     round_rest(model, rest_dtype)
     bits = true_bits(model)
     state, tied = distinct_state(model)
-    rest = set(_rest_names(model, list(state)))
+    rest = set(rest_names(model, list(state)))
     tensors = {
         name: t.detach().to("cpu", rest_dtype if name in rest and t.is_floating_point() else t.dtype).contiguous()
         for name, t in state.items()
@@ -109,7 +93,7 @@ def save_packed(
         "version": VERSION,
         "linears": linears,
         "tied": tied,
-        "rest_dtype": _dtype_name(rest_dtype),
+        "rest_dtype": dtype_name(rest_dtype),
         "true_bits": bits,
         "kv_bits": kv_bits(model),
         "dense_weights": dense_weights(model),
@@ -170,99 +154,10 @@ def load_packed(
     """
     folder = Path(folder)
     marker = read_marker(folder)
-    for name in ("config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise LitBinqError(f"packed folder {str(folder)!r}: {name} is missing; expected a complete packed folder")
-    with _damaged("config.json", folder):
-        config = read_configuration(folder)
-        # Memory of the dense linears is reserved but never touched: they are replaced before reading.
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    stated = getattr(model.config, FLAG, None)
-    with _damaged(PACKED_MARKER, folder):
-        tie(model, marker["tied"])
-        state_ties(model)
-    if marker["version"] == VERSION and stated != getattr(model.config, FLAG, None):
-        raise LitBinqError(
-            f"packed folder {str(folder)!r}: config.json says {FLAG} {stated}, but {PACKED_MARKER} the opposite; "
-            "expected the same of both, as they were written: write the folder again"
-        )
-    if marker.get("kv_bits", 0) not in KV_BITS:
-        raise LitBinqError(
-            f"packed folder {str(folder)!r}: {PACKED_MARKER} asks for kv_bits {marker['kv_bits']!r}, expected one of "
-            f"{', '.join(map(str, KV_BITS))}; it was written by another version of this program"
-        )
-    set_kv_bits(model, marker.get("kv_bits", 0))
-    _replace_linears(model, marker["linears"], folder)
-    _load_tensors(model, marker, folder)
-    model.stored_dtype = REST_DTYPES[marker["rest_dtype"]]
+    model = read_model(folder, marker)
     if (folder / "generation_config.json").is_file():
-        with _damaged("generation_config.json", folder):
+        with damaged("generation_config.json", folder):
             model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
-    with _damaged("tokenizer", folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.to(device).eval(), tokenizer
-
-
-@contextmanager
-def _damaged(name: str, folder: Path) -> Iterator[None]:
-    """Turn whatever reading a damaged file raises into one line."""
-    try:
-        yield
-    except LitBinqError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise LitBinqError(
-            f"packed folder {str(folder)!r}: {name} is damaged or missing ({first_line(error)}); write the folder again"
-        ) from error
-
-
-def _replace_linears(model: nn.Module, linears: dict[str, Any], folder: Path) -> None:
-    """Put an empty packed linear at every name of `linears`."""
-    for name, entry in linears.items():
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
-            raise LitBinqError(
-                f"packed folder {str(folder)!r}: {PACKED_MARKER} names {name}, which is no linear "
-                "layer of config.json's model"
-            )
-        try:
-            model.set_submodule(name, empty_layer(linear, entry))
-        except LitBinqError as error:
-            raise LitBinqError(f"packed folder {str(folder)!r}: linear {name}: {error}") from error
-
-
-@torch.no_grad()
-def _load_tensors(model: nn.Module, marker: dict[str, Any], folder: Path) -> None:
-    """Copy every stored tensor into the model's own, one after the other, tied ones once."""
-    state = model.state_dict()
-    tied: dict[str, str] = marker["tied"]
-    rest = set(_rest_names(model, list(state)))
-    rest_dtype = REST_DTYPES.get(marker["rest_dtype"])
-    where = f"packed folder {str(folder)!r}: {WEIGHTS}"
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            stored = set(file.keys())
-            if wrong := sorted((state.keys() - tied.keys()) ^ stored):
-                there = "has an unexpected" if wrong[0] in stored else "lacks the"
-                raise LitBinqError(f"{where} {there} tensor {wrong[0]} ({len(wrong)} differ); write the folder again")
-            for name in sorted(stored):
-                tensor, target = file.get_tensor(name), state[name]
-                dtype = rest_dtype if name in rest and target.is_floating_point() else target.dtype
-                if tensor.shape != target.shape or tensor.dtype != dtype:
-                    raise LitBinqError(
-                        f"{where}: {name} is {_dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
-                        f"expected {dtype and _dtype_name(dtype)} {tuple(target.shape)}: "
-                        f"do config.json and {WEIGHTS} belong together?"
-                    )
-                target.copy_(tensor)
-    except SafetensorError as error:
-        raise LitBinqError(f"{where} is damaged or truncated ({first_line(error)}); write the folder again") from error
-    for name, layer in packed_linears(model).items():
-        try:
-            layer.refresh()
-        except ValueError as error:
-            raise LitBinqError(f"{where}: {name}: {first_line(error)}; write the folder again") from error
+    with damaged("tokenizer", folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return move(model, torch.device(device)), tokenizer

@@ -27,9 +27,11 @@ def empty_layer(linear: nn.Linear, entry: Any) -> PackedLinear:
     """
     kind, layout = parse_layout(entry)
     if kind not in FORMATS:
-        raise LitBinqError(f"format {kind!r}, expected one of {sorted(FORMATS)}")
+        raise LitBinqError(f"format {kind!r:.60}, expected one of {sorted(FORMATS)}")
     bias = linear.bias is not None
     try:
         return FORMATS[kind].empty(linear.in_features, linear.out_features, bias, linear.weight.dtype, **layout)
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise LitBinqError(f"layout {layout} does not belong to format {kind!r} ({first_line(error)})") from error
+        raise LitBinqError(
+            f"layout {layout!s:.200} does not belong to format {kind!r} ({first_line(error)})"
+        ) from error

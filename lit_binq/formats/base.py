@@ -218,5 +218,9 @@ def parse_layout(entry: Any) -> tuple[str, dict[str, int]]:
         LitBinqError: not such an entry.
     """
     if not isinstance(entry, dict) or not isinstance(entry.get("format"), str):
-        raise LitBinqError(f'got {entry!r}, expected an object like {{"format": "row_column"}}')
-    return entry["format"], {k: v for k, v in entry.items() if k != "format"}
+        raise LitBinqError(f'got {entry!r:.60}, expected an object like {{"format": "row_column"}}')
+    layout = {k: v for k, v in entry.items() if k != "format"}
+    for key, value in layout.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**40:
+            raise LitBinqError(f"{key!r:.40} is {value!r:.40}, expected a whole number that can be one of a matrix")
+    return entry["format"], layout
