@@ -30,6 +30,7 @@ from lit_binq.evaluation import PackedEvaluation
 from lit_binq.hub import load_packed
 from lit_binq.marker import read_marker
 from lit_binq.models import load_model
+from lit_binq.preflight import PreflightOptions
 from lit_binq.rounding import round_rest
 from lit_binq.stages import Tuning
 
@@ -61,7 +62,8 @@ def test_a_fit_counts_what_it_reports(tokenizer, text_file, tmp_path, caplog) ->
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with caplog.at_level(logging.INFO, logger="lit_binq"):
-        fit(tmp_path / "model", text_file, tmp_path / "packed", tuning=Tuning(), finish=Tuning())
+        options = {"tuning": Tuning(), "finish": Tuning(), "preflight": PreflightOptions(torch_only=True)}
+        fit(tmp_path / "model", text_file, tmp_path / "packed", **options)
     dense = load_file(tmp_path / "model" / "model.safetensors")
     stored = load_file(tmp_path / "packed" / "model.safetensors")
     inside = {n: t for n, t in dense.items() if ".layers." in n and t.dim() > 1}
