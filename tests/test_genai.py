@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import byte_tokenizer
 from exporting import fusable_model, packed_model
 from native import require_native
@@ -44,6 +45,18 @@ def test_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: 
     assert traced["model"]["type"] == "decoder"
     assert "custom_ops_library" not in decoder["session_options"]
     assert "no operator library to copy" in caplog.text
+
+
+def test_caches_of_several_shapes_are_refused(tmp_path: Path) -> None:
+    """The configuration would state the first block's for all."""
+    model = packed_model("llama")
+    wide = model.model.layers[1].self_attn
+    for name in ("k_proj", "v_proj"):
+        setattr(wide, name, torch.nn.Linear(32, 32, bias=False))
+    wide.num_key_value_groups = 1
+    with pytest.raises(LitBinqError, match=r"several cache shapes \(2 heads of 8, 4 heads of 8\), expected 'ort'"):
+        export_onnx(model, byte_tokenizer(), tmp_path / "out", target="genai", check=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_target(tmp_path: Path) -> None:

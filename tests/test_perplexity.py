@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,24 @@ def test_perplexities_are_those_of_torch(folders: list[Path], text_file: Path, t
     assert f"| two | {records[1]['perplexity']:.2f} |" in table
     assert "| one | " in table
     assert "+0.00%" in table
+
+
+def test_folders_of_one_name_are_told_apart(folders: list[Path], text_file: Path, tmp_path: Path, capsys) -> None:
+    """Runs keep their exports in folders of the same name."""
+    named = [tmp_path / run / "onnx" for run in ("a", "b")]
+    for folder, link in zip(folders, named, strict=True):
+        shutil.copytree(folder, link)
+    words = ["--beside", str(named[1]), str(text_file), "--windows", "1", "--length", "16"]
+    assert cli.main(["bench", "perplexity", str(named[0]), *words]) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {name} | " in table for name in named)
+
+
+def test_fewer_windows_than_asked_for_are_told(folders: list[Path], text_file: Path, tmp_path: Path, caplog) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(text_file.read_text()[:50])
+    assert cli.main(["bench", "perplexity", str(folders[0]), str(short), "--windows", "9", "--length", "16"]) == 0
+    assert "gives only 3 windows of 16 tokens instead of 9" in caplog.text
 
 
 @pytest.mark.parametrize(

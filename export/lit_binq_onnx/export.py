@@ -39,7 +39,7 @@ from lit_binq.texts import TextSource, encode, make_windows, read_text
 from lit_binq_onnx.check import Reference, check_onnx, fused_failure, torch_reference
 from lit_binq_onnx.functions import OPSET, add_functions
 from lit_binq_onnx.fused import build_fused, misfit
-from lit_binq_onnx.genai import write_genai
+from lit_binq_onnx.genai import require_uniform, write_genai
 from lit_binq_onnx.graph import require_packed_nodes, simplify, store_half
 from lit_binq_onnx.head import Tables, quantize_readers, rounded_tables
 from lit_binq_onnx.head_rounding import HEAD_BITS, RANDOM_DAMPING, TEXT_WINDOWS, head_gram, random_windows
@@ -194,6 +194,8 @@ def export_onnx(
     place = Path(os.path.abspath(out_dir))
     layers = _refuse(model, place)
     model.eval()
+    if target == "genai":
+        require_uniform(cache_shapes(model))
     with new_folder(place, FACTS) as work:
         start = time.monotonic()
         reference = None

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_binq.errors import LitBinqError
 from lit_binq.files import write_json
 from lit_binq_onnx.library import HOW_TO_BUILD, library_path
 from lit_binq_onnx.session import FUSED, MODEL
@@ -31,6 +32,20 @@ MODEL_TYPES = ("gemma", "gemma2", "granite", "llama", "mistral", "olmo", "phi", 
 def _first(value: Any) -> Any:
     """A special token's number, where a configuration gives a list the first."""
     return value[0] if isinstance(value, list) else value
+
+
+def require_uniform(cache_shapes: list[tuple[int, int]]) -> None:
+    """Refuse a model whose blocks keep caches of several shapes: the configuration has one number for all of them.
+
+    Raises:
+        LitBinqError: they differ.
+    """
+    if len(set(cache_shapes)) > 1:
+        shapes = ", ".join(f"{heads} heads of {size}" for heads, size in dict.fromkeys(cache_shapes))
+        raise LitBinqError(
+            f"target: got 'genai' with blocks of several cache shapes ({shapes}), expected 'ort': onnxruntime-genai "
+            "takes one for all blocks"
+        )
 
 
 def genai_config(

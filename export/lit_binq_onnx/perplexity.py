@@ -3,6 +3,7 @@
 Legend: n windows, T tokens a window, V vocabulary, b windows in a pass, t positions in a pass.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 
 from lit_binq.errors import LitBinqError
 from lit_binq_onnx.session import OnnxModel
+
+log = logging.getLogger(__name__)
 
 LOGITS_BYTES = 64 << 20
 """Most bytes of logits in one pass: b t V 4; a window is fed in parts, the cache carrying the context."""
@@ -97,7 +100,7 @@ class TextRecord:
     """One model on one text.
 
     Attributes:
-        name: the exported folder's name.
+        name: the exported folder's name; its path as given where another folder has the same name.
         perplexity: over all predicted tokens.
         tokens: how many these are.
         true_bits: of the packed linears.
@@ -126,7 +129,7 @@ def text_perplexities(
     Args:
         folders: written by `lit_binq_onnx.export`, one after the other opened and closed again.
         text: plain UTF-8.
-        windows: n; fewer where the text is too short.
+        windows: n; fewer where the text is too short, which is told.
         length: T.
         mode: kernels of our operators.
 
@@ -144,9 +147,12 @@ def text_perplexities(
     source = read_text(TextSource(str(text)))
     records: list[TextRecord] = []
     first = None
+    named = [Path(folder).resolve().name for folder in folders]
     for folder in map(Path, folders):
         model = OnnxModel(folder, mode=mode)
         ids = make_windows(encode(load_tokenizer(str(folder)), source), length, windows)
+        if first is None and len(ids) < windows:
+            log.warning("text %r gives only %d windows of %d tokens instead of %d", str(text), *ids.shape, windows)
         first = ids if first is None else first
         if not torch.equal(ids, first):
             raise LitBinqError(
@@ -155,5 +161,7 @@ def text_perplexities(
             )
         found, facts = onnx_perplexity(model, ids), model.facts
         numbers = (float(facts["true_bits"]), int(facts["head_bits"]), int(facts["data_bytes"]))
-        records.append(TextRecord(folder.resolve().name, found.ppl, found.tokens, *numbers))
+        name = folder.resolve().name
+        name = name if named.count(name) == 1 else str(folder)
+        records.append(TextRecord(name, found.ppl, found.tokens, *numbers))
     return records
