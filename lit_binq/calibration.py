@@ -15,6 +15,7 @@ May touch: stages, evaluation, checkpoint, resume, result, models. Lightning is 
 trainer_checks, data, cli and here.
 """
 
+import copy
 import dataclasses
 import logging
 import math
@@ -341,7 +342,7 @@ class BinQCalibration(PackedEvaluation):
             stage = BlockStage(work, i, self.closed_form, self.tuning, self.diagnostics)
         else:
             stage = ModelStage(work, self.finish)
-            self._before = self._state()  # the stage changes the student in place
+            self._before = copy.deepcopy(self._state())  # the stage changes the student in place
         stage.ask = self.ask_stop
         with highest_precision():
             stage.enter()

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from lit_binq.blocks import find_blocks
 from lit_binq.estimates import Run
 
-ATTAINED = 0.4
+ATTAINED = {"cuda": 0.2, "cpu": 0.4}
 """Share of a large square product's rate that a block attains: elementwise operations move as many bytes."""
 
 SECONDS = 0.1
@@ -32,6 +32,9 @@ SECONDS = 0.1
 
 STEP_SECONDS = {"cuda": 0.004, "cpu": 0.002}
 """Optimizer, loop and launches of a step, however small the block."""
+
+STAGE_SECONDS = {"cuda": 1.0, "cpu": 0.1}
+"""What a tuned stage takes around its steps: copies, packing, a checkpoint, on a GPU the capture of its graph."""
 
 
 @dataclass
@@ -74,7 +77,8 @@ def fit_seconds(model: PreTrainedModel, run: Run) -> float:
     n, T = run.windows
     tokens, train, held = n * T, run.train * T, (n - run.train) * T or run.train * T
     steps = -(-run.train // run.batch)
-    once = STEP_SECONDS["cuda" if run.device.type == "cuda" else "cpu"]
+    kind = "cuda" if run.device.type == "cuda" else "cpu"
+    once, around, attained = STEP_SECONDS[kind], STAGE_SECONDS[kind], ATTAINED[kind]
     form, tuning, finish = run.closed_form, run.tuning, run.finish
     streams = {"weight": 0, "naive_output": 1}.get(form.objective, 2)
     total, all_blocks = 0.0, 0.0
@@ -86,12 +90,13 @@ def fit_seconds(model: PreTrainedModel, run: Run) -> float:
         passes = 2 + streams * len(groups) / 2 + (1 + tuning.epochs) * held / tokens
         grams = sum(2 * K * K for K in groups) * streams
         solve = sum((2 * K**3 / 3 + 4 * N * K * K) / rates.double + 24 * N * K * K / rates.full for N, K in linears)
-        total += tokens * (passes * F + grams) / (ATTAINED * rates.full) + solve
-        total += tuning.epochs * (train * 3 * F / (ATTAINED * rates.steps) + steps * once)
+        total += tokens * (passes * F + grams) / (attained * rates.full) + solve
+        total += tuning.epochs * (train * 3 * F / (attained * rates.steps) + steps * once)
+        total += around if tuning.epochs else 0
     head = model.get_output_embeddings()
     if finish.epochs and isinstance(head, nn.Linear):
         out = 2 * head.out_features * head.in_features
         each = 3 * all_blocks + 4 * out
-        total += tokens * all_blocks / (ATTAINED * rates.steps)
-        total += finish.epochs * ((train + held / 3) * each / (ATTAINED * rates.steps) + steps * once)
+        total += tokens * all_blocks / (attained * rates.steps)
+        total += around + finish.epochs * ((train + held / 3) * each / (attained * rates.steps) + steps * once)
     return total

@@ -17,8 +17,8 @@ Phases, one after the other, and what each holds:
     evaluation     packed model and its source; logits of a batch, b T V in float32
 
 The host holds besides: what is resident when the estimate is made (libraries, texts, teacher), the student's
-embeddings, head and norms, packed blocks, and streams or hidden states that the device has no room for. On a CPU both
-are one.
+embeddings, head and norms, packed blocks (in the model stage a copy of what is finished too), CUDA's libraries, and
+streams or hidden states that the device has no room for. On a CPU both are one.
 
 May touch: blocks, block_memory, stages' options, streams' options.
 """
@@ -45,6 +45,9 @@ LATENT_STEP = 14
 
 UNPACK = 4.5
 """Bytes a packed layer makes for each weight while it multiplies: an int32 index for eight signs, a float32 a sign."""
+
+CUDA_HOST = 1.3e9
+"""Bytes that a process holds for CUDA's context and libraries: what two fits on an H200 held beside all other parts."""
 
 SAMPLE = 64, 256
 """Shape of the weight that shows how many latents and bits a format takes."""
@@ -171,6 +174,7 @@ def estimate(model: PreTrainedModel, calls: list[BlockCall], run: Run, resident:
     on_device = cuda and _streams_on_device(run, 3 * sizes.S)
     rest = sizes.rest * 4
     stays = {"resident at the start": float(resident), "student's embeddings, head, norms": float(rest)}
+    stays |= {"CUDA's libraries": CUDA_HOST} if cuda else {}
     streams = {"streams": 3.0 * sizes.S} if run.streams.cache != "disk" else {}
     packed = {"packed blocks": float(sizes.packed(4))}
     block_phases = _block_phases(sizes, run, cuda)
@@ -185,11 +189,13 @@ def estimate(model: PreTrainedModel, calls: list[BlockCall], run: Run, resident:
         parts, cache = _model_parts(sizes, run, cuda)
         where = bool(cuda and cache * DEVICE_SHARE <= run.free)
         cached = {"teacher's hidden states": float(cache)} if sizes.cached_head else {}
+        tuned_rest = sizes.matrices * 4 if run.finish.lr_embeddings else 0
+        kept = {"what was finished, for a checkpoint": float(sizes.packed(4) + tuned_rest)}
         if cuda:
             device.append(Phase("model", {**parts, **(cached if where else {})}))
-            host.append(Phase("model", {**stays, **({} if where else cached)}))
+            host.append(Phase("model", {**stays, **kept, **({} if where else cached)}))
         else:
-            host.append(Phase("model", {**stays, **parts, **cached}))
+            host.append(Phase("model", {**stays, **kept, **parts, **cached}))
     stored = sizes.packed(run.rest_bytes) + sizes.rest * run.rest_bytes
     again = float(rest + sizes.packed(4))
     host.append(

@@ -25,7 +25,7 @@ from lit_binq.marker import read_marker
 from lit_binq.packed_layers import packed_linears
 from lit_binq.records import read_diagnostics
 from lit_binq.solvers import ARBX, CGB, PBLLM, GroupedSolver, LowRankSolver, PlanesSolver, RowColumnSolver, Solver
-from lit_binq.stages import ClosedForm, Tuning
+from lit_binq.stages import ClosedForm, ModelTuning, Tuning
 from lit_binq.trainer_checks import refuse_sharding
 
 
@@ -75,6 +75,26 @@ def test_resuming_at_a_stage_boundary_gives_the_same_bits(stage, make_source, te
     resumed = fit(source, text_file, tmp_path / "resumed", ckpt_path=tmp_path / "kept" / f"stage-{stage}.ckpt")
     assert [r.stage for r in resumed.records] == [0, 1, 2]
     assert_same(tmp_path / "whole", tmp_path / "resumed")
+
+
+class SaveAmidst(pl.Callback):
+    """Saves a checkpoint behind some step of the model stage, as a callback of the user's may."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: BinQCalibration) -> None:
+        if module.stage_index == 2 and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_amidst_the_model_stage_begins_the_stage_again(make_source, text_file, tmp_path):
+    """The stage tunes norms where they stand: what was finished before must not follow them."""
+    source, amidst = make_source(), tmp_path / "amidst.ckpt"
+    finish = ModelTuning(epochs=3, lr_codes=0.02, lr_norms=0.1, lr_embeddings=0.1, patience=0)
+    fit(source, text_file, tmp_path / "whole", finish=finish, callbacks=[SaveAmidst(amidst)])
+    fit(source, text_file, tmp_path / "again", finish=finish, ckpt_path=amidst)
+    assert_same(tmp_path / "whole", tmp_path / "again")
 
 
 def test_a_checkpoint_of_another_run_is_refused(make_source, text_file, tmp_path):
