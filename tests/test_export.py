@@ -80,13 +80,16 @@ def test_logits_equal_torch(exported: Exported) -> None:
 def test_check_passes_every_case(exported: Exported) -> None:
     report = check_onnx(exported.folder, exported.model, byte_tokenizer())
     ways = ["stock"] if library_path() is None else ["exact", "lut", "stock"]
-    cases = ("prefill", "decode", "left-padded")
-    wanted = [(way, case) for way in ways for case in cases]
+    cases, length = ("prefill", "decode", "left-padded"), "long beside short"
+    wanted = [(way, case) for way in ways for case in (*cases, *((length,) if way == ways[0] else ()))]
     if read_facts(exported.folder)["fused"]:
-        wanted += [(way, f"fused {case}") for way in ways[:2] for case in ("prefill", "decode", "batch")]
+        for way in ways[:2]:
+            own = ("prefill", "decode", "batch", *((length,) if way == ways[0] else ()))
+            wanted += [(way, f"fused {case}") for case in own]
     assert [(c.way, c.case) for c in report.cases] == wanted
     assert all(c.passed for c in report.cases)
-    assert bool(report.notes) == (library_path() is None)
+    told = [note for note in report.notes if note.startswith("lut: ")]
+    assert len(told) == (library_path() is not None)
     table = str(report).splitlines()
     assert len(table) == 1 + len(report.cases) + len(report.notes)
 
@@ -250,7 +253,7 @@ def test_check_finds_its_source(tmp_path: Path) -> None:
     model, tokenizer = load_packed(packed)
     facts = export_onnx(model, tokenizer, out, packed=packed)
     assert facts["packed"] == "../packed"
-    assert len(check_onnx(out).cases) in (3, 9)
+    assert len(check_onnx(out).cases) in (4, 10)
     moved = packed.rename(tmp_path / "moved")
     with pytest.raises(LitBinqError, match=r"no such folder.*give `--packed`"):
         check_onnx(out)

@@ -79,6 +79,14 @@ class StaticCache:
             new[:, :, : self.length] = old[:, :, : self.length]
         self._set(grown)
 
+    def fill(self, arrays: list[np.ndarray]) -> None:
+        """Begin with these keys and values, (b, heads, tokens, head_dim) each, in the order of `shapes`."""
+        tokens = arrays[0].shape[2]
+        self.reserve(tokens)
+        for buffer, array in zip(self._buffers, arrays, strict=True):
+            buffer[:, :, :tokens] = array
+        self.lengths = np.full(self.batch, tokens, np.int64)
+
     def row(self, i: int) -> "StaticCache":
         """One row as a cache of batch 1 in the same memory; its length is its own from here on."""
         view = object.__new__(StaticCache)

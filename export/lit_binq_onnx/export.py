@@ -36,7 +36,8 @@ from lit_binq.files import new_folder
 from lit_binq.formats import PackedLinear
 from lit_binq.places import require_folder
 from lit_binq.texts import TextSource, encode, make_windows, read_text
-from lit_binq_onnx.check import Reference, check_onnx, fused_failure, torch_reference
+from lit_binq_onnx.check import check_onnx, fused_failure
+from lit_binq_onnx.check_reference import Reference, torch_reference
 from lit_binq_onnx.functions import OPSET, add_functions
 from lit_binq_onnx.fused import build_fused, misfit
 from lit_binq_onnx.genai import require_uniform, write_genai
@@ -44,6 +45,7 @@ from lit_binq_onnx.graph import require_packed_nodes, simplify, store_half
 from lit_binq_onnx.head import Tables, quantize_readers, rounded_tables
 from lit_binq_onnx.head_rounding import HEAD_BITS, RANDOM_DAMPING, TEXT_WINDOWS, head_gram, random_windows
 from lit_binq_onnx.rotary import length_dependent, longest_text
+from lit_binq_onnx.same_tensors import require_same_tensors
 from lit_binq_onnx.session import DATA, FACTS, FACTS_VERSION, FUSED, MODEL
 from lit_binq_onnx.supported import unsupported_reason
 from lit_binq_onnx.tensors import DataFile
@@ -159,7 +161,8 @@ def export_onnx(
         model: a causal language model with PackedLinear layers, float32 on the CPU; put into evaluation mode.
         tokenizer: saved beside it.
         out_dir: folder to write; an empty folder or an older export there is replaced once all is done.
-        packed: the packed folder the model came from, recorded so that the export can be checked again later.
+        packed: the packed folder the model came from: the graphs must hold its tensors (`same_tensors`), and it is
+            recorded, so that the export can be checked again later.
         check: compare with torch before the folder gets its name.
         head_bits: bits of the head, 4 or 8 (see `lit_binq_onnx.head`), the embedding then has 8; 0 leaves both as they
             are.
@@ -241,6 +244,8 @@ def export_onnx(
         }
         _save_companions(model, tokenizer, work)
         _write_facts(work, facts)
+        if packed is not None:
+            log.info("export: %s", require_same_tensors(work, packed, model, gram=gram))
         if has_fused and reference is not None and not _drop_wrong_fused(work, reference):
             facts["fused"] = False
             _write_facts(work, facts)

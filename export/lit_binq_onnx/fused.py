@@ -80,6 +80,15 @@ def misfit(model: PreTrainedModel) -> str | None:
     return None
 
 
+@torch.no_grad()
+def rotary_table(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """cos and sin (positions, head_dim / 2) float32, from the model's own module, which knows its scaling."""
+    where = torch.arange(model.config.max_position_embeddings)[None]
+    tables = model.model.rotary_emb(torch.zeros(1), where)
+    half = tables[0].shape[-1] // 2
+    return {name: table[0, :, :half].numpy() for name, table in zip(("cos", "sin"), tables, strict=True)}
+
+
 class FusedBuilder:
     """The graph of one model; see this file's head."""
 
@@ -130,14 +139,9 @@ class FusedBuilder:
         total = g.add("Gather", [shape, g.stored("one", np.array(1))], "longest", axis=0)
         g.add("Cast", [total], "total_tokens", to=TensorProto.INT32)
 
-    @torch.no_grad()
     def _angles(self) -> None:
-        """cos and sin (positions, head_dim / 2) float32, from the model's own module, which knows its scaling."""
-        where = torch.arange(self.config.max_position_embeddings)[None]
-        cos, sin = self.model.model.rotary_emb(torch.zeros(1), where)
-        half = cos.shape[-1] // 2
-        self.g.stored("cos", cos[0, :, :half].numpy())
-        self.g.stored("sin", sin[0, :, :half].numpy())
+        for name, table in rotary_table(self.model).items():
+            self.g.stored(name, table)
 
     def _norm(self, norm: Any, h: str, name: str) -> str:
         weight = self.g.stored(f"{name}.weight", _array(norm.weight))

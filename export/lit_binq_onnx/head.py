@@ -95,8 +95,8 @@ def rounded_tables(
     first, last = embedding.weight, head.weight
     if stored is not None:
         tables = read_tables(stored, bits)
-        _require_near(tables.embedding, first, "embedding")
-        _require_near(tables.head, last, "head")
+        require_near(tables.embedding, first, "embedding")
+        require_near(tables.head, last, "head")
     else:
         table = quantize_table(first.detach().numpy(), 8, block=None if bits == 4 else block)
         same = last is first and bits == 8
@@ -114,7 +114,7 @@ def rounded_tables(
             weight.data = data
 
 
-def _require_near(table: QuantizedTable, weight: torch.Tensor, what: str) -> None:
+def require_near(table: QuantizedTable, weight: torch.Tensor, what: str) -> None:
     """Refuse a stored table with a row that differs from the model's by as much as no rounding does."""
     shape = len(table.codes), table.width
     if shape == tuple(weight.shape):
@@ -127,7 +127,7 @@ def _require_near(table: QuantizedTable, weight: torch.Tensor, what: str) -> Non
     )
 
 
-def _values(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
+def stored_values(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
     """What an initializer holds, from the data file where it is there."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return np.array(numpy_helper.to_array(tensor))
@@ -150,7 +150,7 @@ def read_tables(folder: Path, bits: int) -> Tables:
     try:
         graph = onnx.load(folder / MODEL, load_external_data=False).graph
         found = {tensor.name: tensor for tensor in graph.initializer if _TABLE.match(tensor.name)}
-        arrays = {name: _values(tensor, folder) for name, tensor in found.items()}
+        arrays = {name: stored_values(tensor, folder) for name, tensor in found.items()}
 
         def table(name: str, bits: int) -> QuantizedTable:
             name = f"{name}.int{bits}"

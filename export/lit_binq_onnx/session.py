@@ -50,6 +50,11 @@ GroupQueryAttention lets a window see a token too many, before 1.20 it takes a p
 _warned: set[str] = set()
 
 
+def fused_bodies_trusted() -> bool:
+    """Whether this ONNX Runtime may run the fused graph without the native library, see `FUSED_BODIES_SINCE`."""
+    return ort_version() >= FUSED_BODIES_SINCE
+
+
 def ort_version() -> tuple[int, int]:
     """Major and minor version of the ONNX Runtime that is imported."""
     major, minor = ort.__version__.split(".")[:2]
@@ -177,7 +182,7 @@ class OnnxModel:
                 "slower and more memory; %s",
                 HOW_TO_BUILD,
             )
-        if self.route == "fused" and not self.native and ort_version() < FUSED_BODIES_SINCE:
+        if self.route == "fused" and not self.native and not fused_bodies_trusted():
             since = ".".join(map(str, FUSED_BODIES_SINCE))
             told = (
                 f"ONNX Runtime {ort.__version__} runs the fused graph's function bodies otherwise (sliding windows, "
