@@ -372,8 +372,7 @@ def test_bad_session_options(llama: Exported) -> None:
 
 
 def test_missing_library(llama: Exported, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    for module in ("library", "session"):
-        monkeypatch.setattr(f"lit_binq_onnx.{module}.library_path", lambda: None)
+    monkeypatch.setattr("lit_binq_onnx.library.library_path", lambda: None)
     monkeypatch.setattr(session_module, "_warned", set())
     for _ in range(2):
         onnx_model = OnnxModel(llama.folder)
