@@ -1,6 +1,8 @@
 # make demo    everything once, on a real model: fetch, calibrate (three planes; one bit beside), export, check,
 #              write text, measure
 # make test    the tests;  make lint   ruff and mypy
+# make fuzz    the native operators built with sanitizers: the kernels' own test, then random and broken nodes, in a
+#              runtime of ours and through ONNX Runtime's sessions. FUZZ and SESSIONS say how many, SEED where they begin
 #
 # Both start on a machine with Python 3.11 and a C++17 compiler and install into .venv.
 
@@ -12,7 +14,12 @@ CONFIG := configs/smollm2-135m-demo.yaml
 ONE_BIT := configs/smollm2-135m-demo-1bit.yaml
 READY := .venv/ready
 
-.PHONY: demo test lint install clean
+FUZZ ?= 30000
+SESSIONS ?= 1000
+SEED ?= 1
+SANITIZED := build/sanitized
+
+.PHONY: demo test lint fuzz install clean
 install: $(READY)
 
 # torch first: with the constraints file the machine's own choice of build is kept.
@@ -42,6 +49,17 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# An allocation of more than a gigabyte is a fault: no model here has as much. Python and ONNX Runtime leak by design.
+fuzz: $(READY)
+	$(BIN)/cmake -S export/csrc -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DLIT_BINQ_SANITIZE=ON
+	$(BIN)/cmake --build $(SANITIZED) --target kernel_test operator_fuzz lit_binq_ops
+	$(SANITIZED)/kernel_test
+	ASAN_OPTIONS=max_allocation_size_mb=1024:malloc_context_size=8 $(SANITIZED)/operator_fuzz --count $(FUZZ) --seed $(SEED)
+	LIT_BINQ_OPS=$(SANITIZED)/liblit_binq_ops.so OMP_NUM_THREADS=1 \
+	ASAN_OPTIONS=detect_leaks=0:malloc_context_size=2:quarantine_size_mb=16 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	$(BIN)/python tests/session_fuzz.py --count $(SESSIONS) --seed $(SEED)
 
 clean:
 	rm -rf .venv build runs

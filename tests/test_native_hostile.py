@@ -162,6 +162,26 @@ def test_one_matrix_without_rows_among_others(native: NativeLibrary) -> None:
     np.testing.assert_array_equal(got, want[:, :12])
 
 
+@pytest.mark.parametrize("kind", ["NormBinaryMatMulQKV", "NormBinaryGatedMLP"])
+def test_sums_are_written_where_nothing_is_multiplied(native: NativeLibrary, kind: str) -> None:
+    """Matrices without rows: there is no product, but the sum in front of the norm is an output too."""
+    x = packed.activations(5, 20)
+    problems = attention((0, 0, 0), 20) if kind == "NormBinaryMatMulQKV" else mlp(20, 24, 0)
+    s = session(model(kind, problems, ["M", 20]), native)
+    for i in range(3):  # the runtime's memory holds something else before
+        hidden = x + np.float32(i)
+        product, total = s.run(None, {"hidden": hidden, "skip": x})
+        assert product.shape == (5, 0)
+        np.testing.assert_array_equal(total, hidden + x)
+
+
+def test_a_cache_of_no_rows_grows(native: NativeLibrary) -> None:
+    """Without memory past and present have one address, or none; they do not share it."""
+    p = Attention(2, 1, 16, [], 3, 4, 7)
+    heads, key, value = session(p.model(), native).run(None, p.inputs)
+    assert (heads.shape, key.shape, value.shape) == ((0, 3, 32), (0, 1, 7, 16), (0, 1, 7, 16))
+
+
 def test_data_at_odd_places(native: NativeLibrary, tmp_path: Path) -> None:
     """An external data file may start a tensor anywhere: numbers of 2 and 4 bytes at odd offsets."""
     x = packed.activations(3, 37)

@@ -1,5 +1,9 @@
 """Decoding with everything bound once gives the numbers of a whole pass, whatever happened to the cache before."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from conftest import byte_tokenizer
@@ -129,3 +133,13 @@ def test_tokens_that_were_never_sorted_count_in_top_p(temperature: float, top_k:
                 assert chosen == expected
                 compared += 1
     assert compared > 500
+
+
+def test_running_imports_little() -> None:
+    """Opening and generating need neither onnx nor torch nor transformers: 13 MB and more."""
+    code = (
+        "import json, sys, lit_binq_onnx.session, lit_binq_onnx.generate, lit_binq.bench_engines; "
+        "print(json.dumps([m for m in ('onnx', 'torch', 'transformers', 'onnx_ir') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []

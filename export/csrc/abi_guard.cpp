@@ -1,6 +1,6 @@
-// The guard of abi_guard.h. Runs inside RegisterCustomOps, before anything is handed to the runtime. What it relies on is
-// the documented contract: a runtime grants the version of the API that is asked for, or gives null where it is older.
-// A newer one grants it for ever. Texts of the runtime are not looked at: they are promised nowhere.
+// The guard of abi_guard.h. Runs inside RegisterCustomOps, before anything is handed to the runtime. What it relies on
+// is the documented contract: a runtime grants the version of the API that is asked for, or gives null where it is
+// older. A newer one grants it for ever. Texts of the runtime are not looked at: they are promised nowhere.
 #include "abi_guard.h"
 
 #include <cstring>

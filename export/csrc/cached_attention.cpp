@@ -79,10 +79,11 @@ class CachedAttention final : public Operator {
     const int64_t q_width = product(heads_, a.d, "columns of all heads"), kv_width = kv_heads_ * a.d;
     expect_tokens(query, 0, a, packed ? q_width + 2 * kv_width : q_width);
     a.q = query.as<float>(), a.q_stride = query.dims[2];
+    Tensor key, value;
     if (packed) {
       a.k = a.q + q_width, a.v = a.k + kv_width, a.kv_stride = a.q_stride;
     } else {
-      const Tensor key = read_input(context, kKey), value = read_input(context, kValue);
+      key = read_input(context, kKey), value = read_input(context, kValue);
       expect_tokens(key, kKey, a, kv_width);
       expect_tokens(value, kValue, a, kv_width);
       a.k = key.as<float>(), a.v = value.as<float>(), a.kv_stride = kv_width;
@@ -102,7 +103,8 @@ class CachedAttention final : public Operator {
     a.out = make_output(context, 0, heads_dims, 3);
     a.key = make_output(context, 1, cache_dims, 4);
     a.value = make_output(context, 2, cache_dims, 4);
-    if (a.room != a.past_room && (a.key == a.past_key || a.value == a.past_value)) {
+    const bool shared = past_key.elements != 0 && (a.key == a.past_key || a.value == a.past_value);
+    if (a.room != a.past_room && shared) {  // without rows neither has an address
       fail("past and present share memory for %lld tokens, expected room for total_tokens = %lld",
            as_long(a.past_room), as_long(total));
     }

@@ -19,7 +19,7 @@ struct Processor {
   bool saves_ymm = false, saves_zmm = false;
 };
 
-Processor read_processor() {
+Processor ask_processor() {
   Processor p;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return p;
@@ -34,15 +34,21 @@ Processor read_processor() {
   return p;
 }
 
+// Asked once: under a hypervisor each question leaves the machine.
+const Processor& read_processor() {
+  static const Processor p = ask_processor();
+  return p;
+}
+
 bool has_avx2() {
   constexpr unsigned kAvx2 = 1u << 5;
-  const Processor p = read_processor();
+  const Processor& p = read_processor();
   return p.saves_ymm && (p.ebx7 & kAvx2) != 0;
 }
 
 bool has_avx512() {
   constexpr unsigned kF = 1u << 16, kBw = 1u << 30, kVl = 1u << 31, kVbmi = 1u << 1, kVnni = 1u << 11;
-  const Processor p = read_processor();
+  const Processor& p = read_processor();
   constexpr unsigned kOfB = kF | kBw | kVl, kOfC = kVbmi | kVnni;
   return p.saves_zmm && (p.ebx7 & kOfB) == kOfB && (p.ecx7 & kOfC) == kOfC;
 }

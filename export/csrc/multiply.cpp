@@ -322,14 +322,21 @@ void run_panel(Panel& p, Executor& executor) {
   (share ? executor : serial).run(tasks, std::min(tasks, std::max(pieces, int64_t{1})), multiply_tile, &p);
 }
 
+// What is left of a call without rows of weights: the sums in front of the norm.
+void add_only(const Norm* norm, const float* x, int64_t M, int64_t K) {
+  if (norm == nullptr || M == 0) return;
+  Workspace workspace(normalized_bytes(norm, 1, K));
+  for (int64_t m = 0; m < M; ++m) norm->apply(x + m * K, m, K, reinterpret_cast<float*>(workspace.data()));
+}
+
 }  // namespace
 
 void multiply_all(const Kernels& kernels, const Product* products, size_t count, Mode mode, const Norm* norm,
                   const float* x, int64_t M, Executor& executor) {
   int64_t N = 0;
   for (size_t i = 0; i < count; ++i) N += products[i].weights->rows();
-  if (M == 0 || N == 0) return;
   const int64_t panel = panel_rows(mode, M), K = products[0].weights->cols();
+  if (M == 0 || N == 0) return add_only(norm, x, M, K);
   const size_t norm_bytes = normalized_bytes(norm, panel, K);
   size_t size = norm_bytes;
   for (size_t i = 0; i < count; ++i) size += table_bytes(*products[i].weights, mode, panel);
@@ -355,7 +362,7 @@ void multiply(const Kernels& kernels, const PackedMatrix& weights, Mode mode, co
 
 void multiply_gated(const Kernels& kernels, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
                     Mode mode, const Norm* norm, const float* x, int64_t M, float* y, Executor& executor) {
-  if (M == 0 || down.rows() == 0) return;
+  if (M == 0 || down.rows() == 0) return add_only(norm, x, M, gate.cols());
   const int64_t panel = panel_rows(mode, M), K = gate.cols(), H = gate.rows(), N = down.rows();
   const size_t opened_bytes = aligned(panel * H * static_cast<int64_t>(sizeof(float)));
   const size_t norm_bytes = normalized_bytes(norm, panel, K);

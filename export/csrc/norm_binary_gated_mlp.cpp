@@ -39,7 +39,8 @@ class NormBinaryGatedMLP final : public NormBinaryOperator {
   void compute(OrtKernelContext* context) const {
     int64_t M = 0;
     Norm norm;
-    const Tensor hidden = read_hidden(context, &M, &norm);
+    Tensor skip;
+    const Tensor hidden = read_hidden(context, &M, &skip, &norm);
     float* y = make_y(context, hidden, weights_[2].rows());
     PoolExecutor executor(ort(), context);
     multiply_gated(kernels_, weights_[0], weights_[1], weights_[2], mode_, &norm, hidden.as<float>(), M, y, executor);
@@ -50,6 +51,8 @@ class NormBinaryGatedMLP final : public NormBinaryOperator {
 
 }  // namespace
 
-Description norm_binary_gated_mlp_op(const OrtApi& ort, SessionMode mode) { return describe<NormBinaryGatedMLP>(ort, mode); }
+Description norm_binary_gated_mlp_op(const OrtApi& ort, SessionMode mode) {
+  return describe<NormBinaryGatedMLP>(ort, mode);
+}
 
 }  // namespace lit_binq

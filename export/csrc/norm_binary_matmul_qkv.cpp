@@ -35,12 +35,14 @@ class NormBinaryMatMulQKV final : public NormBinaryOperator {
 
   void compute(OrtKernelContext* context) const {
     Product products[kMatrices];
+    Tensor biases[kMatrices], skip;
     for (size_t i = 0; i < kMatrices; ++i) {
-      products[i] = {&weights_[i], read_bias(context, kBiases + i, weights_[i].rows()), nullptr, N_};
+      biases[i] = read_bias(context, kBiases + i, weights_[i].rows());
+      products[i] = {&weights_[i], biases[i].as<float>(), nullptr, N_};
     }
     int64_t M = 0;
     Norm norm;
-    const Tensor hidden = read_hidden(context, &M, &norm);
+    const Tensor hidden = read_hidden(context, &M, &skip, &norm);
     float* y = make_y(context, hidden, N_);
     for (Product& product : products) {
       product.y = y;
@@ -58,6 +60,8 @@ class NormBinaryMatMulQKV final : public NormBinaryOperator {
 
 }  // namespace
 
-Description norm_binary_matmul_qkv_op(const OrtApi& ort, SessionMode mode) { return describe<NormBinaryMatMulQKV>(ort, mode); }
+Description norm_binary_matmul_qkv_op(const OrtApi& ort, SessionMode mode) {
+  return describe<NormBinaryMatMulQKV>(ort, mode);
+}
 
 }  // namespace lit_binq

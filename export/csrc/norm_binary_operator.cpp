@@ -32,8 +32,10 @@ void NormBinaryOperator::add_matrix(const NodeReader& node, size_t index, int64_
                                               N, K, kernels_.layout));
 }
 
-Tensor NormBinaryOperator::read_hidden(OrtKernelContext* context, int64_t* M, Norm* norm) const {
-  const Tensor hidden = read_x(context, K_, M), skip = read_input(context, kSkip);
+Tensor NormBinaryOperator::read_hidden(OrtKernelContext* context, int64_t* M, Tensor* read_skip, Norm* norm) const {
+  const Tensor hidden = read_x(context, K_, M);
+  *read_skip = read_input(context, kSkip);
+  const Tensor& skip = *read_skip;
   const bool one_row = skip.rank == 1 && skip.dims[0] == K_;
   if (!one_row && (skip.rank != hidden.rank || !std::equal(skip.dims, skip.dims + skip.rank, hidden.dims))) {
     fail("skip has shape %s, expected %s as hidden, or (%lld,)", shape_text(skip).c_str(), shape_text(hidden).c_str(),

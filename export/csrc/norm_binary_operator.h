@@ -42,8 +42,9 @@ class NormBinaryOperator : public Operator {
 
   // The matrix whose codes are input `index`; its K columns are what attribute `name` says. Throws Failure.
   void add_matrix(const NodeReader& node, size_t index, int64_t K, const char* name);
-  // While computing: hidden, its rows in M, and the norm of its rows with skip, whose sums go to the second output.
-  Tensor read_hidden(OrtKernelContext* context, int64_t* M, Norm* norm) const;
+  // While computing: hidden, its rows in M, and the norm of its rows with skip, whose sums go to the second output. The
+  // norm points into skip.
+  Tensor read_hidden(OrtKernelContext* context, int64_t* M, Tensor* skip, Norm* norm) const;
 
   const Kernels& kernels_;
   int64_t K_ = 0;

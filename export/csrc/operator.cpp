@@ -43,11 +43,11 @@ bool Operator::is_given(const OrtKernelContext* context, size_t index) const {
   return value != nullptr;
 }
 
-const float* Operator::read_bias(const OrtKernelContext* context, size_t index, int64_t N) const {
-  if (!is_given(context, index)) return nullptr;
-  const Tensor bias = read_input(context, index);
+Tensor Operator::read_bias(const OrtKernelContext* context, size_t index, int64_t N) const {
+  if (!is_given(context, index)) return {};
+  Tensor bias = read_input(context, index);
   expect_vector(bias, name_of(index), N);
-  return bias.as<float>();
+  return bias;
 }
 
 float* Operator::make_y(OrtKernelContext* context, const Tensor& x, int64_t N) const {
@@ -80,10 +80,10 @@ void PackedOperator::expect_codes(const Tensor& t, const char* name) const {
 void PackedOperator::compute(OrtKernelContext* context) const {
   int64_t M = 0;
   const Tensor x = read_x(context, K_, &M);
-  const float* bias = read_bias(context, signature_.count - 1, N_);
+  const Tensor bias = read_bias(context, signature_.count - 1, N_);
   float* y = make_y(context, x, N_);
   PoolExecutor executor(ort(), context);
-  run(x.as<float>(), M, bias, y, executor);
+  run(x.as<float>(), M, bias.as<float>(), y, executor);
   check(executor.status);
   call_count().fetch_add(1, std::memory_order_relaxed);
 }

@@ -74,10 +74,10 @@ class Operator : public Reader {
   // Reads the mode.
   explicit Operator(const NodeReader& node);
 
-  // While computing: X (..., K), its rows in M; a bias (N,) at `index`, nullptr where the node leaves it out; and the
-  // memory of Y (..., N).
+  // While computing: X (..., K), its rows in M; a bias (N,) at `index`, without data where the node leaves it out; and
+  // the memory of Y (..., N).
   Tensor read_x(const OrtKernelContext* context, int64_t K, int64_t* M) const;
-  const float* read_bias(const OrtKernelContext* context, size_t index, int64_t N) const;
+  Tensor read_bias(const OrtKernelContext* context, size_t index, int64_t N) const;
   float* make_y(OrtKernelContext* context, const Tensor& x, int64_t N) const;
   // While computing: any input, refused where it is missing; the memory of output `index`.
   Tensor read_input(const OrtKernelContext* context, size_t index) const;

@@ -76,6 +76,14 @@ Tensor Reader::read(const OrtValue* value, const Input& input) const {
   void* data = nullptr;
   check(ort_.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
   t.data = data;
+  // The runtime maps a data file as it is: an offset in it may be any.
+  const size_t size = element_size(input.type);
+  if (t.elements != 0 && reinterpret_cast<uintptr_t>(data) % size != 0) {
+    AlignedBytes bytes = allocate_aligned(static_cast<size_t>(t.elements) * size);
+    std::memcpy(bytes.get(), data, static_cast<size_t>(t.elements) * size);
+    t.copy = LayerBytes(bytes.release(), AlignedDelete{});
+    t.data = t.copy.get();
+  }
   return t;
 }
 
@@ -146,14 +154,7 @@ Tensor NodeReader::constant(size_t index) const {
          input.name);
   }
   Tensor t = read(value, input);
-  // The runtime maps a data file as it is: an offset in it may be any.
-  const size_t size = element_size(input.type);
-  if (t.elements != 0 && reinterpret_cast<uintptr_t>(t.data) % size != 0) {
-    const size_t bytes = static_cast<size_t>(t.elements) * size;
-    copies_.push_back(allocate_aligned(bytes));
-    std::memcpy(copies_.back().get(), t.data, bytes);
-    t.data = copies_.back().get();
-  }
+  if (t.copy != nullptr) copies_.push_back(t.copy);
   return t;
 }
 

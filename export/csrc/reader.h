@@ -55,7 +55,8 @@ class Failure : public std::exception {
 void check(OrtStatus* status);
 
 struct Tensor {
-  const void* data = nullptr;
+  const void* data = nullptr;  // nullptr: there is none, or no elements
+  LayerBytes copy;             // what data points to where the runtime's memory is not aligned for its type
   int64_t dims[kMaxRank] = {0};
   size_t rank = 0;
   int64_t elements = 0;  // product of dims, at most kMostElements
@@ -112,8 +113,7 @@ class NodeReader final : public Reader {
   // What the session says, else the attribute `exact`, which must be 0 or 1 in either case.
   Mode mode() const;
 
-  // Input `index`, which must be a constant of the model. Its data is the file's, or a copy where that is not aligned;
-  // valid while the reader is.
+  // Input `index`, which must be a constant of the model. Its data is the file's, or a copy; valid while the reader is.
   Tensor constant(size_t index) const;
   // An input that is left out and one that is computed look alike while the operator is created: false for both.
   bool has_constant(size_t index) const;
@@ -126,7 +126,7 @@ class NodeReader final : public Reader {
 
   const OrtKernelInfo* info_;
   SessionMode session_mode_;
-  mutable std::vector<AlignedBytes> copies_;
+  mutable std::vector<LayerBytes> copies_;
 };
 
 }  // namespace lit_binq

@@ -1,7 +1,7 @@
 // Attention on the kernels of one instruction set against plain loops in double, at shapes that leave tails everywhere.
 //
 // Legend: as in attention.h.
-#include "attention_test.h"
+#include "family_tests.h"
 
 #include <algorithm>
 #include <cmath>

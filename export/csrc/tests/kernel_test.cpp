@@ -1,8 +1,8 @@
 // Every instruction set of this machine against its plain one (Kernels::reference): tables, products, gates and whole
 // multiplications must be equal bit for bit, at shapes that leave tails everywhere, and close to float64; products that
-// share x must equal those made one by one; attention must be close to float64. Needs no ONNX Runtime and no Python, so
-// that it also runs cross-compiled, under an emulator. Prints the sets it compared; status 1 and a line for each
-// difference.
+// share x must equal those made one by one. The other families of kernels have files of their own (family_tests.h).
+// Needs no ONNX Runtime and no Python, so that it also runs cross-compiled, under an emulator. Prints the sets it
+// compared; status 1 and a line for each difference.
 //
 // Legend: as in kernel.h.
 #include <cmath>
@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "attention_test.h"
 #include "cpu.h"
+#include "family_tests.h"
 #include "multiply.h"
 #include "packed_matrix.h"
 
@@ -127,10 +127,12 @@ void compare_products(const Kernels& kernels, Random& random) {
       all.push_back(PackedMatrix::grouped(codes.data(), scales.data(), N, K, group, layout));
       all.push_back(PackedMatrix::levels(codes.data(), selector.data(), levels.data(), zones.data(), N, K, group,
                                          layout));
+      // A group of any size is one of all columns.
+      all.push_back(PackedMatrix::grouped(codes.data(), scales.data(), N, K, INT64_MAX, layout));
       return all;
     };
     const std::vector<PackedMatrix> reference = matrices(Layout::kBytes), own = matrices(kernels.layout);
-    const char* const names[] = {"row x column", "grouped", "levels"};
+    const char* const names[] = {"row x column", "grouped", "levels", "one group"};
     for (size_t i = 0; i < own.size(); ++i) {
       for (const Mode mode : {Mode::kLut, Mode::kExact}) {
         const std::vector<float> want = product(*kernels.reference, reference[i], mode, x, M, bias);
@@ -230,7 +232,9 @@ int main() {
     compare_products(*kernels, random);
     compare_gates(*kernels, random);
     compare_fused(*kernels, random);
-    failures += attention_failures(kernels->name);
+    for (const auto family_failures : {attention_failures, nbits_failures, two_plane_failures}) {
+      failures += family_failures(kernels->name);
+    }
     std::printf("%s\n", kernels->name);
   }
   return failures != 0;
