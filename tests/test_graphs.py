@@ -46,7 +46,7 @@ def test_what_a_capture_ties_into_a_cycle_is_gone_after_release() -> None:
     module = Squares()
     loss = GraphedLoss(module)
     step = nn.Module()
-    step.held, step.itself = torch.ones(3), lambda: step
+    step.held, step.itself = torch.ones(3), (lambda kept: lambda: kept)(step)
     loss._graphed, held = step, weakref.ref(step.held)
     del step
     gc.disable()

@@ -115,7 +115,7 @@ def test_weights_are_hidden_for_a_while_only(llama: PreTrainedModel) -> None:
     assert require_hidden_weights(llama, blocks, torch.arange(8).reshape(1, -1))
     assert dict(blocks.named_modules()) == before
     blocks[1].register_forward_pre_hook(lambda block, _: block.mlp.up_proj.weight.sum() and None)
-    with pytest.raises(LitBinqError, match="reads the weight of 1.mlp.up_proj"):
+    with pytest.raises(LitBinqError, match=r"reads the weight of 1\.mlp\.up_proj"):
         assert require_hidden_weights(llama, blocks, torch.arange(8).reshape(1, -1))
     assert dict(blocks.named_modules()) == before
 
