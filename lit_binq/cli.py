@@ -9,15 +9,20 @@
 May touch everything; nothing imports it. Its own job: help texts, one-line errors, exit codes.
 """
 
+import errno
+import io
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from lit_binq import stopping
+from lit_binq.command_line import OneLine
 from lit_binq.errors import LitBinqError
 
 log = logging.getLogger("lit_binq")
@@ -52,8 +57,16 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 a user's error (one line on standard error), 128 + n ended by signal n.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    OneLine.program = ""  # of an earlier call
     with stopping.listening():
-        return _main(arguments)
+        try:
+            code = _main(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads has enough, as `head` has
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed
+            return 128 + signal.SIGPIPE
+    return code
 
 
 def _main(arguments: list[str]) -> int:
@@ -91,13 +104,20 @@ def _main(arguments: list[str]) -> int:
     except LitBinqError as error:
         print(f"litbinq {command}: error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        raise
     except stopping.Stopped as stopped:
         return _say(command, stopped)
     except Exception as error:
         if (number := stopping.stopped()) is not None:  # what the end of other processes or threads leads to
             return _say(command, stopping.Stopped(number))
         if not _is_users(error):
-            raise
+            from lit_binq.lightning_errors import of_chosen_part
+
+            line = of_chosen_part(error)
+            if line is None:
+                raise
+            error = line
         print(f"litbinq {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
@@ -121,6 +141,9 @@ def _is_users(error: Exception) -> bool:
             "`model.streams.batch_windows`, or set `model.streams.cache: host`",
         )
         return True
+    if isinstance(error, OSError) and error.filename and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+        error.args = (f"{error.filename!r} cannot be written or read ({error.strerror})",)
+        return True
     return isinstance(error, MisconfigurationException)
 
 
@@ -129,6 +152,9 @@ def _set_up_output() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Lightning calls a method that jsonargparse has renamed; nothing a user could act on.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding, a file name that is no text
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     logging.getLogger("lit_binq_onnx").setLevel(logging.INFO)
@@ -151,7 +177,6 @@ def _compare(arguments: list[str]) -> None:
     import argparse
 
     from lit_binq import compare_plan
-    from lit_binq.command_line import OneLine
     from lit_binq.compare import compare
 
     class Parser(OneLine, argparse.ArgumentParser):
@@ -256,9 +281,10 @@ def generate(
     out: str,
     prompt: str = "Once upon a time",
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
     seed: int = 0,
     chat: bool = False,
     threads: int = 0,
@@ -266,13 +292,17 @@ def generate(
 ) -> None:
     """Write text with an exported model on ONNX Runtime, as it is decoded; tokens/s at the end.
 
+    What is not given of temperature, top_k, top_p and repetition_penalty is as the model's own generation_config.json
+    has it; a model that says nothing takes the likeliest token each time, which small ones end in repeating themselves.
+
     Args:
         out: folder written by `litbinq export`.
         prompt: text to go on from.
         max_new_tokens: most tokens to write.
-        temperature: 0 takes the likeliest token each time.
+        temperature: 0 takes the likeliest token each time; the higher, the more freely it is chosen.
         top_k: sample among the k likeliest tokens; 0 means all.
         top_p: sample among the likeliest tokens that together have this probability.
+        repetition_penalty: above 1, such as 1.2, makes tokens that occurred already less likely.
         seed: seed of the sampling.
         chat: put the prompt into the tokenizer's chat template as the user's message.
         threads: threads of ONNX Runtime; 0 lets it choose.
@@ -291,6 +321,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         chat=chat,
     )

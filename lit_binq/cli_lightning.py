@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jsonargparse import ActionConfigFile
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -22,13 +21,17 @@ from lit_binq.demo import require_model
 from lit_binq.errors import LitBinqError
 from lit_binq.files import write_json
 from lit_binq.fit_preflight import ask_before_fit
+from lit_binq.lightning_errors import one_line
 from lit_binq.places import Place, require_output_places
 from lit_binq.processes import together
-from lit_binq.trainer_checks import refuse_sharding, require_no_epochs, require_trainer
+from lit_binq.trainer_checks import refuse_callbacks, refuse_sharding, require_no_epochs, require_trainer
 
 
 class Asked(Exception):
     """A preflight was all that was wanted; never leaves this file."""
+
+
+log = logging.getLogger(__name__)
 
 
 class FitParser(OneLine, LightningArgumentParser):
@@ -58,9 +61,20 @@ class LitBinqCLI(LightningCLI):
         """The trainer. Raises LitBinqError for its wrong options."""
         refuse_sharding(str(self._get(self.config_init, "trainer.strategy")))
         try:
-            return super().instantiate_trainer(**options)
-        except (ValueError, MisconfigurationException) as error:
-            raise LitBinqError(f"trainer: {' '.join(str(error).split())}") from error
+            trainer = super().instantiate_trainer(**options)
+        except Exception as error:  # whatever the parts raise that were chosen
+            log.debug("trainer", exc_info=True)
+            raise one_line("trainer", error) from error
+        refuse_callbacks(trainer)
+        return trainer
+
+    def instantiate_classes(self) -> None:
+        """All classes that options name. Raises LitBinqError for one that cannot be made, of a missing package say."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            log.debug("options", exc_info=True)
+            raise one_line("options", error) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links between options, checkpoints, and options that are ours."""
@@ -89,6 +103,7 @@ class LitBinqCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Options to a configuration. Raises LitBinqError for a file that is no text."""
         parser.prog = f"{parser.prog} {(args or sys.argv[1:])[0]}"  # what `--help` behind it explains, for errors
+        OneLine.program = parser.prog
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:

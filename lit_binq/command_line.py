@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
 
@@ -11,10 +11,11 @@ class OneLine:
     """Put before a parser's class: a wrong option is one line, not a page of usage."""
 
     prog: str
+    program: ClassVar[str] = ""  # of the command line; parsers of its parts do not know its name
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and end the program with code 2."""
-        line, program = " ".join(message.split()), self.prog.replace(" [options]", "")
+        line, program = " ".join(message.split()), (OneLine.program or self.prog).replace(" [options]", "")
         print(f"{program}: error: {line} ({program} --help explains every option)", file=sys.stderr)
         sys.exit(2)
 
@@ -32,4 +33,5 @@ def run(function: Callable[..., None], arguments: list[str], program: str, *, po
         program: the command as users write it, such as `litbinq export`.
         positional: parameters without a default are given by their place instead of by their names.
     """
+    OneLine.program = program
     auto_cli(function, args=arguments, as_positional=positional, prog=program, parser_class=OneLineParser)

@@ -4,6 +4,7 @@ May touch: Lightning's trainer and strategies.
 """
 
 import lightning.pytorch as pl
+from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_binq.errors import LitBinqError
@@ -16,8 +17,10 @@ def require_trainer(trainer: pl.Trainer) -> None:
     """Refuse a trainer before anything is loaded.
 
     Raises:
-        LitBinqError: a strategy that shards the model, or a precision below float32 throughout.
+        LitBinqError: a callback that cannot work, a strategy that shards the model, or a precision below float32
+            throughout.
     """
+    refuse_callbacks(trainer)
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         refuse_sharding(type(trainer.strategy).__name__, always=True)
     if str(trainer.precision).endswith("-true") and trainer.precision != "32-true":
@@ -42,6 +45,35 @@ def require_no_epochs(epochs: int | None, *unset: int) -> None:
             f"trainer.max_epochs: got {epochs}, expected none, each stage has its own epochs: set "
             "`model.tuning.epochs` for the blocks and `model.finish.epochs` for the whole model"
         )
+
+
+STOPPED_BY = "stages end by their own rule: set `model.tuning.patience`"
+AVERAGED = "what is kept of a stage is its best epoch's"
+SEARCHED = "each stage has its own optimizer: set the option itself"
+CALLBACKS = {
+    callbacks.EarlyStopping: STOPPED_BY,
+    callbacks.StochasticWeightAveraging: AVERAGED,
+    callbacks.WeightAveraging: AVERAGED,
+    callbacks.LearningRateFinder: SEARCHED,
+    callbacks.BatchSizeFinder: SEARCHED,
+    callbacks.ModelPruning: "a block's parameters are not there before its stage",
+    callbacks.BaseFinetuning: "a block's parameters are not there before its stage",
+}
+"""Callbacks that cannot work, and why."""
+
+
+def refuse_callbacks(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that take a fit for one training of one module.
+
+    Raises:
+        LitBinqError: names the callback and the reason.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a list, set by the Trainer
+        for kind, why in CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise LitBinqError(
+                    f"trainer.callbacks: got {type(callback).__name__}, expected none of its kind: {why}"
+                )
 
 
 def refuse_sharding(strategy: str, *, always: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Writing and scoring text with an exported model: the same tokens and the same perplexity as torch."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,24 @@ from exporting import export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 import lit_binq_onnx.generate as generate_module
 import lit_binq_onnx.perplexity as perplexity_module
 from lit_binq.errors import LitBinqError
 from lit_binq.metrics import TokenPerplexity
-from lit_binq_onnx.generate import Generation, GenerationStats, choose, encode_prompt, generate, stop_tokens
+from lit_binq_onnx.generate import (
+    Generation,
+    GenerationStats,
+    Generator,
+    Sampling,
+    choose,
+    encode_prompt,
+    generate,
+    own_sampling,
+    penalize,
+    stop_tokens,
+)
 from lit_binq_onnx.perplexity import onnx_perplexity, token_nll
 from lit_binq_onnx.session import OnnxModel
 
@@ -225,3 +238,57 @@ def test_likelihood_at_any_size_of_logits(seed: int, size: float) -> None:
 def test_bad_windows(qwen: tuple[PreTrainedModel, OnnxModel], bad: np.ndarray, message: str) -> None:
     with pytest.raises(LitBinqError, match=message):
         onnx_perplexity(qwen[1], bad)
+
+
+def _state(folder, **settings):
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_models_own_settings_are_the_defaults_and_options_win(tmp_path):
+    assert own_sampling(tmp_path) == Sampling()  # no file
+    own = _state(tmp_path, do_sample=True, temperature=0.6, top_k=20, top_p=0.9, repetition_penalty=1.1)
+    assert own_sampling(own) == Sampling(0.6, 20, 0.9, 0, 1.1)
+    assert own_sampling(own, temperature=0.0, top_k=None, repetition_penalty=1.0, seed=3) == Sampling(0.0, 20, 0.9, 3)
+    # As transformers fills in what is not stated, and takes the likeliest token without do_sample.
+    assert own_sampling(_state(tmp_path, do_sample=True)) == Sampling(1.0, 50)
+    assert own_sampling(_state(tmp_path, temperature=0.6, top_p=0.9)) == Sampling()
+    odd = _state(tmp_path, do_sample=True, temperature=None, top_k=0, top_p=0, repetition_penalty=None)
+    assert own_sampling(odd) == Sampling(1.0, 0)
+    with pytest.raises(LitBinqError, match="repetition_penalty"):
+        own_sampling(tmp_path, repetition_penalty=0.0)
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.3])
+def test_the_repetition_penalty_is_that_of_transformers(penalty):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=300).astype(np.float32)
+    logits[5] = 0
+    seen = [3, 5, 299, 3, *rng.integers(0, 300, 40).tolist()]
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), torch.tensor(logits)[None].clone())[0]
+    before = logits.copy()
+    np.testing.assert_array_equal(penalize(logits, set(seen), penalty), expected.numpy())
+    np.testing.assert_array_equal(logits, before)
+
+
+@torch.no_grad()
+def test_text_with_a_penalty_is_what_transformers_would_write(qwen: tuple[PreTrainedModel, OnnxModel]) -> None:
+    """Greedy, over prompt and text, one text and several; everything computed anew for each token."""
+    model, onnx_model = qwen
+    ids, process = TOKENIZER(PROMPT)["input_ids"], RepetitionPenaltyLogitsProcessor(1.5)
+    for _ in range(12):
+        logits = model(input_ids=torch.tensor([ids])).logits[:, -1]
+        ids.append(int(process(torch.tensor([ids]), logits).argmax()))
+    sampling, generator = Sampling(repetition_penalty=1.5), Generator(onnx_model, TOKENIZER)
+    text = generator.stream(PROMPT, 12, sampling=sampling)
+    list(text)
+    assert text.token_ids == ids[-12:]
+    assert ids[-12:] != torch_greedy(model, PROMPT, 12)
+    assert generator.batch([PROMPT, "a"], 12, sampling=sampling)[0].token_ids == ids[-12:]
+
+
+def test_a_prompt_that_is_not_utf8_is_one_line():
+    broken = os.fsdecode(b"caf\xe9")  # as a shell hands it over
+    for prompt, chat in ((broken, False), ([{"role": "user", "content": broken}], True)):
+        with pytest.raises(LitBinqError, match=r"^prompt: .*UTF-8"):
+            encode_prompt(TOKENIZER, prompt, chat=chat)

@@ -135,10 +135,9 @@ def _save_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """config.json, generation_config.json and the tokenizer."""
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
-        try:
-            model.generation_config.save_pretrained(folder)
-        except ValueError as error:  # some published checkpoints contradict themselves
-            log.warning("generation_config.json is left out: %s", " ".join(str(error).split()))
+        # Not its own `save_pretrained`, which refuses settings that contradict each other: published models have such.
+        text = model.generation_config.to_json_string(keys_to_pop=["compile_config"])
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
     tokenizer.save_pretrained(folder)
 
 

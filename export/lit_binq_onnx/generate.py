@@ -15,8 +15,9 @@ Legend: V vocabulary, T temperature.
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -127,6 +128,9 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, 
     Raises:
         LitBinqError: there is no chat template, or the prompt has no tokens.
     """
+    texts = [prompt] if isinstance(prompt, str) else [str(message.get("content", "")) for message in prompt]
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise LitBinqError("prompt: got bytes that are not UTF-8, expected text in UTF-8")
     if chat:
         if not tokenizer.chat_template:
             raise LitBinqError("chat: this tokenizer has no chat template; expected one: leave out `chat`")
@@ -183,6 +187,23 @@ def choose(logits: np.ndarray, rng: np.random.Generator, *, temperature: float, 
     return int(order[min(int(drawn), len(total) - 1)])
 
 
+def penalize(logits: np.ndarray, seen: Collection[int], penalty: float) -> np.ndarray:
+    """Logits with those of tokens already seen made smaller: positive ones divided, negative ones multiplied.
+
+    Keskar et al. 2019 (CTRL), section 4.1, with the sign looked at as is usual: a negative logit divided would grow.
+
+    Args:
+        logits: (V,) float32; left as they are.
+        seen: token numbers.
+        penalty: above 1 makes them less likely, below 1 more.
+    """
+    at = np.fromiter(seen, np.int64, len(seen))
+    values = logits[at]
+    logits = logits.copy()
+    logits[at] = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
+    return logits
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
@@ -192,12 +213,14 @@ class Sampling:
         top_k: sample among the k likeliest tokens; 0 means all.
         top_p: then among the likeliest tokens that together have this probability.
         seed: of the sampling; rows of a batch get seeds of their own from it.
+        repetition_penalty: makes tokens of the prompt and of the text less likely, see `penalize`; 1 does nothing.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for ok, name, got, expected in (
@@ -205,13 +228,44 @@ class Sampling:
             (self.top_k >= 0, "top_k", self.top_k, "0 (all) or more"),
             (0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1"),
             (self.seed >= 0, "seed", self.seed, "0 or more"),
+            (0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "above 0"),
         ):
             if not ok:
                 raise LitBinqError(f"{name}: got {got}, expected {expected}")
 
-    def choose(self, logits: np.ndarray, rng: np.random.Generator) -> int:
-        """The next token; see `choose`."""
+    def choose(self, logits: np.ndarray, rng: np.random.Generator, seen: Collection[int] = ()) -> int:
+        """The next token after the tokens `seen`; see `choose`."""
+        if self.repetition_penalty != 1:
+            logits = penalize(logits, seen, self.repetition_penalty)
         return choose(logits, rng, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def own_sampling(folder: Path, **given: float | None) -> Sampling:
+    """How a model's own generation_config.json would have its next token chosen, where nothing else is asked for.
+
+    As transformers reads it: without `do_sample` the likeliest token is taken; with it, what is not stated is
+    temperature 1, the 50 likeliest tokens, all of the probability.
+
+    Args:
+        folder: of the exported model; without the file, or one that states none of this, greedy.
+        given: fields of `Sampling`; those that are not None go before the file's.
+
+    Raises:
+        LitBinqError: a value outside its range.
+    """
+    path, own = folder / "generation_config.json", dict[str, float]()
+    stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def number(name: str, default: float) -> float:
+        value = stated.get(name)
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else default
+
+    if stated.get("do_sample"):
+        own = {"temperature": max(number("temperature", 1.0), 0.0), "top_k": max(int(number("top_k", 50)), 0)}
+        own["top_p"] = top_p if 0 < (top_p := number("top_p", 1.0)) <= 1 else 1.0
+    if (penalty := number("repetition_penalty", 1.0)) > 0:
+        own["repetition_penalty"] = penalty
+    return Sampling(**own | {name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -299,14 +353,16 @@ class Generator:
         sources = [np.random.default_rng(sampling.seed if i == 0 else [sampling.seed, i]) for i in range(len(prompts))]
         written: list[list[int]] = [[] for _ in prompts]
         stopped = [False] * len(prompts)
+        seen = [set(ids) for ids in encoded]
         rows, alive = start_rows(self.onnx_model, encoded, count, part=PREFILL), list(range(len(prompts)))
         while True:
-            tokens = [sampling.choose(rows.logits[k], sources[i]) for k, i in enumerate(alive)]
+            tokens = [sampling.choose(rows.logits[k], sources[i], seen[i]) for k, i in enumerate(alive)]
             going = []
             for k, i in enumerate(alive):
                 stopped[i] = tokens[k] in self.stop
                 if not stopped[i]:
                     written[i].append(tokens[k])
+                    seen[i].add(tokens[k])
                     if len(written[i]) < count:
                         going.append(k)
             if not going:
@@ -342,7 +398,8 @@ class Generator:
         rng = np.random.default_rng(sampling.seed)
         start = time.perf_counter()
         rows = start_rows(self.onnx_model, [ids], count, part=PREFILL)
-        token = sampling.choose(rows.logits[0], rng)
+        seen = set(ids)
+        token = sampling.choose(rows.logits[0], rng, seen)
         stats.prefill_seconds = time.perf_counter() - start
         while token not in self.stop:
             stats.new_tokens += 1
@@ -351,7 +408,8 @@ class Generator:
                 return
             start = time.perf_counter()  # what the reader does with the text is not counted
             rows.step([token])
-            token = sampling.choose(rows.logits[0], rng)
+            seen.add(token)
+            token = sampling.choose(rows.logits[0], rng, seen)
             stats.decode_seconds += time.perf_counter() - start
             stats.decode_steps += 1
         stats.stopped = True
@@ -363,12 +421,20 @@ def generate(
     prompt: str,
     max_new_tokens: int = 128,
     *,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
     seed: int = 0,
     chat: bool = False,
 ) -> Generation:
-    """`Generator.stream` in one call; options of the sampling as in `Sampling`."""
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    """`Generator.stream` in one call; options of the sampling as in `Sampling`, the model's own where None."""
+    sampling = own_sampling(
+        onnx_model.folder,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     return Generator(onnx_model, tokenizer).stream(prompt, max_new_tokens, sampling=sampling, chat=chat)
