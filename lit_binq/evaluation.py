@@ -4,6 +4,7 @@ May touch: models, hub, bits, metrics, data's batches.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from lit_binq import stopping
 from lit_binq.bits import activation_bits, file_bits, true_bits
 from lit_binq.blocks import move, require_fitting
+from lit_binq.errors import LitBinqError
 from lit_binq.formats.activations import FULL_BITS
 from lit_binq.hub import load_packed
 from lit_binq.kv_cache import kv_bits
@@ -134,10 +136,20 @@ class PackedEvaluation(pl.LightningModule):
                 self._metrics[f"{kind}/{name}"].update(self._outside[key](input_ids=ids, use_cache=False).logits, ids)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the perplexities and print them beside the true bits."""
+        """Log the perplexities and print them beside the true bits.
+
+        Raises:
+            LitBinqError: a perplexity is no number. An infinite one is: a model may be that sure of something else.
+        """
         for key, metric in self._metrics.items():
             kind, name = key.split("/", 1)
             value = float(metric.compute())
+            if math.isnan(value):
+                which, option = (self.packed, "packed") if kind == "packed" else (self.source, "model")
+                raise LitBinqError(
+                    f"perplexity of {str(which)!r} on {name}: got NaN, expected a number: the model's logits are no "
+                    f"numbers, the files of the option `{option}` are damaged"
+                )
             self.results.setdefault(name, {})[kind] = value
             # The metric is summed over ranks already; `sync_dist` beside `rank_zero_only` only keeps Lightning quiet.
             self.log(f"ppl_{kind}/{name}", value, rank_zero_only=True, sync_dist=True)
