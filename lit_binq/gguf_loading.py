@@ -90,7 +90,7 @@ class _Reader:
 
 
 def _fields(head: GgufHead, vocabulary: bool) -> dict[str, _Field]:
-    """{key: field}: length of the key, the key, type of the value, then the value's own parts.
+    """{key: field}: length of the key, the key, type of the value, then the value's own parts, lengths left out.
 
     Without `vocabulary` every token is the same empty string, only how many there are is right; merges, scores and
     types of tokens are left out.
@@ -109,23 +109,16 @@ def _fields(head: GgufHead, vocabulary: bool) -> dict[str, _Field]:
             continue
         types = [GGUFValueType(type)]
         parts: list[Any] = [[len(key.encode())], key.encode(), [type]]
-        if element is None:
-            elements = [value]
-        else:
-            elements = value
+        if element is not None:
             parts += [[element], [len(value)]]
             types += [GGUFValueType(element)] * bool(value)
-        data: list[int] = []
+        first, elements = len(parts), [value] if element is None else value
         if key in left_out:
-            parts += ([0], b"")
-            data, elements = [len(parts) - 1] * len(value), []
-        for each in elements:
-            if isinstance(each, str):
-                text = each.encode()
-                parts += ([len(text)], text)
-            else:
-                parts.append((each,))
-            data.append(len(parts) - 1)
+            parts.append(b"")
+            data = [first] * len(value)
+        else:
+            parts += map(str.encode, elements) if GGUFValueType.STRING in types else zip(elements, strict=True)
+            data = list(range(first, len(parts)))
         fields[key] = _Field(key, parts, data, types)
     return fields
 
