@@ -18,7 +18,8 @@ from lit_binq.formats import BinaryLinear
 ORIGINAL = 300
 """Longest text with the first angles, where they are scaled: beyond one part of a prompt."""
 
-WINDOW = 24
+WINDOW = 40
+"""Beyond the 26 tokens that any check reads."""
 
 _SPECIAL: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 _SIZES: dict[str, Any] = {

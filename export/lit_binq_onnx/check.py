@@ -275,14 +275,15 @@ def check_onnx(
         )
     report.notes += reference.notes
     ways = list(_ways(report))
-    for graph, cases in (("generic", reference.generic), ("fused", reference.fused)):
-        route: Route = "generic" if graph == "generic" else "fused"
+    fused = reference.fused if facts.get("fused") else {}
+    routes: tuple[tuple[Route, dict[str, Run]], ...] = (("generic", reference.generic), ("fused", fused))
+    for route, cases in routes:
         short = {name: run for name, run in cases.items() if name not in reference.lengths}
         for number, (way, native, mode) in enumerate(ways if route == "generic" else ways[:2]):
             if not cases or (route == "fused" and not _runs_fused(native, report)):
                 continue
             report.cases += _run_cases(out_dir, short if number else cases, reference, way, native, mode, route)
-    if reference.fused and (wrong := _wrong_angles(Path(out_dir), reference)) is not None:
+    if fused and (wrong := _wrong_angles(Path(out_dir), reference)) is not None:
         raise LitBinqError(f"check: the fused graph is damaged: {wrong}; export again")
     _tell_lut(report, reference)
     _require_passed(report, reference, bool(packed))
