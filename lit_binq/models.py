@@ -26,6 +26,7 @@ from lit_binq.gguf_files import read_gguf
 from lit_binq.gguf_loading import read_once
 from lit_binq.gguf_tokenizers import repaired
 from lit_binq.marker import PACKED_MARKER
+from lit_binq.quantized_sources import dequantizing, forget_quantizer
 from lit_binq.ties import state_ties
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,9 @@ def load_model(
     if file is not None:
         options = {"gguf_file": str(file.resolve())}
     with _one_line_errors("model", source), read_once(file, False) if file else nullcontext(where) as where:
-        _check_architecture(source, where, options, file)
+        config = _check_architecture(source, where, options, file)
+        widened = {} if file else dequantizing(config, source)
+        options |= widened
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
         model: PreTrainedModel = loaded[0]
         unexpected = [*loaded[1]["unexpected_keys"], *(tensors_left_out(read_gguf(file), model) if file else ())]
@@ -131,13 +134,15 @@ def load_model(
         )
     if file is not None:
         _forget_gguf(model, file)
+    elif widened:
+        forget_quantizer(model, dtype)
     state_ties(model)
     check_finite(model, source)
     return model.eval()
 
 
-def _check_architecture(source: str, where: str | Path, options: dict[str, Any], file: Path | None) -> None:
-    """Refuse what transformers cannot build as a causal language model, before any weight is fetched."""
+def _check_architecture(source: str, where: str | Path, options: dict[str, Any], file: Path | None) -> Any:
+    """The configuration; refuses what transformers cannot build as a causal language model, before weights are read."""
     with _one_line_errors("model", source):
         config = AutoConfig.from_pretrained(where, **options)
     try:
@@ -151,6 +156,7 @@ def _check_architecture(source: str, where: str | Path, options: dict[str, Any],
     require_own_experts(model, source)
     if file is not None:
         require_stated(read_gguf(file), model.config)
+    return config
 
 
 def require_own_experts(model: PreTrainedModel, source: str) -> None:
@@ -204,15 +210,8 @@ def check_finite(model: PreTrainedModel, source: str) -> None:
 
 
 def _forget_gguf(model: PreTrainedModel, path: Path) -> None:
-    """Make a model that was read from GGUF an ordinary one: its weights are dense by now.
-
-    transformers leaves its quantizer on the model and on the configuration; `save_pretrained` fails on both.
-    """
-    for owner, name in ((model, "hf_quantizer"), (model, "is_quantized"), (model, "quantization_method")):
-        if name in vars(owner):
-            delattr(owner, name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    """Make a model that was read from GGUF an ordinary one: its weights are dense by now."""
+    forget_quantizer(model, model.dtype)
     model.config.architectures = [type(model).__name__]
     model.config.name_or_path = path.stem
 
