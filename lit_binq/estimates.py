@@ -24,6 +24,7 @@ May touch: blocks, block_memory, stages' options, streams' options.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,21 +160,24 @@ class _Sizes:
         return round(weights * self.bits / 8 + other * rest_bytes)
 
 
-def estimate(model: PreTrainedModel, calls: list[BlockCall], run: Run, resident: int, loading: int = 0) -> Estimate:
+def estimate(
+    model: PreTrainedModel, calls: list[BlockCall], run: Run, resident: Callable[[], int], loading: int = 0
+) -> Estimate:
     """What a fit will take.
 
     Args:
         model: the full-precision model, on the host.
         calls: its blocks' arguments.
         run: sizes and options.
-        resident: bytes of this process now, the model among them.
+        resident: gives the bytes of this process, the model among them; asked once the blocks are counted.
         loading: bytes that loading the model took for a while beside the model.
     """
     sizes = _sizes(model, calls, run)
+    held = resident()
     cuda = run.device.type == "cuda"
     on_device = cuda and _streams_on_device(run, 3 * sizes.S)
     rest = sizes.rest * 4
-    stays = {"resident at the start": float(resident), "student's embeddings, head, norms": float(rest)}
+    stays = {"resident at the start": float(held), "student's embeddings, head, norms": float(rest)}
     stays |= {"CUDA's libraries": CUDA_HOST} if cuda else {}
     streams = {"streams": 3.0 * sizes.S} if run.streams.cache != "disk" else {}
     packed = {"packed blocks": float(sizes.packed(4))}
@@ -203,7 +207,7 @@ def estimate(model: PreTrainedModel, calls: list[BlockCall], run: Run, resident:
     )
     teacher = float(size_of(model))
     if run.evaluation is not None:
-        base = {"resident without the model": float(max(resident - teacher, 0)), "packed model": again}
+        base = {"resident without the model": float(max(held - teacher, 0)), "packed model": again}
         models = {"full-precision model": teacher if run.compare_fp else 0.0}
         work = _evaluation_parts(sizes, run)
         if cuda:

@@ -34,15 +34,18 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor):
+                self._add(t, made=False)  # it was there before: a view of it is nothing new
         out = function(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
-                self._add(t)
+                self._add(t, made=True)
         return out
 
-    def _add(self, t: Tensor) -> None:
+    def _add(self, t: Tensor, *, made: bool) -> None:
         storage = t.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, storage.nbytes() if made else 0
         if key in self._known:
             return
         self._known.add(key)

@@ -156,8 +156,7 @@ def preflight(asked: Asked, options: PreflightOptions) -> Report:
         LitBinqError: the first thing that cannot work, in one line that names the option.
     """
     began = time.monotonic()
-    now = resident()
-    reached = host_peak() or now
+    loading = max((host_peak() or 0) - resident(), 0)
     model, run = asked.model, asked.run
     for name, windows in (asked.evaluation or {}).items():
         require_fitting(model, windows, f"data.eval_length (evaluation set {name!r})")
@@ -168,17 +167,18 @@ def preflight(asked: Asked, options: PreflightOptions) -> Report:
     require_same_weights(model, versions)
     run.cached = require_hidden_weights(model, blocks, asked.window[:, :FEW])
     tokenizer_bytes = require_tokenizer(asked.tokenizer, model)
-    loading = max(reached - now, 0)
-    made = estimate(model, calls, run, now, loading)
+    seconds = fit_seconds(model, run)
+    # Resident is read last: what the libraries load for the first passes stays.
+    made = estimate(model, calls, run, resident, loading)
     available = host_available()
     report = Report(
         estimate=made,
-        host=None if available is None else available + now,
+        host=None if available is None else available + resident(),
         device=run.free,
         disk=_disk(asked, made, tokenizer_bytes),
-        seconds=fit_seconds(model, run),
+        seconds=seconds,
         took=0.0,
-        reached=reached,
+        reached=host_peak() or 0,
         calls=calls,
     )
     report.took = time.monotonic() - began

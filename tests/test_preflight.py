@@ -145,7 +145,7 @@ def test_too_little_memory_or_disk_is_refused_with_the_option_that_goes_on(
 ) -> None:
     monkeypatch.setattr(preflight, "host_available" if what == "host" else "free_bytes", lambda *_: 1000)
     if what == "host":
-        monkeypatch.setattr(preflight, "resident", lambda: 1000)
+        monkeypatch.setattr(preflight, "resident", lambda: 10_000)
     assert begin(llama) == 1
     line = one_line(capsys)
     assert f"preflight: {what}" in line
