@@ -58,7 +58,7 @@ class Reference:
     Attributes:
         name: of the method.
         source: where the figures come from, and on what they were measured.
-        true_bits: stored bits a weight of the quantized layers.
+        true_bits: stored bits of the weights inside the blocks, for each of them.
         file_bits: bits of the whole file a parameter.
         perplexity: by corpus.
         ratio: perplexity over full precision's, by corpus.

@@ -35,7 +35,7 @@ class Run:
     Attributes:
         name: short name that tells it from the others in a report.
         packed: its packed folder.
-        true_bits: stored bits a weight of its packed linears.
+        true_bits: stored bits of the weights inside its blocks, for each of them (lit_binq.bits).
         facts: whatever the fit kept.
         options: options of the fit, as far as it kept them.
         stages: its stages, in order.

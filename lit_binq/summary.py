@@ -269,7 +269,7 @@ def table(s: dict[str, Any]) -> str:
         return f"{s[key]:.2f} ({s[key] / s['ppl_torch'] - 1:+.1e})"
 
     rows = [
-        ("true bits, block linears", f"{s['true_bits']:.3f}"),
+        ("true bits, blocks", f"{s['true_bits']:.3f}"),
         ("file bits, whole packed folder", f"{s['file_bits']:.2f}"),
         ("calibration", f"{s['calibration_tokens']} tokens, {s['calibration_seconds']:.0f} s"),
         (f"perplexity ({s['evaluation']})", ""),

@@ -103,7 +103,7 @@ class TextRecord:
         name: the exported folder's name; its path as given where another folder has the same name.
         perplexity: over all predicted tokens.
         tokens: how many these are.
-        true_bits: of the packed linears.
+        true_bits: of the blocks (lit_binq.bits).
         head_bits: of the head; 0 as it was.
         data_bytes: of the tensors' file.
     """
