@@ -225,7 +225,7 @@ def damage(rng: random.Random, files: Files, *, others: bool) -> tuple[Files, se
         elif name == WEIGHTS and rng.random() < 0.7 and len(data) > 8 and struct.unpack("<Q", data[:8])[0] < len(data):
             try:
                 data = damage_header(rng, data)
-            except ValueError:  # not JSON any more
+            except (ValueError, RecursionError):  # not JSON any more
                 data = damage_bytes(rng, data)
         elif name.endswith(".json") and rng.random() < 0.75:
             try:
