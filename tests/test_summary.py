@@ -160,7 +160,9 @@ def run(tmp_path: Path, text_file: Path, make_source: Any, monkeypatch: pytest.M
     monkeypatch.setattr(summary, "onnx_perplexities", stop)
     source, packed, text = make_source("llama"), tmp_path / "packed", tmp_path / "wiki.txt"
     text.write_bytes(text_file.read_bytes())
-    export_onnx(packed_model("llama"), byte_tokenizer(), tmp_path / "onnx", check=False, fused="off", packed=packed)
+    model, tokenizer = packed_model("llama"), byte_tokenizer()
+    save_packed(model, tokenizer, packed, facts={})
+    export_onnx(model, tokenizer, tmp_path / "onnx", check=False, fused="off", packed=packed)
     data = CalibrationData(str(source), evaluation={"wiki": TextSource(str(text))}, eval_windows=3, eval_length=16)
     data.setup("validate")
     return {
