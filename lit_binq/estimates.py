@@ -73,6 +73,7 @@ class Run:
         evaluation: (b, T) of an evaluation batch; None if nothing is evaluated afterwards.
         compare_fp: whether the source is evaluated too.
         free: bytes free on a CUDA device.
+        graphs: whether steps may be captured as CUDA graphs.
         cached: whether the model's logits are its head's output, so that the model stage keeps hidden states only.
     """
 
@@ -90,6 +91,7 @@ class Run:
     evaluation: tuple[int, int] | None = None
     compare_fp: bool = True
     free: int = 0
+    graphs: bool = True
     cached: bool = True
 
 
@@ -130,11 +132,14 @@ class Estimate:
         return max(phases, key=lambda p: p.total)
 
     def fit_peak(self, phases: list[Phase]) -> int:
-        """The most that the fit itself holds, before it writes."""
-        return max((p.total for p in phases if p.name not in AFTER), default=0)
+        """The most that the fit's tensors hold, before it writes."""
+        return max((p.total - round(p.parts.get(TAIL, 0)) for p in phases if p.name not in AFTER), default=0)
 
 
 AFTER = ("writing", "evaluation")
+
+TAIL = "last, smaller batch beside the CUDA graph"
+"""The graph's pool is torch's for good, but no tensor's while another batch runs: needed, but not held by tensors."""
 
 
 @dataclass
@@ -359,7 +364,7 @@ def _model_parts(sizes: _Sizes, run: Run, cuda: bool) -> tuple[dict[str, float],
     kept += round((sizes.latents - 1) * 10 * weights) if t.lr_codes else 0
     last = max(m.step.transient for _, m in sizes.kinds)
     value = run.autocast.itemsize if run.autocast is not None else 4
-    tail = run.train % b if cuda else 0
+    tail = run.train % b if cuda and run.graphs else 0
     parts = {
         "latents, scales, embeddings": float(P + frozen),
         "best epoch": float(P),
@@ -368,7 +373,7 @@ def _model_parts(sizes: _Sizes, run: Run, cuda: bool) -> tuple[dict[str, float],
         "kept for the backward pass": float(kept),
         "logits, their gradient, head": float(max(sizes.head.peak, last)),
         **({"teacher": float(sizes.teacher)} if cuda else {}),
-        "last, smaller batch beside the CUDA graph": kept * tail / b,
+        TAIL: kept * tail / b,
         **({"buckets of DDP": float(P)} if run.ranks > 1 else {}),
     }
     return {name: size for name, size in parts.items() if size}, n * T * sizes.d * value

@@ -52,6 +52,7 @@ def ask_before_fit(
         rest_bytes=module.rest_dtype.itemsize,
         evaluation=(data.eval_batch_size, data.eval_length) if sets else None,
         compare_fp=module.compare_fp,
+        graphs=module.cuda_graphs and trainer.world_size == 1,
         free=int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0,
     )
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a list, set by the Trainer

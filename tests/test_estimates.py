@@ -160,6 +160,10 @@ def test_a_gpu_takes_the_blocks_and_what_fits(counted: Callable[..., Estimate]) 
     assert "streams" in phases(tight.host)["tuning"]
     assert "teacher's hidden states" in phases(tight.host)["model"]
     assert "full-precision block" in phases(roomy.device)["closed form"]
+    # A batch that the graph was not made for needs room beside the graph's.
+    odd, eager = (counted(device=cuda, free=10**9, train=15, graphs=graphs) for graphs in (True, False))
+    assert odd.largest(odd.device).total > eager.largest(eager.device).total
+    assert odd.fit_peak(odd.device) == eager.fit_peak(eager.device)
 
 
 @pytest.mark.parametrize(
