@@ -273,9 +273,10 @@ class CalibrationData(LightningDataModule):
         )
 
     def _counts(self, windows: int) -> list[int]:
-        """Windows of each source: proportional to its share, the largest remainders rounded up; at least one.
+        """Windows of each source, `windows` in all: proportional to its share, the largest remainders rounded up.
 
-        None of any source where `windows` is 0: the model writes them all.
+        Where there are enough every source gets one, from those that have most; where the model writes nearly all
+        windows itself some sources may get none.
         """
         total = sum(source.share for source in self.train)
         exact = [windows * source.share / total for source in self.train]
@@ -283,7 +284,10 @@ class CalibrationData(LightningDataModule):
         order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
         for i in order[: windows - sum(counts)]:
             counts[i] += 1
-        return [max(count, min(windows, 1)) for count in counts]
+        while windows >= len(counts) and 0 in counts:
+            counts[counts.index(max(counts))] -= 1
+            counts[counts.index(0)] += 1
+        return counts
 
     def _split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Train and held-out windows; the held-out ones are the last."""

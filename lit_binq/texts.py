@@ -8,6 +8,7 @@
 Legend: n windows, T window length in tokens.
 """
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -21,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_binq.errors import LitBinqError, first_line
 from lit_binq.styles import Style, restyle
+
+log = logging.getLogger(__name__)
 
 PLAIN = (".txt", ".raw", ".utf8")
 ROWS = {".jsonl": "json", ".parquet": "parquet"}
@@ -87,7 +90,8 @@ class TextSource:
         part += f" without lines {self.skip_lines!r}" if self.skip_lines else ""
         part += f" in style {self.style}" if self.style != "verbatim" else ""
         part += f", share {self.share:g}" if self.share != 1 else ""
-        if Path(self.path).suffix in PLAIN:
+        path = Path(self.path).expanduser()
+        if path.suffix in PLAIN or (path.is_dir() and any(f.suffix in PLAIN for f in path.iterdir())):
             return f"{self.path}{part or ' verbatim'}"
         name = f" {self.name}" if self.name else ""
         limit = f", first {self.limit_documents}" if self.limit_documents else ""
@@ -138,7 +142,13 @@ def _line_start(text: str, share: float) -> int:
 def _local_documents(source: TextSource, path: Path) -> Iterable[str]:
     """The documents of a file, or of the files of a folder in order of their names."""
     known = (*PLAIN, *ROWS)
-    files = sorted(f for f in path.iterdir() if f.suffix in known) if path.is_dir() else [path]
+    inside = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [f for f in inside if f.suffix in known or f == path]
+    if skipped := [f.name for f in inside if f not in files]:
+        log.warning(
+            "text %r: %d of %d entries are no %s files and are left out (first: %s)",
+            *(source.path, len(skipped), len(inside), ", ".join(known), skipped[0]),
+        )
     kinds = {"plain text" if f.suffix in PLAIN else f.suffix for f in files}
     if len(kinds) != 1 or files[0].suffix not in known:
         found = f"files of several types ({', '.join(sorted(kinds))})" if len(kinds) > 1 else "nothing of a known type"

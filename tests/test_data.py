@@ -355,3 +355,14 @@ def test_what_was_calibrated_on_is_counted_in_the_evaluation_sets(make_data, tmp
     assert [line.split(":")[0] for line in lines] == ["evaluation set b", "evaluation set c"]
     assert "b: 1 of its" in lines[0]
     assert "c: 0 of its" in lines[1]
+
+
+@given(shares=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), windows=st.integers(0, 40))
+def test_sources_get_as_many_windows_as_are_asked_for(shares, windows):
+    """All together exactly; each one if there are enough; none further from its share than rounding and that demand."""
+    data = CalibrationData("none", train=[TextSource("none.txt", share=s) for s in shares], windows=max(windows, 6))
+    counts = data._counts(windows)
+    assert sum(counts) == windows
+    assert min(counts) >= (windows >= len(shares))
+    for count, share in zip(counts, shares, strict=True):
+        assert -1 - len(shares) < count - windows * share / sum(shares) < 1 + 1e-9

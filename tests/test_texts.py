@@ -31,6 +31,16 @@ def test_a_folder_is_joined_in_order_of_names(tmp_path):
     assert read_text(TextSource(str(tmp_path), join="|", limit_documents=2)) == "aaa|bbb"
 
 
+def test_what_a_folder_holds_besides_is_named(tmp_path, caplog):
+    for name in ("a.txt", "b.TXT", "c.json"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "folder").mkdir()
+    assert read_text(TextSource(str(tmp_path))) == "a.txt"
+    assert "3 of 4 entries are no .txt" in caplog.text
+    assert "(first: b.TXT)" in caplog.text
+    assert TextSource(str(tmp_path)).words() == f"{tmp_path} verbatim"
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_rows_are_joined(suffix, tmp_path):
     path = tmp_path / f"rows{suffix}"
