@@ -48,7 +48,7 @@ class Rates:
 
 def measure_rates(device: torch.device, autocast: torch.dtype | None) -> Rates:
     """The fastest product of each kind within a moment: other processes may disturb the others."""
-    size = 4096 if device.type == "cuda" else 384
+    size = 4096 if device.type == "cuda" else 256
 
     def rate(dtype: torch.dtype) -> float:
         a = torch.ones(size, size, dtype=dtype, device=device)
