@@ -282,6 +282,10 @@ class BinQCalibration(PackedEvaluation):
             LitBinqError: the checkpoint is not ours, or was made with another model, data or options.
         """
         state = checkpoint.get(CHECKPOINT_KEY)
+        if state is not None and self.trainer.state.fn != "fit":
+            # Under SLURM Lightning finds it by itself, for the evaluation too, which reads the packed folder.
+            checkpoint["state_dict"] = self.state_dict()
+            return
         if state is None or "work" not in self._outside:
             raise LitBinqError(
                 "ckpt_path: got a file without calibration state, or a command other than fit; "

@@ -239,3 +239,43 @@ def test_all_processes_of_a_run_end_together(to, strategy, config, tmp_path):
     assert not [s for s in stats if s.exists() and s.read_text().rpartition(")")[2].split()[0] != "Z"]
     assert code == 143, lines
     assert sum("stopped by SIGTERM" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("stage", ["block", "model"])
+def test_slurm_starts_a_run_again_from_the_last_finished_stage(stage, config, tmp_path, monkeypatch):
+    """Lightning answers SLURM's signals: a checkpoint in the middle of a stage, and it asks for the next run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    arguments = ["fit", "--config", str(config), "--model.tuning.epochs", "1", "--model.finish.epochs", "2"]
+    assert run([*arguments, "--model.packed", "whole"], tmp_path / "said")[0] == 0
+    for name, value in {"NTASKS": 1, "JOB_NAME": "fit", "JOB_ID": 7, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "localhost")
+    done = 1 if stage == "block" else 3
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        from lit_binq.calibration import BinQCalibration
+
+        real, calls = BinQCalibration.training_step, []
+
+        def step(self: Any, *args: Any) -> Any:
+            if self.stage_index == done:
+                calls.append(1)
+                for number in {2: [signal.SIGUSR1], 3: [signal.SIGTERM]}.get(len(calls), []):
+                    os.kill(os.getpid(), number)
+            return real(self, *args)
+
+        monkeypatch.setattr(BinQCalibration, "training_step", step)
+
+    code, lines = run(arguments, tmp_path / "said", patch)
+    assert code == 143, lines
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    checkpoints = [p.name for p in tmp_path.glob("hpc_ckpt*")]
+    assert checkpoints == ["hpc_ckpt_1.ckpt"]
+    code, lines = run(arguments, tmp_path / "said")
+    assert code == 0, lines
+    assert f"resumed behind stage {done} of 4" in lines
+    assert_same(tmp_path / "packed", tmp_path / "whole")
