@@ -2,13 +2,15 @@
 
 The signal becomes an exception at once, which removes what is half done on its way out, except within `whole`, where it
 waits. What swallows exceptions (Python does so while it collects garbage) cannot swallow the request: `ask` raises it
-again. A signal under way makes further ones wait for it, those after a while end the process at once.
+again. A signal under way makes further ones wait for it, those after a while end the process at once. So does a thread
+that watches where the main thread, inside a library's call, does not get to handle the signal: waiting for other nodes.
 
 Touches nothing but the process; every other room may import this file.
 """
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,9 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 10.0
 """Seconds after which a second signal ends the process without tidying up."""
+
+DEAF = 30.0
+"""Seconds that a call into a library may go on after a signal: a block's largest solve takes less."""
 
 
 class Stopped(SystemExit):
@@ -87,18 +92,39 @@ def whole() -> Iterator[None]:
 def listening() -> Iterator[None]:
     """Handle the signals inside, in the main thread; what is ignored, as in the background of a script, stays so."""
     before: dict[int, Any] = {}
+    pipe: tuple[int, int] | None = None
     _State.number, _State.whole, _State.heralds = None, 0, ()
     if threading.current_thread() is threading.main_thread():
         before = {s: signal.getsignal(s) for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}
         for number in before:
             signal.signal(number, handle)
+        pipe = os.pipe()
+        os.set_blocking(pipe[1], False)
+        signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=(pipe[0],), daemon=True, name="signals").start()
     _State.listening = bool(before)
     try:
         yield
     finally:
-        _State.listening = False
+        _State.listening, _State.number = False, None
+        if pipe is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(pipe[1])  # ends the thread, which closes the other end
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _watch(pipe: int) -> None:
+    """End the process if its main thread does not get to handle a signal that the system wrote into the pipe."""
+    while numbers := os.read(pipe, 1):
+        if numbers[0] in SIGNALS and _State.number is None:
+            deadline = time.monotonic() + DEAF
+            while _State.listening and _State.number is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if _State.listening and _State.number is None:
+                print(f"{Stopped(numbers[0])} within a call that did not return", file=sys.stderr, flush=True)
+                os._exit(128 + numbers[0])
+    os.close(pipe)
 
 
 def tell(herald: Callable[[int], None]) -> None:

@@ -191,6 +191,19 @@ def test_within_a_write_a_signal_waits():
     assert caught.value.code == 143
 
 
+def test_a_call_that_does_not_return_is_ended_too():
+    """Waiting for other nodes, say: the main thread is inside a library and cannot handle the signal."""
+    script = (
+        "import ctypes, os, threading; from lit_binq import stopping\nstopping.DEAF = 0.5\n"
+        "with stopping.listening():\n"
+        "    threading.Timer(0.2, lambda: os.kill(os.getpid(), 15)).start()\n"
+        "    libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+        "    while True:\n        libc.pthread_mutex_lock(lock)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (143, "stopped by SIGTERM within a call that did not return\n")
+
+
 def test_a_comparison_ends_its_fit_first(config, tmp_path):
     """`litbinq compare` told to stop: the fit it runs is told too, and has the time to put its things away."""
     from lit_binq.compare import fit
