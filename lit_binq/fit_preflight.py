@@ -1,6 +1,6 @@
 """The preflight of a fit as its trainer, its data module and its options describe it.
 
-May touch: preflight, estimates, checkpoint, Lightning's trainer.
+May touch: preflight, estimates, checkpoint, workspace, packed_config, Lightning's trainer.
 """
 
 import tempfile
@@ -12,9 +12,12 @@ import lightning.pytorch as pl
 import torch
 from transformers import PreTrainedModel
 
+from lit_binq.blocks import find_blocks
 from lit_binq.checkpoint import StageCheckpoint
 from lit_binq.estimates import Run
+from lit_binq.packed_config import require_kept_configuration
 from lit_binq.preflight import Asked, Report, preflight, require_resources
+from lit_binq.workspace import require_storable
 
 if TYPE_CHECKING:
     from lit_binq.calibration import BinQCalibration
@@ -35,6 +38,8 @@ def ask_before_fit(
     Raises:
         LitBinqError: something cannot work.
     """
+    require_kept_configuration(model)
+    require_storable(model, find_blocks(model), module.rest_dtype)
     device = trainer.strategy.root_device
     train = len(data.train_windows)
     sets = data.evaluation_windows if module.evaluates else None

@@ -30,7 +30,7 @@ from lit_binq.files import finite, new_folder
 from lit_binq.formats import FORMATS
 from lit_binq.kv_cache import kv_bits
 from lit_binq.marker import PACKED_MARKER, VERSION, read_marker
-from lit_binq.packed_config import FORMAT, write_configuration
+from lit_binq.packed_config import FORMAT, difference, write_configuration
 from lit_binq.packed_layers import describe_layer, packed_linears
 from lit_binq.packed_reader import REST_DTYPES, WEIGHTS, damaged, dtype_name, read_model, rest_names
 from lit_binq.places import require_folder
@@ -117,6 +117,8 @@ def _require_same(model: PreTrainedModel, work: Path, windows: Tensor, folder: P
     again, _ = load_packed(work)
     mine, theirs = (m.state_dict() for m in (model.eval(), again))
     differing = [name for name, tensor in mine.items() if name not in theirs or not _equal(tensor, theirs[name])]
+    if found := difference(model.config, again.config):
+        differing = [f"configuration: {found}"]
     if not differing and mine.keys() == theirs.keys():
         ids = windows.to("cpu", torch.int64)
         one, two = (m(input_ids=ids, use_cache=False).logits for m in (model.cpu(), again))

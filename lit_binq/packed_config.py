@@ -11,12 +11,15 @@ May touch: torch, transformers, ties, kv_cache.
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from lit_binq.errors import LitBinqError
+from lit_binq.files import quoted
 from lit_binq.kv_cache import plain_attention
 from lit_binq.ties import FLAG, state_ties
 
@@ -28,6 +31,9 @@ REFUSAL = "packed by lit_binq: load this folder with lit_binq.hub.load_packed of
 
 FORMAT = {"format": "lit_binq"}
 """Metadata of the weights file; transformers writes {"format": "pt"}."""
+
+_LOADING = ("architectures", "dtype", "transformers_version", "_name_or_path", "name_or_path", "model_type")
+"""Keys of a configuration that are not the model's."""
 
 _OURS = ("quantization_config", "transformers_weights")
 
@@ -55,6 +61,42 @@ def write_configuration(model: PreTrainedModel, folder: Path) -> None:
         # say, which published models have.
         text = model.generation_config.to_json_string(keys_to_pop=["compile_config"])
         (folder / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def require_kept_configuration(model: PreTrainedModel) -> None:
+    """Make sure that the model's configuration is the same once it is written and read again.
+
+    Logits of a few tokens would not tell what only matters further on: a sliding window, the scaling of angles.
+
+    Raises:
+        LitBinqError: names a value that is not kept.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        write_configuration(model, Path(place))
+        found = difference(model.config, read_configuration(Path(place)))
+    if found:
+        raise LitBinqError(
+            f"{type(model).__name__}: its configuration does not survive being written: {found}; expected the same, "
+            "change config.json of the option `model`"
+        )
+
+
+def difference(one: Any, other: Any) -> str:
+    """A value in which two configurations differ, in words; nothing if they are one model's."""
+    mine, theirs = (_facts(config.to_dict()) for config in (one, other))
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) != theirs.get(key):
+            return f"{key} is {quoted(mine.get(key))}, read again {quoted(theirs.get(key))}"
+    return ""
+
+
+def _facts(value: Any) -> Any:
+    """A configuration as JSON has it, without what says how a model is loaded."""
+    if isinstance(value, dict):
+        return {str(key): _facts(inner) for key, inner in value.items() if key not in _LOADING}
+    if isinstance(value, (list, tuple)):
+        return [_facts(inner) for inner in value]
+    return value if isinstance(value, (int, float, str, type(None))) else str(value)
 
 
 def read_configuration(folder: Path) -> Any:

@@ -55,14 +55,13 @@ def rest_tensors(module: nn.Module, skip: Container[int] = ()) -> Iterator[tuple
 
 
 @torch.no_grad()
-def require_holds(module: nn.Module, dtype: torch.dtype, skip: Container[int] = (), prefix: str = "") -> None:
+def require_holds(module: nn.Module, dtype: torch.dtype, skip: Container[int] = ()) -> None:
     """Make sure that `round_rest` neither overflows nor loses a row of any tensor.
 
     Args:
         module: a model or a part of one.
         dtype: float16, bfloat16 or float32.
         skip: ids of tensors to leave out.
-        prefix: goes before the names in errors.
 
     Raises:
         LitBinqError: names the first tensor that `dtype` cannot hold.
@@ -75,7 +74,7 @@ def require_holds(module: nn.Module, dtype: torch.dtype, skip: Container[int] = 
         low, high = rows.aminmax()
         if not torch.isfinite(torch.stack((low, high)).to(dtype)).all():
             raise LitBinqError(
-                f"tensor {prefix}{name} has values up to {float(tensor.abs().max()):g} that {shown} cannot hold; "
+                f"tensor {name} has values up to {float(tensor.abs().max()):g} that {shown} cannot hold; "
                 "expected values that stay finite: set the option `rest_dtype` to bfloat16 or float32"
             )
         small = _small_rows(rows, dtype)
@@ -95,7 +94,7 @@ def require_holds(module: nn.Module, dtype: torch.dtype, skip: Container[int] = 
         size, lost = float(exact[worst].square().mean().sqrt()), float(shares[worst])
         if lost > LOSS:
             raise LitBinqError(
-                f"tensor {prefix}{name} has values too small for {shown}: row {int(small[worst])}, of size "
+                f"tensor {name} has values too small for {shown}: row {int(small[worst])}, of size "
                 f"{size:.1e}, would lose {lost:.1%}, expected at most {LOSS:.1%}: set the option `rest_dtype` to "
                 "bfloat16 or float32"
             )

@@ -62,12 +62,9 @@ class Workspace:
         shared = {id(t): t for t in (*self.teacher_blocks.parameters(), *self.teacher_blocks.buffers())}
         self.student: PreTrainedModel = copy.deepcopy(teacher, shared)
         self.blocks = find_blocks(self.student)
-        # What is packed is stored otherwise; all else is known by now to fit, but for what tuning makes of norms.
-        packed = {id(m.weight) for m in self.teacher_blocks.modules() if isinstance(m, nn.Linear)}
-        name = next(name for name, m in teacher.named_modules() if m is self.teacher_blocks)
-        require_holds(self.teacher_blocks, rest_dtype, packed, f"{name}.")
+        require_storable(teacher, self.teacher_blocks, rest_dtype)
         round_rest(self.student, rest_dtype, shared)
-        self._report_left(packed)
+        self._report_left()
         self.streams = Streams(windows, held_out, device, options)
         self.home = next(teacher.parameters()).device  # where blocks rest that are not in progress
         require_fitting(teacher, windows, "data.window_length")
@@ -79,8 +76,9 @@ class Workspace:
             require_kv(self.student, self.blocks, window[:, :SHORT])
         self.streams.start((teacher, self.teacher_blocks), (self.student, self.blocks))
 
-    def _report_left(self, packed: set[int]) -> None:
+    def _report_left(self) -> None:
         """Say which matrices inside the blocks nothing will pack: true bits count them as they are stored."""
+        packed = linear_weights(self.teacher_blocks)
         left = {name: p for name, p in left_matrices(self.teacher_blocks).items() if id(p) not in packed}
         if left and self.rank == 0:
             weights = sum(p.numel() for p in self.teacher_blocks.parameters() if p.dim() > 1)
@@ -116,3 +114,17 @@ class Workspace:
         """The student's embeddings and head, a shared tensor once; only the model stage tunes them, if asked to."""
         inside = {id(p) for p in self.blocks.parameters()}
         return {name: p for name, p in self.student.named_parameters() if p.dim() == 2 and id(p) not in inside}
+
+
+def linear_weights(blocks: nn.ModuleList) -> set[int]:
+    """Ids of what will be packed."""
+    return {id(m.weight) for m in blocks.modules() if isinstance(m, nn.Linear)}
+
+
+def require_storable(teacher: PreTrainedModel, blocks: nn.ModuleList, rest_dtype: torch.dtype) -> None:
+    """Make sure that all that will not be packed can be stored, inside the blocks as well; tuned norms are asked again.
+
+    Raises:
+        LitBinqError: see `lit_binq.rounding.require_holds`.
+    """
+    require_holds(teacher, rest_dtype, linear_weights(blocks))

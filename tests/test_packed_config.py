@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_hub import logits, pack
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from lit_binq import hub
+from lit_binq import hub, packed_config
 from lit_binq.errors import LitBinqError
 from lit_binq.hub import load_packed, save_packed
 from lit_binq.models import load_model
@@ -146,19 +146,50 @@ def test_a_fit_refuses_what_it_reads_differently(make_source, text_file, tmp_pat
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["packed-ckpt"]
 
 
-def test_a_configuration_that_computes_otherwise_is_noticed(llama, tokenizer, tmp_path, monkeypatch):
-    """All tensors are right, but logits are not."""
+@pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", 0.1), ("max_position_embeddings", 64)])
+def test_a_configuration_that_computes_otherwise_is_noticed(key, value, llama, tokenizer, tmp_path, monkeypatch):
+    """All tensors are right, but logits are not, or will not be some tokens further on."""
     write = hub.write_configuration
 
     def other(model, folder):
         write(model, folder)
         path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
 
     monkeypatch.setattr(hub, "write_configuration", other)
-    with pytest.raises(LitBinqError, match=r"logits, by up to \d"):
+    with pytest.raises(LitBinqError, match=rf"configuration: {key} is \S+, read again {value}\)"):
         save_packed(pack(llama), tokenizer, tmp_path / "p", facts={}, windows=torch.arange(12).reshape(2, 6))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_computes_otherwise_is_noticed(llama, tokenizer, tmp_path, monkeypatch):
+    """Configuration and tensors are the same, and the model that is made of them is not."""
+    read = hub.read_model
+
+    def other(folder, marker):
+        model = read(folder, marker)
+        model.model.norm.variance_epsilon = 0.1
+        return model
+
+    monkeypatch.setattr(hub, "read_model", other)
+    with pytest.raises(LitBinqError, match=r"\(logits, by up to \d\S+\), expected the same bits"):
+        save_packed(pack(llama), tokenizer, tmp_path / "p", facts={}, windows=torch.arange(12).reshape(2, 6))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_that_is_not_kept_is_refused_before_the_fit(make_source, text_file, tmp_path, monkeypatch):
+    """Here by a class of transformers that forgets a value it was given."""
+    original = packed_config.read_configuration
+
+    def forgetful(folder):
+        config = original(folder)
+        config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
+        return config
+
+    monkeypatch.setattr(packed_config, "read_configuration", forgetful)
+    with pytest.raises(LitBinqError, match="configuration does not survive being written: rope_parameters is"):
+        fit(make_source(), text_file, tmp_path / "out" / "packed", tuning=Tuning(), finish=Tuning())
+    assert not (tmp_path / "out" / "packed").exists()
 
 
 LOADS = """

@@ -8,6 +8,7 @@ from test_hub import logits, pack
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
+from lit_binq import cli
 from lit_binq.errors import LitBinqError
 from lit_binq.hub import load_packed, save_packed
 from lit_binq.rounding import round_rest
@@ -168,3 +169,18 @@ def test_strides_become_plain() -> None:
     linear.weight.data = torch.randn(8, 6).T
     round_rest(linear)
     assert linear.weight.is_contiguous()
+
+
+def test_a_preflight_asks_for_it(make_source, tokenizer, text_file, tmp_path, capsys) -> None:
+    """Also where nothing is fitted: `--preflight_only`."""
+    source = make_source(blocks=1)
+    model = tiny_model("llama", blocks=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1e-8)
+    model.save_pretrained(source)
+    options = {"model.model": source, "model.packed": tmp_path / "packed", "data.train.path": text_file}
+    options |= {"data.window_length": 24, "data.windows": 6, "evaluate": "false", "preflight_only": "true"}
+    arguments = [f"--{name}={value}" for name, value in (options | {"trainer.accelerator": "cpu"}).items()]
+    assert cli.main(["fit", *arguments]) == 1
+    assert "model.embed_tokens.weight has values too small for float16" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
