@@ -145,7 +145,7 @@ def test_native_operators_equal_torch(stored: Stored) -> None:
 
 def test_check_passes(stored: Stored) -> None:
     report = check_onnx(stored.onnx, stored.loaded, byte_tokenizer())
-    assert len(report.cases) == (3 if library_path() is None else 9)
+    assert len(report.cases) == (4 if library_path() is None else 10)
 
 
 def test_nodes_hold_the_stored_tensors(stored: Stored) -> None:
