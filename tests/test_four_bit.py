@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lit_binq.packed_layers import packed_linears
 from lit_binq_onnx.bench_shape import Options, write_models
 from lit_binq_onnx.four_bit import FourBitBuilder
-from lit_binq_onnx.head import _values
+from lit_binq_onnx.head import stored_values
 from lit_binq_onnx.session import DATA, FUSED, read_facts
 from lit_binq_onnx.shapes import LAYOUTS, random_model
 from lit_binq_onnx.tensors import DataFile
@@ -31,7 +31,7 @@ def unrounded(path: Path) -> None:
 
 def stored(path: Path) -> dict[str, np.ndarray]:
     graph = onnx.load(path, load_external_data=False).graph
-    return {tensor.name: _values(tensor, path.parent) for tensor in graph.initializer}
+    return {tensor.name: stored_values(tensor, path.parent) for tensor in graph.initializer}
 
 
 def four_bit_weight(tensors: dict[str, np.ndarray], name: str, K: int) -> np.ndarray:

@@ -317,6 +317,9 @@ def test_a_full_disk_under_the_streams_is_one_line(config, disk, tmp_path, capsy
     places = ["--checkpoint.dirpath", str(tmp_path / "ckpt"), "--model.packed", str(tmp_path / "packed")]
     streams = ["--model.streams.cache", "disk", "--model.streams.cache_dir", str(small)]
     assert cli.main(["fit", "--config", str(config), *places, *streams]) == 1
+    assert one_line(capsys).startswith("litbinq fit: error: preflight: disk at model.streams.cache_dir")
+    streams += ["--model.preflight.check_resources", "false"]
+    assert cli.main(["fit", "--config", str(config), *places, *streams]) == 1
     line = one_line(capsys)
     assert line.startswith("litbinq fit: error: streams.cache_dir")
     assert "No space left on device" in line
