@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     OneLine.program = ""  # of an earlier call
-    with stopping.listening():
+    with stopping.listening(last=args is None):
         try:
             code = _main(arguments)
             sys.stdout.flush()

@@ -122,6 +122,7 @@ class LitBinqCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it with all its processes. Raises Stopped, with how to go on, if a signal ended it."""
+        stopping.explain(lambda: self._how_to_go_on(subcommand))
         try:
             with together(self.trainer):
                 super()._run_subcommand(subcommand)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
@@ -47,7 +48,7 @@ def together(trainer: pl.Trainer) -> Iterator[None]:
         if sys.platform == "linux":  # killed with the first, also where it waits for it
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         first = os.getppid()
-        stopping.tell(lambda number: _send(first, number))
+        stopping.tell(lambda _: _send(first, signal.SIGTERM))
     elif launcher is not None:
         if isinstance(launcher, _SubprocessScriptLauncher):
             os.environ[FIRST] = str(os.getpid())
@@ -76,5 +77,8 @@ def _wait(*, first: bool) -> None:
     for child in multiprocessing.active_children() if first else ():
         child.join(max(0.0, deadline - time.monotonic()))
         child.kill()
+    if not first and torch.distributed.is_initialized():
+        with suppress(Exception):
+            torch.distributed.destroy_process_group()  # the first may be waiting for this one in a collective
     while not first and is_another():
         time.sleep(0.1)

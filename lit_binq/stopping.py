@@ -2,7 +2,7 @@
 
 The signal becomes an exception at once, which removes what is half done on its way out, except within `whole`, where it
 waits. What swallows exceptions (Python does so while it collects garbage) cannot swallow the request: `ask` raises it
-again. A signal under way makes further ones wait for it, those after a while end the process at once. So does a thread
+again. Further signals change nothing, but for a Ctrl-C after a while: it ends the process at once. So does a thread
 that watches where the main thread, inside a library's call, does not get to handle the signal: waiting for other nodes.
 
 Touches nothing but the process; every other room may import this file.
@@ -20,7 +20,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 10.0
-"""Seconds after which a second signal ends the process without tidying up."""
+"""Seconds after which a second Ctrl-C ends the process without tidying up."""
 
 DEAF = 30.0
 """Seconds that a call into a library may go on after a signal: a block's largest solve takes less."""
@@ -51,6 +51,7 @@ class _State:
     since = 0.0
     whole = 0
     heralds: tuple[Callable[[int], None], ...] = ()
+    hint: Callable[[], str] | None = None
 
 
 def stopped() -> int | None:
@@ -62,7 +63,7 @@ def handle(number: int, frame: FrameType | None = None) -> None:
     """The signals' handler. Raises Stopped, or leaves that to `whole`."""
     now = time.monotonic()
     if _State.number is not None:
-        if now - _State.since > PATIENCE:
+        if number == signal.SIGINT and now - _State.since > PATIENCE:
             os._exit(128 + number)
         return
     _State.number, _State.since = number, now
@@ -89,11 +90,15 @@ def whole() -> Iterator[None]:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Handle the signals inside, in the main thread; what is ignored, as in the background of a script, stays so."""
+def listening(*, last: bool = False) -> Iterator[None]:
+    """Handle the signals inside, in the main thread; what is ignored, as in the background of a script, stays so.
+
+    Args:
+        last: the process ends behind it: one that was told to stop is deaf to what other processes still tell it.
+    """
     before: dict[int, Any] = {}
     pipe: tuple[int, int] | None = None
-    _State.number, _State.whole, _State.heralds = None, 0, ()
+    _State.number, _State.whole, _State.heralds, _State.hint = None, 0, (), None
     if threading.current_thread() is threading.main_thread():
         before = {s: signal.getsignal(s) for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}
         for number in before:
@@ -106,12 +111,12 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _State.listening, _State.number = False, None
+        told, _State.number, _State.listening = _State.number, None, False
         if pipe is not None:
             signal.set_wakeup_fd(-1)
             os.close(pipe[1])  # ends the thread, which closes the other end
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last and told is not None else handler)
 
 
 def _watch(pipe: int) -> None:
@@ -122,7 +127,10 @@ def _watch(pipe: int) -> None:
             while _State.listening and _State.number is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             if _State.listening and _State.number is None:
-                print(f"{Stopped(numbers[0])} within a call that did not return", file=sys.stderr, flush=True)
+                last = Stopped(
+                    numbers[0], "; ".join(["a call did not return", *([_State.hint()] if _State.hint else [])])
+                )
+                print(last, file=sys.stderr, flush=True)
                 os._exit(128 + numbers[0])
     os.close(pipe)
 
@@ -130,6 +138,11 @@ def _watch(pipe: int) -> None:
 def tell(herald: Callable[[int], None]) -> None:
     """Have a function called with the first signal: it tells processes that belong to this one."""
     _State.heralds += (herald,)
+
+
+def explain(hint: Callable[[], str]) -> None:
+    """Have a function say how to go on where nothing else can."""
+    _State.hint = hint
 
 
 def take_back() -> None:

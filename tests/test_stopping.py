@@ -196,12 +196,13 @@ def test_a_call_that_does_not_return_is_ended_too():
     script = (
         "import ctypes, os, threading; from lit_binq import stopping\nstopping.DEAF = 0.5\n"
         "with stopping.listening():\n"
+        "    stopping.explain(lambda: 'go on')\n"
         "    threading.Timer(0.2, lambda: os.kill(os.getpid(), 15)).start()\n"
         "    libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
         "    while True:\n        libc.pthread_mutex_lock(lock)\n"
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert (ran.returncode, ran.stderr) == (143, "stopped by SIGTERM within a call that did not return\n")
+    assert (ran.returncode, ran.stderr) == (143, "stopped by SIGTERM; a call did not return; go on\n")
 
 
 def test_a_comparison_ends_its_fit_first(config, tmp_path):
@@ -249,6 +250,7 @@ def test_all_processes_of_a_run_end_together(to, strategy, config, tmp_path):
     lines = (tmp_path / "said").read_text().splitlines()
     time.sleep(1)
     stats = [Path(f"/proc/{p}/stat") for p in others]
+    assert code == 143, lines
     assert not [s for s in stats if s.exists() and s.read_text().rpartition(")")[2].split()[0] != "Z"]
     assert code == 143, lines
     assert sum("stopped by SIGTERM" in line for line in lines) == 1
