@@ -134,8 +134,11 @@ def _require_same(model: PreTrainedModel, work: Path, windows: Tensor, folder: P
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     """The same bits: of NaN too, and -0 is not 0."""
-    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    # Flat: a tensor without axes has no last one to take apart.
+    first, second = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(first, second)
 
 
 def load_packed(

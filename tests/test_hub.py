@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lit_binq import hub
 from lit_binq.bits import block_linear_weights, dense_weights, file_bits, true_bits
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear, RowColumn
@@ -272,3 +273,11 @@ def test_contradictory_folders_are_refused(packed_folder, tmp_path):
     save_file(tensors | {"surplus": torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(LitBinqError, match="unexpected tensor surplus"):
         load_packed(folder)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
+def test_bits_are_compared_whatever_the_shape(shape):
+    one = torch.full(shape, float("nan"))
+    assert hub._equal(one, one.clone())
+    assert not one.numel() or not hub._equal(torch.zeros(shape), -torch.zeros(shape))
+    assert not hub._equal(one, one.half())
