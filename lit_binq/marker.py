@@ -66,5 +66,7 @@ def read_marker(folder: str | Path) -> dict[str, Any]:
             raise LitBinqError(f"{where}: {key} is {quoted(marker[key])}, which it cannot be; write the folder again")
     for name, kept in marker["tied"].items():
         if not isinstance(kept, str):
-            raise LitBinqError(f"{where}: {name} is tied to {quoted(kept)}, expected a name; write the folder again")
+            raise LitBinqError(
+                f"{where}: {quoted(name)} is tied to {quoted(kept)}, expected a name; write the folder again"
+            )
     return marker

@@ -152,6 +152,8 @@ def test_buffers_that_no_file_holds_are_bounded(tokenizer, tmp_path):
         {"lm_head.weight": "model.embed_tokens.weight", "model.embed_tokens.weight": "lm_head.weight"},
         {"lm_head.weight": 3},
         {"lm_head.weight": ["model.embed_tokens.weight"]},
+        {"a\nb": 16},
+        {"a\nb": "model.embed_tokens.weight"},
         {},
     ],
 )
