@@ -9,6 +9,7 @@
 May touch everything; nothing imports it. Its own job: help texts, one-line errors, exit codes.
 """
 
+import atexit
 import errno
 import io
 import logging
@@ -19,7 +20,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from lit_binq import stopping
 from lit_binq.command_line import OneLine
@@ -67,6 +68,22 @@ def main(args: Sequence[str] | None = None) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed
             return 128 + signal.SIGPIPE
     return code
+
+
+def command() -> NoReturn:
+    """The console script: `main`, and the process's end.
+
+    A run that a signal ended leaves threads of libraries behind, which C++ answers with `terminate` when the interpreter
+    is taken down around them. So such a process tidies up and leaves without that.
+    """
+    code = main()
+    if code > 128:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _main(arguments: list[str]) -> int:
@@ -341,4 +358,4 @@ def generate(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

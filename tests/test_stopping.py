@@ -205,6 +205,21 @@ def test_a_call_that_does_not_return_is_ended_too():
     assert (ran.returncode, ran.stderr) == (143, "stopped by SIGTERM; a call did not return; go on\n")
 
 
+@pytest.mark.parametrize(("ends", "code"), [("raise stopping.Stopped(15)", 143), ("return 128 + 13", 141)])
+def test_what_libraries_do_at_the_end_changes_no_exit_code(ends, code, tmp_path):
+    """C++ aborts where threads still run while the interpreter is taken down; Python's own exit functions do run."""
+    script = (
+        "import atexit, ctypes, pathlib\nfrom lit_binq import cli, stopping\n"
+        f"def ended(arguments):\n    try:\n        {ends}\n    except stopping.Stopped as stopped:\n"
+        "        return cli._say('fit', stopped)\n"
+        "libc = ctypes.CDLL(None)\nlibc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)\n"
+        f"atexit.register(pathlib.Path({str(tmp_path / 'tidied')!r}).touch)\ncli._main = ended\ncli.command()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == code, ran.stderr
+    assert "Abort" not in ran.stderr
+
+
 def test_a_comparison_ends_its_fit_first(config, tmp_path):
     """`litbinq compare` told to stop: the fit it runs is told too, and has the time to put its things away."""
     from lit_binq.compare import fit
