@@ -73,8 +73,8 @@ def main(args: Sequence[str] | None = None) -> int:
 def command() -> NoReturn:
     """The console script: `main`, and the process's end.
 
-    A run that a signal ended leaves threads of libraries behind, which C++ answers with `terminate` when the interpreter
-    is taken down around them. So such a process tidies up and leaves without that.
+    A run that a signal ended leaves threads of libraries behind, which C++ answers with `terminate` when the
+    interpreter is taken down around them. So such a process tidies up and leaves without that.
     """
     code = main()
     if code > 128:
