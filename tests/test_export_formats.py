@@ -49,7 +49,7 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     assert len(packed_linears(model)) >= len(VARIANTS)
     save_packed(model, byte_tokenizer(), folder / "packed", facts={})
     loaded, tokenizer = load_packed(folder / "packed")
-    export_onnx(loaded, tokenizer, folder / "onnx", check=False)
+    export_onnx(loaded, tokenizer, folder / "onnx", packed=folder / "packed", check=False)
     return Stored(model, loaded, folder / "packed", folder / "onnx")
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import InputFormat, PackedLinear, TwoPlane, two_plane_matmul
+from lit_binq.hub import save_packed
 from lit_binq.packed_layers import packed_linears
 from lit_binq_onnx.check import check_onnx
 from lit_binq_onnx.export import export_onnx
@@ -133,9 +134,11 @@ def packed(kind: str) -> PreTrainedModel:
 @pytest.fixture(scope="module", params=["llama", "opt"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
     """A model and its folder; OPT has biases, LLaMA none."""
-    folder = tmp_path_factory.mktemp("two_plane") / "onnx"
+    place = tmp_path_factory.mktemp("two_plane")
+    packed_folder, folder = place / "packed", place / "onnx"
     made = packed(request.param)
-    export_onnx(made, byte_tokenizer(), folder, check=False)
+    save_packed(made, byte_tokenizer(), packed_folder, facts={})
+    export_onnx(made, byte_tokenizer(), folder, packed=packed_folder, check=False)
     return made, folder
 
 

@@ -82,7 +82,7 @@ def _read_layer(file: Any, names: set[str], name: str, entry: Any, model: PreTra
     has_bias = f"{name}.bias" in names
     linear = nn.Linear(int(like.in_features), int(like.out_features), has_bias, device="meta", dtype=torch.float32)  # type: ignore[arg-type]
     layer = empty_layer(linear, entry)
-    for buffer, tensor in layer.named_buffers():
+    for buffer, tensor in layer.state_dict().items():  # what is stored; `refresh` derives the other buffers
         tensor.copy_(file.get_tensor(f"{name}.{buffer}"))
     layer.refresh()
     return layer
