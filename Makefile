@@ -59,7 +59,7 @@ fuzz: $(READY)
 	LIT_BINQ_OPS=$(SANITIZED)/liblit_binq_ops.so OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:malloc_context_size=2:quarantine_size_mb=16 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	$(BIN)/python tests/session_fuzz.py --count $(SESSIONS) --seed $(SEED)
+	$(BIN)/python tests/helpers/session_fuzz.py --count $(SESSIONS) --seed $(SEED)
 
 clean:
 	rm -rf .venv build runs

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from comparing import BASE, Fits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +24,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from lit_binq import compare
+from comparing import BASE, Fits
+from lit_binq.compare import runner as compare
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("filterwarnings", rule)
 
+
+ROOT = Path(__file__).parents[1]
+HELPERS = ROOT / "tests" / "helpers"
+"""Scripts that tests start in processes of their own, and what tests share."""
 
 VOCAB = 260
 """All 256 bytes and four special tokens."""

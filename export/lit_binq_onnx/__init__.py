@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lit_binq_onnx.library import NativeLibrary, library_path, register
+from lit_binq_onnx.runtime.library import NativeLibrary, library_path, register
 
 if TYPE_CHECKING:
     from lit_binq_onnx.functions import binary_matmul_function

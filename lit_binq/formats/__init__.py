@@ -9,9 +9,9 @@ from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
 from lit_binq.formats.planes import LatentPlanesLinear, Planes, PlanesLinear, planes_matmul
 from lit_binq.formats.row_column import BinaryLinear, LatentBinaryLinear, RowColumn, binary_matmul
 from lit_binq.formats.sparse8 import LatentSparse8Linear, Sparse8, Sparse8Linear, sparse8_matmul
-from lit_binq.formats.two_plane import TwoPlaneLinear, two_plane_matmul
-from lit_binq.formats.two_plane_latent import LatentTwoPlaneLinear
-from lit_binq.formats.two_plane_solution import InputFormat, TwoPlane
+from lit_binq.formats.two_plane.latent import LatentTwoPlaneLinear
+from lit_binq.formats.two_plane.linear import TwoPlaneLinear, two_plane_matmul
+from lit_binq.formats.two_plane.solution import InputFormat, TwoPlane
 
 FORMATS: dict[str, type[PackedLinear]] = {
     layer.kind: layer

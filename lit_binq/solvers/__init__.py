@@ -3,19 +3,19 @@
 Every solver is known to the command line by its class name: `closed_form.solver: PlanesSolver`.
 """
 
-from lit_binq.solvers.amp import amp_metric
-from lit_binq.solvers.arb import ARB
-from lit_binq.solvers.arb_rc import ARBRC
-from lit_binq.solvers.arb_x import ARBX
 from lit_binq.solvers.base import Solver, objective_value
-from lit_binq.solvers.billm import BiLLM
-from lit_binq.solvers.cgb import CGB
+from lit_binq.solvers.baselines.amp import amp_metric
+from lit_binq.solvers.baselines.arb import ARB
+from lit_binq.solvers.baselines.arb_rc import ARBRC
+from lit_binq.solvers.baselines.arb_x import ARBX
+from lit_binq.solvers.baselines.billm import BiLLM
+from lit_binq.solvers.baselines.cgb import CGB
+from lit_binq.solvers.baselines.pb_llm import PBLLM
+from lit_binq.solvers.gptq2 import UniformTwoBitSolver
 from lit_binq.solvers.grouped import GroupedSolver
 from lit_binq.solvers.low_rank import LowRankSolver
-from lit_binq.solvers.pb_llm import PBLLM
 from lit_binq.solvers.planes import PlanesSolver
 from lit_binq.solvers.row_column import RowColumnSolver
-from lit_binq.solvers.rtn2 import UniformTwoBitSolver
 from lit_binq.solvers.two_plane import TwoPlaneSolver
 
 __all__ = [

@@ -1,7 +1,7 @@
 """What every solver promises: from the pair (T, H) to an unpacked weight of its format.
 
-Legend: T (N, K) target, H (K, K) metric (lit_binq.objectives); W^ (N, K) the quantized weight. A solver lowers
-f(W^) = tr((T - W^) H (T - W^)^T). It sees nothing else of the model.
+Legend: T (N, K) target, H (K, K) metric (lit_binq.statistics.objectives); W^ (N, K) the quantized weight. A solver
+lowers f(W^) = tr((T - W^) H (T - W^)^T). It sees nothing else of the model.
 """
 
 from abc import ABC, abstractmethod

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_binq.formats.two_plane_solution import RANK, four_levels
+from lit_binq.formats.two_plane.solution import RANK, four_levels
 
 QUANTILES = ((0.125, 0.375, 0.625, 0.875), (0.04, 0.3, 0.7, 0.96))
 """Shares of a group's weight at which the levels of a start lie."""

@@ -3,7 +3,7 @@
 Legend: T (N, K) target, H (K, K) metric; plane p: r_p (N,), c_p (k_p,), B_p (N, k_p) on the columns S_p
 (lit_binq.formats.planes); W^ their sum, G = (T - W^) H.
 
-    1. A start: columns, scales, and codes by error feedback (lit_binq.solvers.planes_start), then the scales as below.
+    1. A start: columns, scales, and codes by error feedback (lit_binq.solvers.planes_init), then the scales as below.
     2. Rounds: codes by coordinate descent, all codes of a weight at once (its level nearest to w + g / H_jj), then the
        scales of each plane, rows and columns, exactly, the others fixed. f never rises.
 
@@ -24,7 +24,7 @@ from lit_binq.formats.planes import Planes, stored_bits
 from lit_binq.formats.row_column import RowColumn
 from lit_binq.solvers.base import Solver, require_finite
 from lit_binq.solvers.descent import INNER, OUTER, descend_columns
-from lit_binq.solvers.planes_start import MOST_PLANES, begin
+from lit_binq.solvers.planes_init import MOST_PLANES, begin
 from lit_binq.solvers.row_column import RowColumnSolver, start, update_column_scales, update_row_scales
 
 

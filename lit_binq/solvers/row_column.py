@@ -20,10 +20,10 @@ from torch import Tensor
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.row_column import RowColumn
-from lit_binq.solvers.amp import gate_columns, gate_rows, gated_codes
 from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.baselines.amp import gate_columns, gate_rows, gated_codes
 from lit_binq.solvers.descent import INNER, OUTER, descend_columns
-from lit_binq.solvers.feedback import feedback_codes
+from lit_binq.solvers.error_feedback import feedback_codes
 
 Start = Literal["signs", "error_feedback"]
 
@@ -61,7 +61,8 @@ class RowColumnSolver(Solver):
             T: (N, K) target.
             H: (K, K) metric.
             bits: not used.
-            amp: (K, K), `lit_binq.solvers.amp.amp_metric`: updates that would lower tr(W^ amp W^^T) are not made.
+            amp: (K, K), `lit_binq.solvers.baselines.amp.amp_metric`: updates that would lower tr(W^ amp W^^T) are not
+            made.
 
         Raises:
             LitBinqError: T or H holds NaN or inf.
@@ -84,7 +85,7 @@ class RowColumnSolver(Solver):
         return update_row_scales(solution, TH, H) if self.rounds else solution
 
     def _fit_gated(self, solution: RowColumn, TH: Tensor, H: Tensor, M: Tensor) -> RowColumn:
-        """The same rounds, each update through the gate of `lit_binq.solvers.amp`."""
+        """The same rounds, each update through the gate of `lit_binq.solvers.baselines.amp`."""
         for _ in range(self.rounds):
             solution = gated_codes(solution, TH, H, M, sweeps=self.sweeps)
             solution = gate_rows(solution, update_row_scales(solution, TH, H), M)

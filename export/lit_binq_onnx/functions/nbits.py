@@ -2,7 +2,7 @@
 
 Its tensors are those of MatMulNBits. Unlike other bodies this one is no standard ONNX, and it rounds its input to int8
 as the native operator does: an attribute of a node within a body cannot depend on `exact`, so whoever wants float32
-activations of it sets the accuracy level in the body (`lit_binq_onnx.session`).
+activations of it sets the accuracy level in the body (`lit_binq_onnx.runtime.session`).
 """
 
 from onnx import AttributeProto, FunctionProto, helper

@@ -1,0 +1,1 @@
+"""`litbinq bench`: how fast, beside what a user would pick instead."""

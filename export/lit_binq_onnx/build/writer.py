@@ -1,0 +1,194 @@
+"""Writing a graph node by node, and the nodes of every packed linear. Knows ONNX and the packed layers.
+
+Legend: x (..., K) input of a linear, y (..., N) its output.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+
+from lit_binq.errors import LitBinqError
+from lit_binq.formats import BinaryLinear, LevelsLinear, LowRankLinear, PackedLinear, PlanesLinear, RowMeanLinear
+from lit_binq_onnx.build.head import MICROSOFT
+from lit_binq_onnx.build.operators import OPERATORS
+from lit_binq_onnx.build.tensors import DataFile
+from lit_binq_onnx.functions import DOMAIN, OPSET, VERSION, add_functions
+
+IR_VERSION = 10
+"""What ONNX Runtime 1.18 can read."""
+
+
+def one_operator(layers: Sequence[PackedLinear], *, biases: bool) -> bool:
+    """Whether linears can be one operator: all of the row x column format, and without biases where none may be."""
+    return all(type(layer) is BinaryLinear and (biases or layer.bias is None) for layer in layers)
+
+
+class NormedRows(NamedTuple):
+    """What products behind a norm are taken of: hidden + skip, normalized.
+
+    Attributes:
+        hidden: name of a value (..., K).
+        skip: name of one of the same shape; "" where nothing is added.
+        gamma: name of an initializer (K,) float32.
+        epsilon: of the norm.
+    """
+
+    hidden: str
+    skip: str
+    gamma: str
+    epsilon: float
+
+
+class GraphWriter:
+    """A graph that grows at its end.
+
+    Args:
+        data: where its tensors go.
+
+    Attributes:
+        nodes: so far.
+    """
+
+    def __init__(self, data: DataFile) -> None:
+        self.data = data
+        self.nodes: list[NodeProto] = []
+        self._stored: dict[str, TensorProto] = {}
+
+    def stored(self, name: str, array: np.ndarray) -> str:
+        """An initializer of this name; a second one of the name is the first."""
+        if name not in self._stored:
+            self._stored[name] = self.data.proto(name, array)
+        return name
+
+    def add(self, kind: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any) -> str:
+        """A node with one output, whose name is returned."""
+        return self.add_many(kind, inputs, [output], domain=domain, **attributes)[0]
+
+    def add_many(
+        self, kind: str, inputs: list[str], outputs: list[str], *, domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """A node with several outputs; "" leaves one out."""
+        name = next(o for o in outputs if o)
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=f"{name}/node", domain=domain, **attributes))
+        return outputs
+
+    def linear(self, layer: PackedLinear, x: str, name: str) -> str:
+        """A packed linear as its format computes it: one operator of our domain for each of its products.
+
+        Args:
+            layer: any format.
+            x: name of the input.
+            name: the module's name, for its tensors and its output.
+
+        Raises:
+            LitBinqError: a format that is not known here.
+        """
+        products = layer.operands()
+        if isinstance(layer, LowRankLinear):
+            inner = self._product(products[0], x, layer.in_features, layer, f"{name}.right")
+            return self._product(products[1], inner, layer.rank, layer, name)
+        if isinstance(layer, PlanesLinear):
+            return self._planes(layer, x, name)
+        if isinstance(layer, LevelsLinear) and layer.col_scale is not None:
+            scale = self.stored(f"{name}.col_scale", layer.col_scale.float().numpy())
+            x = self.add("Mul", [x, scale], f"{name}.scaled")
+        if isinstance(layer, RowMeanLinear):
+            y = self._product(products[0], x, layer.in_features, layer, f"{name}.signs")
+            axis, mean = self.stored("last axis", np.array([-1])), layer.row_mean.float().numpy()
+            total = self.add("ReduceSum", [x, axis], f"{name}.total", keepdims=1)
+            means = self.add("Mul", [total, self.stored(f"{name}.row_mean", mean)], f"{name}.means")
+            return self.add("Add", [y, means], name)
+        if len(products) != 1:
+            raise LitBinqError(
+                f"export: format {layer.kind!r} has {len(products)} products, expected one or a format known to the "
+                "fused route: use `--fused off`"
+            )
+        return self._product(products[0], x, layer.in_features, layer, name)
+
+    def qkv(self, layers: Sequence[PackedLinear], rows: NormedRows, names: Sequence[str], name: str) -> tuple[str, str]:
+        """q, k and v behind their norm as one operator; `one_operator` says where that can be.
+
+        Args:
+            layers: q, k, v.
+            rows: what they are taken of.
+            names: the modules' names, for their tensors.
+            name: of the output.
+
+        Returns:
+            Names of the three outputs beside each other, and of hidden + skip.
+        """
+        tensors, biases = self._operands(layers, names)
+        return self._behind_norm("NormBinaryMatMulQKV", rows, [*tensors, *biases], name, K=layers[0].in_features)
+
+    def gated_mlp(
+        self, layers: Sequence[PackedLinear], rows: NormedRows, names: Sequence[str], name: str
+    ) -> tuple[str, str]:
+        """down(silu(gate) * up) behind its norm; see `qkv`, with layers gate, up, down, none with a bias."""
+        tensors, _ = self._operands(layers, names)
+        gate = layers[0]
+        return self._behind_norm("NormBinaryGatedMLP", rows, tensors, name, K=gate.in_features, H=gate.out_features)
+
+    def _behind_norm(self, kind: str, rows: NormedRows, inputs: list[str], name: str, **sizes: int) -> tuple[str, str]:
+        skip = rows.skip or self.stored("no skip", np.zeros(sizes["K"], np.float32))
+        inputs = [rows.hidden, skip, rows.gamma, *inputs]
+        y, total = self.add_many(kind, inputs, [name, f"{name}.sum"], domain=DOMAIN, epsilon=rows.epsilon, **sizes)
+        return y, total
+
+    def _operands(self, layers: Sequence[PackedLinear], names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Initializers of BinaryLinear layers: tensors of all, then biases of all, or of none where there is none.
+
+        One that is missing among others is zeros: ONNX Runtime 1.18 crashes at a custom operator that lacks an input
+        other than the last.
+        """
+        tensors: list[str] = []
+        biases: list[str] = []
+        biased = any(layer.bias is not None for layer in layers)
+        for layer, name in zip(layers, names, strict=True):
+            ((_, stored),) = layer.operands()
+            labels = ("codes", "row_scale", "col_scale", "bias")
+            inputs = [
+                self.stored(f"{name}.{label}", tensor.detach().numpy())
+                for label, tensor in zip(labels, stored, strict=False)  # the bias may be absent
+            ]
+            tensors += inputs[:3]
+            if biased:
+                biases.append(*inputs[3:] or [self.stored(f"{name}.bias", np.zeros(layer.out_features, np.float32))])
+        return tensors, biases
+
+    def _planes(self, layer: PlanesLinear, x: str, name: str) -> str:
+        """A sum of products, each with chosen columns of x."""
+        y = ""
+        for p, (product, width) in enumerate(zip(layer.operands(), [layer.in_features, *layer.counts], strict=True)):
+            part = x
+            if width < layer.in_features:
+                columns = layer.get_buffer(f"columns{p}").numpy().astype(np.int64)
+                part = self.add("Gather", [x, self.stored(f"{name}.columns{p}", columns)], f"{name}.chosen{p}", axis=-1)
+            term = self._product(product, part, width, layer, f"{name}.plane{p}")
+            y = self.add("Add", [y, term], f"{name}.sum{p}") if y else term
+        return y
+
+    def _product(self, product: tuple[str, list[Any]], x: str, width: int, layer: PackedLinear, name: str) -> str:
+        """One operator call; its attributes beside K are the layer's own."""
+        kind, tensors = product
+        operator = next(o for o in OPERATORS if o.name == kind)
+        numbers = {
+            attribute: width if attribute == "K" else int(getattr(layer, argument))
+            for argument, attribute in operator.attributes.items()
+        }
+        labels = [*(label for label, _ in operator.tensors), "bias"]
+        inputs = [
+            self.stored(f"{name}.{label}", tensor.detach().numpy())
+            for label, tensor in zip(labels, tensors, strict=False)  # the bias may be absent
+        ]
+        return self.add(kind, [x, *inputs], name, domain=DOMAIN, **numbers)
+
+    def model(self, inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]) -> onnx.ModelProto:
+        """The finished model, function bodies of our operators included."""
+        graph = helper.make_graph(self.nodes, "lit_binq", inputs, outputs, list(self._stored.values()))
+        imports = [helper.make_opsetid(d, v) for d, v in (("", OPSET), (MICROSOFT, 1), (DOMAIN, VERSION))]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="lit_binq")
+        add_functions(model)
+        return model

@@ -1,0 +1,1 @@
+"""Running an exported folder: ONNX Runtime, numpy and the native library."""

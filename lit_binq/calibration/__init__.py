@@ -1,0 +1,1 @@
+"""The calibration: one Lightning fit over sequential stages."""

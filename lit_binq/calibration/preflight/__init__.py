@@ -1,0 +1,1 @@
+"""What a fit will ask and take, known before its first block."""

@@ -1,0 +1,1 @@
+"""The demo: its model and texts, and the summary of its run."""

@@ -1,0 +1,1 @@
+"""What was measured of a quantized block, and how."""

@@ -1,0 +1,1 @@
+"""Perplexity of a packed model beside its full-precision source."""

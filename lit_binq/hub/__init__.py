@@ -1,0 +1,1 @@
+"""Packed folders: a quantized model on disk, and back."""

@@ -1,0 +1,1 @@
+"""`litbinq report`: figures and one page about runs."""

@@ -1,0 +1,68 @@
+"""ARB, first order: row mean, row scale and codes take turns on the weight alone.
+
+Legend: T (N, K) target; W^ = m + a B, m (N,) means, a (N,) scales, B (N, K) signs. With f = |T - W^|^2:
+
+    m = mean_j (T - a B),    a = mean_j B (T - m),    B = sign(a (T - m))        each the minimiser for all else given
+
+Start: m = mean_j T, B = sign(T - m), a = mean_j |T - m| (XNOR). Source: arXiv 2410.03129. Weight alignment: the metric
+H says nothing here, as in the paper; with `objective: weight` nothing is lost by that. Deviation: one mean and scale
+for the whole row, not for blocks of it within BiLLM's zones; those are lit_binq.solvers.baselines.cgb with `scales:
+row`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_binq.errors import LitBinqError
+from lit_binq.formats.mean import RowMean
+from lit_binq.solvers.base import Solver, require_finite
+
+
+@dataclass
+class ARB(Solver):
+    """Options of ARB.
+
+    Attributes:
+        iterations: rounds of the alternation; 0 leaves the start (XNOR).
+    """
+
+    iterations: int = 15
+
+    def __post_init__(self) -> None:
+        check_iterations(self.iterations)
+
+    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> RowMean:
+        """Fit row means, scales and codes, float32; see the base class. `bits` says nothing here."""
+        require_finite(T, H)
+        return alternate(T, self.iterations)
+
+
+def check_iterations(iterations: int) -> None:
+    """Raise LitBinqError for a negative number."""
+    if iterations < 0:
+        raise LitBinqError(f"solver.iterations: got {iterations}, expected a number >= 0")
+
+
+def start(T: Tensor) -> RowMean:
+    """Mean, sign and mean size of each row of T (N, K)."""
+    m = T.mean(1)
+    rest = T - m[:, None]
+    return RowMean(m, rest.abs().mean(1), torch.where(rest >= 0, 1.0, -1.0).to(T.dtype))
+
+
+def update(s: RowMean, T: Tensor) -> RowMean:
+    """One round: m, then a, then B."""
+    m = (T - s.a[:, None] * s.B).mean(1)
+    rest = T - m[:, None]
+    a = (s.B * rest).mean(1)
+    return RowMean(m, a, torch.where(a[:, None] * rest >= 0, 1.0, -1.0).to(T.dtype))
+
+
+def alternate(T: Tensor, iterations: int) -> RowMean:
+    """`iterations` rounds from the start, T (N, K)."""
+    s = start(T)
+    for _ in range(iterations):
+        s = update(s, T)
+    return s

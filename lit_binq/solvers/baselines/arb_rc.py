@@ -1,0 +1,39 @@
+"""ARB-RC: a row scale and a column scale in turns on the weight alone, no mean.
+
+Legend: T (N, K) target; W^ = diag(r) B diag(c). With f = |T - W^|^2 and B = sign(T), which stays the best choice while
+scales are positive:
+
+    c_j = sum_i r_i |T_ij| / sum_i r_i^2,    r_i = sum_j c_j |T_ij| / sum_j c_j^2
+
+Source: arXiv 2410.03129. Weight alignment: the metric H says nothing here. It is also where the row x column solver
+starts from, whose function it shares. Deviations: columns are updated first, and one scale serves the whole row, not
+a block of it within BiLLM's zones; those are lit_binq.solvers.baselines.cgb.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lit_binq.formats.row_column import RowColumn
+from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.baselines.arb import check_iterations
+from lit_binq.solvers.row_column import start
+
+
+@dataclass
+class ARBRC(Solver):
+    """Options of ARB-RC.
+
+    Attributes:
+        iterations: rounds of the alternation.
+    """
+
+    iterations: int = 15
+
+    def __post_init__(self) -> None:
+        check_iterations(self.iterations)
+
+    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> RowColumn:
+        """Fit row and column scales, float32; see the base class. `bits` says nothing here."""
+        require_finite(T, H)
+        return start(T, self.iterations)

@@ -1,0 +1,77 @@
+"""PB-LLM: the most salient weights at 8 bits with their positions, all others one bit with a row scale.
+
+Legend: T (N, K) target, H (K, K) metric; U the upper Cholesky factor of the damped H's inverse; r, B, s, Q and the mask
+as in lit_binq.formats.sparse8.
+
+    1. P = T^2 / U_jj^2 (or |T|); the `share` of the weights with the largest P is chosen.
+    2. s_i = max_j |T_ij| / 127 over the row's chosen weights, Q the nearest whole numbers.
+    3. r_i = mean |T_ij| over the row's other weights, B = sign(T).
+    4. With feedback, columns go from left to right with scales and mask fixed, and each one's error is compensated on
+       those to come (lit_binq.solvers.error_feedback).
+
+Source: arXiv 2310.00034. Deviations: the signs have a row scale and no mean, the 8-bit values are symmetric and their
+scale is that of the chosen weights alone.
+
+True bits: 1 (signs) + 1 (mask) + 8 share + 32 / K: 2.8 for a tenth, where papers print 1.7.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_binq.errors import LitBinqError
+from lit_binq.formats.sparse8 import Sparse8
+from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.error_feedback import column_by_column, inverse_factor
+
+
+@dataclass
+class PBLLM(Solver):
+    """Options of PB-LLM.
+
+    Attributes:
+        share: share of the weights kept at 8 bits.
+        saliency: `hessian` (w^2 / U_jj^2) or `magnitude` (|w|).
+        feedback: whether a column's error is compensated on later columns.
+        damping: share of the metric's mean diagonal added to it before it is inverted.
+    """
+
+    share: float = 0.1
+    saliency: Literal["hessian", "magnitude"] = "hessian"
+    feedback: bool = True
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise LitBinqError(f"solver.share: got {self.share}, expected a share from 0 to 1")
+        if self.saliency not in ("hessian", "magnitude"):
+            raise LitBinqError(f"solver.saliency: got {self.saliency!r}, expected `hessian` or `magnitude`")
+        if not self.damping >= 0:
+            raise LitBinqError(f"solver.damping: got {self.damping}, expected a number >= 0")
+
+    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> Sparse8:
+        """Fit chosen values and signs, float32; see the base class. `bits` says nothing here."""
+        require_finite(T, H)
+        U = inverse_factor(H, self.damping)
+        P = T.abs() if self.saliency == "magnitude" else T.square() / U.diagonal().square()
+        mask = torch.zeros(T.numel(), dtype=torch.bool, device=T.device)
+        mask[P.flatten().topk(round(self.share * T.numel())).indices] = True
+        mask = mask.reshape(T.shape)
+        s = (T.abs() * mask).amax(1) / 127
+        r = (T.abs() * ~mask).sum(1) / (~mask).sum(1).clamp_min(1)
+
+        def values(w: Tensor) -> Tensor:
+            return torch.where(s > 0, w / s, 0.0).round().clamp(-127, 127)
+
+        def quantize(w: Tensor, j: int) -> Tensor:
+            sign = torch.where(w >= 0, 1.0, -1.0)
+            return torch.where(mask[:, j], s * values(w), r * sign)
+
+        W = T
+        if self.feedback:
+            # What is stored follows from the quantized values: their signs, or whole numbers of steps.
+            W = column_by_column(T, U, quantize)
+        Q = torch.where(mask, values(W.T).T, 0.0)
+        return Sparse8(r, torch.where(W >= 0, 1.0, -1.0).to(T.dtype), s, Q, mask)

@@ -1,0 +1,1 @@
+"""From activations to what solvers minimise: Grams, targets, input formats."""

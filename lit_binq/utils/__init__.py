@@ -1,0 +1,1 @@
+"""What every package may use and none of the subject knows: files, memory, signals, command lines."""

@@ -1,0 +1,141 @@
+"""What every published method promises: packing, extremes, the command line, a fit."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from jsonargparse import auto_cli
+
+from lit_binq.calibration.stages import ClosedForm
+from lit_binq.cli import main as cli
+from lit_binq.errors import LitBinqError
+from lit_binq.formats.registry import packed_linears
+from lit_binq.hub.save_load import load_packed
+from lit_binq.solvers import (
+    ARB,
+    ARBRC,
+    ARBX,
+    CGB,
+    PBLLM,
+    BiLLM,
+    RowColumnSolver,
+    Solver,
+)
+from problems import f, problem
+
+ALL: list[Solver] = [
+    ARB(),
+    ARBRC(),
+    ARBX(),
+    BiLLM(block=8),
+    CGB(block=8),
+    CGB(block=8, scales="row"),
+    PBLLM(),
+    RowColumnSolver(start_from="error_feedback"),
+]
+
+
+# ---- all of them ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ALL, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (5, 17)])
+def test_every_method_packs_what_it_found(solver: Solver, shape: tuple[int, int]) -> None:
+    T, H = (t.float() for t in problem(*shape, 0))
+    kept = T.clone(), H.clone()
+    s = solver.solve(T, H)
+    assert torch.equal(T, kept[0])
+    assert torch.equal(H, kept[1])
+    assert torch.isfinite(s.dense()).all()
+    assert f(s.dense(), T, torch.eye(shape[1])) < 30 * f(torch.zeros_like(T), T, torch.eye(shape[1]))
+    layer = s.pack(torch.ones(shape[0]))
+    torch.testing.assert_close(layer.dequantize(), s.dense(), rtol=4e-3, atol=4e-3)
+    stored = sum(t.numel() * t.element_size() for n, t in layer.state_dict().items() if n != "bias")
+    assert layer.true_bits() == 8 * stored / (shape[0] * shape[1])
+    latent = layer.latent(True, T)
+    assert torch.equal(latent.pack().dequantize(), layer.dequantize())
+
+
+@pytest.mark.parametrize("solver", ALL, ids=lambda s: type(s).__name__)
+def test_extremes(solver: Solver) -> None:
+    _, H = (t.float() for t in problem(1, 16, 0))
+    assert float(solver.solve(torch.zeros(4, 16), H).dense().abs().max()) == 0
+    T = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    T[1] = 0
+    T[:, 3] = 0
+    for metric in (H, torch.eye(16), torch.ones(16, 16) + 1e-6 * torch.eye(16)):
+        assert torch.isfinite(solver.solve(T, metric).dense()).all()
+    bad = T.clone()
+    bad[0, 0] = float("nan")
+    for pair in ((bad, H), (T, H * float("inf"))):
+        with pytest.raises(LitBinqError, match="target or metric holds NaN or inf"):
+            solver.solve(*pair)
+    scaled = solver.solve(T * 2.0**-6, H * 4.0).dense()
+    torch.testing.assert_close(scaled * 2.0**6, solver.solve(T, H).dense(), rtol=1e-4, atol=1e-4)
+
+
+def parsed(*arguments: str) -> ClosedForm:
+    """What the command line makes of options of `closed_form`."""
+
+    def given(closed_form: ClosedForm) -> ClosedForm:
+        return closed_form
+
+    return auto_cli(given, args=[*arguments], as_positional=False)
+
+
+@pytest.mark.parametrize("name", ["ARB", "ARBRC", "ARBX", "BiLLM", "CGB", "PBLLM", "RowColumnSolver"])
+def test_each_method_is_one_line_of_yaml(name: str) -> None:
+    assert type(parsed(f"--closed_form.solver={name}").solver).__name__ == name
+
+
+def test_options_on_the_command_line() -> None:
+    text = '{"objective": "pseudo_target", "shrinkage": 0, "solver": {"class_path": "CGB", "init_args": %s}}'
+    form = parsed("--closed_form", text % '{"scales": "row", "iterations": 3, "block": 64}')
+    assert form.solver == CGB(scales="row", iterations=3, block=64)
+    form = parsed("--closed_form.solver=RowColumnSolver", "--closed_form.solver.start_from=error_feedback")
+    assert form.solver == RowColumnSolver(start_from="error_feedback")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("CGB", "levels"), ("ARBX", "row_mean"), ("PBLLM", "sparse8")])
+def test_a_fit_with_tuning_of_codes(name: str, kind: str, tokenizer, text_file, tmp_path) -> None:
+    tiny_model("llama", blocks=1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = {"path": str(text_file)}
+    model = {"model": str(tmp_path / "model"), "packed": str(tmp_path / "packed"), "tuning": {"epochs": 2}}
+    config = {
+        "model": model | {"closed_form": {"solver": name, "objective": "pseudo_target"}},
+        "data": {"train": text, "window_length": 32, "windows": 8, "evaluation": {"text": text}}
+        | {"eval_windows": 2, "eval_length": 32},
+        "checkpoint": {"dirpath": str(tmp_path / "checkpoint")},
+        "trainer": {"accelerator": "cpu", "devices": 1},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["fit", "--config", str(tmp_path / "config.json")]) == 0
+    packed = packed_linears(load_packed(tmp_path / "packed")[0])
+    assert {layer.kind for layer in packed.values()} == {kind}
+    assert len(packed) == 7
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "words"),
+    [
+        (ARB, {"iterations": -1}, r"solver\.iterations: got -1"),
+        (ARBRC, {"iterations": -1}, r"solver\.iterations: got -1"),
+        (ARBX, {"output_iterations": -1}, r"solver\.iterations: got -1"),
+        (BiLLM, {"block": 0}, r"solver\.block: got 0"),
+        (BiLLM, {"damping": -0.1}, r"solver\.damping: got -0.1"),
+        (BiLLM, {"saliency": "x"}, r"solver\.saliency: got 'x'"),
+        (CGB, {"scales": "x"}, r"solver\.scales: got 'x'"),
+        (CGB, {"iterations": -2}, r"solver\.iterations: got -2"),
+        (CGB, {"block": -1}, r"solver\.block: got -1"),
+        (PBLLM, {"share": 1.5}, r"solver\.share: got 1.5"),
+        (PBLLM, {"saliency": "x"}, r"solver\.saliency: got 'x'"),
+        (PBLLM, {"damping": float("nan")}, r"solver\.damping: got nan"),
+        (RowColumnSolver, {"start_from": "x"}, r"solver\.start_from: got 'x'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(solver: type[Solver], options: dict, words: str) -> None:
+    with pytest.raises(LitBinqError, match=words) as caught:
+        solver(**options)
+    assert "\n" not in str(caught.value)
