@@ -1,7 +1,4 @@
-"""Errors a user can cause. The command line prints them as one line, without a traceback.
-
-Touches nothing: every other room may import this file.
-"""
+"""Errors a user can cause. The command line prints them as one line, without a traceback."""
 
 
 class LitBinqError(Exception):

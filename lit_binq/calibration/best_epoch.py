@@ -1,7 +1,4 @@
-"""The epoch of a stage that is kept, and when a stage is over.
-
-Touches nothing but torch.
-"""
+"""The epoch of a stage that is kept, and when a stage is over."""
 
 import torch
 from torch import nn

@@ -3,8 +3,6 @@
 Legend: x (K,) a layer's input in the full-precision model, m_j = E[x_j^2] its moments.
 
 What is known then are the weights and the full-precision inputs; the solver says where bits gain most (Solver.spend).
-
-May touch: blocks, solvers, workspace.
 """
 
 from contextlib import ExitStack

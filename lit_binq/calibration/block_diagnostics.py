@@ -1,6 +1,6 @@
 """Diagnostics of the block that is being quantized: which windows, which methods the probe compares.
 
-May touch: diagnostics, probe, objectives, solvers, workspace. Stages call it; it changes nothing.
+Stages call it; it changes nothing.
 """
 
 from collections.abc import Mapping

@@ -15,8 +15,7 @@ energy and a plain squared error sees nothing else:
 
 with D = DAMPING * mean(diag M) * I. `channel` is `whitened` without the correlations.
 
-May touch: losses. Knows no stage and no stream. Runs inside CUDA graphs: shapes are static, nothing waits for the
-device.
+Runs inside CUDA graphs: shapes are static, nothing waits for the device.
 """
 
 from dataclasses import dataclass

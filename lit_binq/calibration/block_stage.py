@@ -8,9 +8,6 @@ closed form; then, if asked for, the whole block is tuned.
 Where inputs are quantized too (`closed_form.activations`), a group's input format is chosen first, from a sample of x~,
 and from then on x~ means what the layers will multiply by: S is the Gram of quantized inputs, C between x and them. So
 the true target makes weights compensate for the rounding of their own input as well (ours).
-
-May touch: blocks, streams, objectives, shrinkage, input_formats, solvers, formats, block_criterion, diagnostics.
-Knows nothing of Lightning.
 """
 
 import logging

@@ -1,7 +1,4 @@
-"""Checkpoints at stage boundaries, and what must be the same for one to be resumed.
-
-May touch: Lightning's callback, nothing of the calibration but its stage number.
-"""
+"""Checkpoints at stage boundaries, and what must be the same for one to be resumed."""
 
 import hashlib
 import json

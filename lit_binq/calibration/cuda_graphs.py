@@ -3,8 +3,6 @@
 Blocks of small models are bound by kernel launches: about 12 ms a step for 2 ms of arithmetic on an H100. The first
 call records the work of forward and backward; later calls with inputs of the same shape replay it. Inputs of other
 shapes (the last, smaller batch of an epoch) and devices other than CUDA take the ordinary way.
-
-May touch: torch. Knows neither models nor stages.
 """
 
 import gc

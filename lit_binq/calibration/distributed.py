@@ -1,7 +1,4 @@
-"""What the processes of a distributed run have in common: the first one's tensors.
-
-May touch: torch.distributed, formats.
-"""
+"""What the processes of a distributed run have in common: the first one's tensors."""
 
 from collections.abc import Iterable
 

@@ -1,6 +1,6 @@
 """The model stage: tune the whole student on the teacher's next-token distribution.
 
-May touch: blocks, streams, formats, losses, teacher_cache. Knows nothing of Lightning.
+Knows nothing of Lightning.
 """
 
 import torch

@@ -10,9 +10,6 @@ How stages and Lightning fit together:
 - DDP is wrapped anew at each stage (it fixes its set of trainable parameters when it wraps; unfreezing later would
   let ranks drift apart silently), with a placeholder parameter before the first;
 - checkpoints are taken between stages only, when nothing is being optimized (lit_binq.calibration.resume).
-
-May touch: stages, evaluation, checkpoint, resume, result, models. Lightning is known only in evaluation, checkpoint,
-trainer_checks, data, cli and here.
 """
 
 import copy

@@ -1,7 +1,4 @@
-"""What a fit hands over: one line of progress a stage, the packed folder with its facts, the diagnostics.
-
-May touch: workspace, hub, bits, memory, records. Knows neither stages nor trainers.
-"""
+"""What a fit hands over: one line of progress a stage, the packed folder with its facts, the diagnostics."""
 
 import dataclasses
 import logging

@@ -2,8 +2,6 @@
 
 Between stages nothing is being optimized, so a checkpoint taken there needs neither latents nor optimizer moments. Both
 streams are computed again on resume by running the packed blocks, which gives the same bits.
-
-May touch: blocks, formats, hub's entries, workspace. Knows no stage.
 """
 
 from typing import Any

@@ -9,8 +9,6 @@ A rate of 0 freezes codes exactly: AdamW then adds nothing, and without weight d
 go on being computed and Adam's moments go on averaging, so codes start with a settled direction rather than with the
 first batch's; the graphs and the set of trained parameters stay the same throughout. Ours: scales first settle around
 the closed form's codes, and in the end settle around the last ones, whose flips they would otherwise still follow.
-
-Touches nothing but math; the options come from lit_binq.calibration.stages.
 """
 
 import math

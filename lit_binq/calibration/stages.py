@@ -3,7 +3,7 @@
 A block stage (block_stage.py) quantizes one decoder block; the model stage (model_stage.py), last, tunes the whole.
 Stages never step an optimizer themselves.
 
-May touch: blocks, objectives, input_formats, solvers, formats, losses. Knows nothing of Lightning.
+Knows nothing of Lightning.
 """
 
 import math

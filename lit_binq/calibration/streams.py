@@ -5,8 +5,6 @@ either stream, y (n, T, d) its full-precision output. The last `held_out` window
 
 Streams advance block by block: after a block is packed, x becomes y and x~ the packed block's output.
 Where they are kept is the option `cache`: on the device, in host memory, or in a memory-mapped file.
-
-May touch: blocks. Knows no solver, no format, no loss.
 """
 
 import math

@@ -9,8 +9,6 @@ afterwards are found by comparing one window, and take the full pass.
 Hidden states are stored in the dtype in which the head multiplies them, so nothing is lost: under autocast a linear
 layer rounds its input to the autocast dtype first, and rounding twice is rounding once. Logits are then those of a full
 pass over the same windows, bit for bit, up to what a device's matrix products make of another batch size.
-
-May touch: transformers models. Knows no stage.
 """
 
 import logging

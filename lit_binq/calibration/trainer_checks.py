@@ -1,7 +1,4 @@
-"""Trainer options that the calibration cannot work with, refused by name.
-
-May touch: Lightning's trainer and strategies.
-"""
+"""Trainer options that the calibration cannot work with, refused by name."""
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks

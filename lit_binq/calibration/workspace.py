@@ -1,7 +1,4 @@
-"""What all stages of one rank share: the teacher, the student that takes its place block by block, the streams.
-
-May touch: blocks, streams, formats, kv_cache. Knows no solver, no loss.
-"""
+"""What all stages of one rank share: the teacher, the student that takes its place block by block, the streams."""
 
 import copy
 import logging

@@ -6,7 +6,7 @@
     export, check, generate  plain functions over an exported folder (package lit_binq_onnx)
     bench                    measurements; its functions are in lit_binq_onnx.bench.main
 
-May touch everything; nothing imports it. Its own job: help texts, one-line errors, exit codes.
+Its own job: help texts, one-line errors, exit codes.
 """
 
 import atexit

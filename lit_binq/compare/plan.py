@@ -18,7 +18,7 @@ Paths are relative to where the command is run, as in `litbinq fit`.
 
 """
 
-# May touch: errors. Knows nothing of torch, so that a wrong plan is refused at once. The text above is also what
+# Knows nothing of torch, so that a wrong plan is refused at once. The text above is also what
 # `litbinq compare --help` shows.
 
 import hashlib

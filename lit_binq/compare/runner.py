@@ -13,7 +13,7 @@ as long as its options and the content of the text and model files they name are
 that failed or was interrupted is tried again by the next call, from its beginning: its seconds are those of one fit.
 The full-precision model is measured by the first run of those with the same evaluation data.
 
-May touch: the plan and the table, files, errors. Knows nothing of torch; `litbinq fit` is a command to it.
+Knows nothing of torch; `litbinq fit` is a command to it.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The table of `litbinq compare`: from what every run left behind to JSON, and from that JSON to Markdown.
 
-May touch: the plan. Computes means, spreads and ratios, nothing else.
+Computes means, spreads and ratios, nothing else.
 """
 
 from collections.abc import Iterable

@@ -3,8 +3,6 @@
 A model quantized on capitalised, punctuated text can be far worse on text without capitals or punctuation than its
 full-precision source is: a small model at one bit has little left of the skill to adapt to a style in context. A share
 of calibration text in another style keeps it.
-
-May touch: nothing of the project.
 """
 
 import re

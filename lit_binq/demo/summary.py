@@ -1,8 +1,6 @@
 """The summary of a whole run: what a fit reported and what ONNX Runtime makes of it, in one JSON and one table.
 
 Every figure is measured here or read from the fit's own results; windows are the very ones the fit was evaluated on.
-
-May touch everything below cli; nothing but the demo imports it.
 """
 
 import gc

@@ -9,8 +9,6 @@ sums are kept in float64. Nothing here talks to other ranks: each rank measures 
 
 Source of the measures: arXiv 2512.21651. Deviations: outputs are without the bias (it is the same on both sides);
 cosines are averaged over tokens. Directions' effective rank is ours.
-
-May touch: blocks, losses, metrics, records. Knows no solver and no particular format.
 """
 
 import logging
@@ -22,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_binq.diagnostics.similarity import attention_divergence, effective_rank, token_similarity_error
 from lit_binq.errors import LitBinqError
-from lit_binq.evaluation.perplexity import attention_divergence, effective_rank, token_similarity_error
 from lit_binq.models.attention_maps import NoAttentionMaps, attention_maps
 from lit_binq.models.blocks import BlockCall, run_block
 from lit_binq.statistics.losses import block_errors

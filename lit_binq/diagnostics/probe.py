@@ -7,8 +7,6 @@ It answers what a layer's own error says about the block: a method may lower |W 
 the loss of the block's output against y (arXiv 2512.21651). The block runs on x~ and is compared with y, so that a
 loss stands there even if nothing is quantized: the probe's `floor`. Deviation: the input of a probed layer is that
 of the full-precision block run on x~, because nothing before it is quantized.
-
-May touch: blocks, diagnostics, records. Knows no solver, no format.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,4 @@
-"""Perplexity of a packed model beside its full-precision source: `litbinq validate` and `litbinq test`.
-
-May touch: models, hub, bits, metrics, data's batches.
-"""
+"""Perplexity of a packed model beside its full-precision source: `litbinq validate` and `litbinq test`."""
 
 import logging
 import math

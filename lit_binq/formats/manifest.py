@@ -15,8 +15,6 @@ Its keys are
 
 Which tensors are tied is read here alone; the flag in config.json was derived from the same model, and must agree. In
 version 2 it was its source's, config.json named no quantization method, and `true_bits` counted packed weights alone.
-
-Touches nothing but files and errors.
 """
 
 from pathlib import Path

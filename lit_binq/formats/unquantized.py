@@ -11,8 +11,6 @@ size that a row has to be seen beside: of embeddings 2^-10 of the matrix's mean 
 input and is scaled up by a norm, but rows of tokens that were never trained may be nothing beside the others; of other
 matrices the mean row, since outputs are compared and added with each other; of a bias the rows of the weight before it,
 and of the weight of a norm what it is multiplied by: there w is what the norm gives for inputs of size one.
-
-May touch: torch, formats. Knows no file.
 """
 
 from collections.abc import Container, Iterator

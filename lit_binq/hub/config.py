@@ -5,8 +5,6 @@ config.json states what the model in memory is, also where that is not what its 
 such methods refuse the folder. transformers only warns of a method that it does not know, and would go on to fill every
 packed linear with random numbers; so the configuration also names a weights file that is none, and says with its name
 which package reads the folder. Releases before 5 look at the weights file's own format instead (`FORMAT`).
-
-May touch: torch, transformers, ties, kv_cache.
 """
 
 import copy

@@ -4,8 +4,6 @@ The order is what keeps a damaged or hostile folder from taking memory or time. 
 names every tensor with its dtype and shape; then the model that config.json and lit_binq.json describe, without memory
 (on the meta device) and with no more parts than the header has tensors for; then both are compared; and only a model
 whose every tensor the file holds is built for good and filled.
-
-May touch: transformers, formats, packed_layers, packed_config, ties, kv_cache, bits.
 """
 
 import copy

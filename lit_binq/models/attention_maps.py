@@ -6,8 +6,6 @@ submodule that returns something which looks like attention maps is listened to.
 output, or eager attention computes something else), the caller is told why.
 
 Legend: T tokens of the window, heads attention heads, d hidden size.
-
-May touch: blocks, kv_cache. Knows no quantized layer.
 """
 
 import inspect

@@ -6,8 +6,6 @@ All calibration windows are full, so masks and positions are the same for each; 
 what it makes for one, given twice. Three short passes over one and over two windows show how each argument follows the
 number of windows (ALiBi has a slab for every window and head), and that blocks run by themselves give what the model
 itself computes. The arguments of full length are then recorded without running any block.
-
-May touch: torch and transformers modules.
 """
 
 import inspect

@@ -3,8 +3,6 @@
 Legend: b windows, T tokens a window, d hidden size.
 
 A block is run with exactly the arguments the model itself passes, recorded once (lit_binq.models.block_calls).
-
-May touch: torch and transformers modules. Knows no solver and no format but PackedLinear.
 """
 
 import logging

@@ -3,8 +3,6 @@
 transformers makes the configuration from the keys it knows and drops every tensor that its model has no place for. A
 file with rotary factors, scaled rotary embeddings, a sliding window or biases then becomes another model, which loads,
 runs and writes plausible text.
-
-May touch: errors, gguf_files.
 """
 
 from typing import Any

@@ -8,8 +8,6 @@ that are left before anything is reserved for it, so a damaged file costs no mem
 
 Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (little endian, versions 2
 and 3, which differ in nothing that stands here).
-
-May touch: errors. Knows no model and no tokenizer.
 """
 
 import mmap

@@ -5,8 +5,6 @@ transformers parses a file for the configuration, for the tokenizer and for the 
 tokens. Here the readers it asks are exchanged, while it loads one file, for ones that answer out of a head read once;
 all it makes of the answers is its own. A reader that is called otherwise than here known is left alone: slower, and
 as right. The weights' bytes are dequantized by gguf, as before.
-
-May touch: errors, gguf_files.
 """
 
 import importlib

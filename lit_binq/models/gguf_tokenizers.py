@@ -4,8 +4,6 @@ transformers builds the tokenizer of a GGUF file by rules of its own and puts it
 architecture. That class, when it reads the saved tokenizer.json again, keeps only vocabulary, merges and added tokens
 of it and takes normalizer and splitting rule from its own code: calibrated with one tokenizer, run with another. So
 the two are made to agree here.
-
-May touch: errors, gguf_files.
 """
 
 import logging

@@ -15,8 +15,6 @@ it is grouped is ours.
 How: transformers looks an attention function up by the name in the model's configuration. For each such name there is
 another, whose function quantizes keys and values and then calls the one that was configured; masks are made as for that
 one. Setting the name in the configurations that attention modules read is all that changes in a model.
-
-May touch: torch and transformers. Knows no packed layer.
 """
 
 import sys

@@ -2,8 +2,6 @@
 
 transformers widens FP8 and MXFP4 by itself, on any machine; other methods need packages of their own, and kernels of a
 GPU, so their checkpoints are refused at once.
-
-May touch: transformers' configurations and models.
 """
 
 from typing import Any

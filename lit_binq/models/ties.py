@@ -3,8 +3,6 @@
 What the model in memory does is the fact. Two files state it: lit_binq.json names each tied tensor, and config.json
 has the flag `tie_word_embeddings`, from which transformers ties whenever it builds a model. Here the flag follows the
 model.
-
-May touch: torch and transformers modules.
 """
 
 from torch import Tensor, nn

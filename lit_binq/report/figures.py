@@ -1,8 +1,6 @@
 """The figures of a report over depth, each with one sentence that is computed from what it shows.
 
 Legend: x, x~, W, W^, G as in lit_binq.utils.json_records. A curve is a run's mean over the linear layers of each block.
-
-May touch: plotting, probe_figures, runs.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 Everything is read from the run's files; nothing is measured here. The page embeds its figures and asks for no other
 file, so that it can be sent around and read on a phone.
 
-May touch: runs, and figures, which needs matplotlib (the extra `report`).
+The figures need matplotlib (the extra `report`).
 """
 
 import base64

@@ -2,8 +2,6 @@
 
 A curve has a figure for each block; depth is the number of the block. A trend is called one if its rank correlation
 (Spearman) with depth is at least 0.5 in size.
-
-May touch: runs, records, and matplotlib, which only the figures' files import.
 """
 
 import io

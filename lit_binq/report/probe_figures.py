@@ -2,8 +2,6 @@
 
 Legend: x~, W, W^ as in lit_binq.utils.json_records. Losses are of the whole block's output, as papers define them (kind
 `block`). Every method is compared with the first one: weight alignment, if it is there.
-
-May touch: plotting, runs.
 """
 
 import math

@@ -1,8 +1,6 @@
 """A finished run as its files tell it: the packed folder's facts and, if there, its diagnostics.
 
 A run is a folder that holds `packed/` (or is a packed folder itself), with `diagnostics.json` beside or inside it.
-
-May touch: marker, records. Loads no tensor.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Solvers: (T, H) to a format; one method a file. May touch formats, nothing above.
+"""Solvers: (T, H) to a format; one method a file.
 
 Every solver is known to the command line by its class name: `closed_form.solver: PlanesSolver`.
 """

@@ -14,8 +14,6 @@ E on the sample is taken:
 - by energy e_j E[x_j^2], by size E[x_j^2], and by the greatest |x_j|.
 
 Source: arXiv 2504.05352 keeps 128 channels at INT8. How they are chosen, and all of this file, is ours.
-
-May touch: formats. Knows no model, no stream, no solver.
 """
 
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ Legend (orientation of nn.Linear):
 
 Source: arXiv 2512.21651 (output alignment). The shrinkage towards the identity, lambda * mean(diag S), is ours:
 an unshrunk Gram is ruled by a few massive-activation directions and the fit gives up all the others.
-
-May touch: torch and torch.distributed. Knows no model, no format, no solver.
 """
 
 import logging

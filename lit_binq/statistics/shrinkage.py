@@ -18,8 +18,6 @@ the error, are weighted alike. A is either the target T(lambda) (`target`: ridge
 quantized weight fitted to (T, H)(lambda) (`quantized`). They differ: lambda also decides which errors the codes may
 make, and one bit makes many, so a target that predicts well can be hard to hit. `quantized` judges what is stored, and
 costs a solve for each lambda of the grid.
-
-May touch: objectives.
 """
 
 import math

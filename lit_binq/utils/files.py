@@ -3,8 +3,6 @@
 A link stays a link: what it points to is written. A mounted folder, or one whose parent must not be changed, cannot be
 renamed, so what is in it is replaced file by file, the manifest last; until then `.litbinq.part` in it says that it is
 ours and not whole.
-
-Touches nothing but the file system; every other room may import this file.
 """
 
 import errno

@@ -1,7 +1,4 @@
-"""Peak memory of this process and its device.
-
-Touches nothing but the operating system and torch.
-"""
+"""Peak memory of this process and its device."""
 
 import sys
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 Each is tried by making something beside what will be written, of a name as long, and taking it away again: permission
 bits do not tell of read-only file systems, quotas or names too long.
-
-Touches nothing but the file system.
 """
 
 import json

@@ -2,8 +2,6 @@
 
 Lightning starts the others from the first one and kills the first as soon as another ends. So one that is told to stop
 tells the first, and waits to be ended with it.
-
-May touch: stopping, Lightning's trainer.
 """
 
 import ctypes

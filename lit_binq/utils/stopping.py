@@ -4,8 +4,6 @@ The signal becomes an exception at once, which removes what is half done on its 
 waits. What swallows exceptions (Python does so while it collects garbage) cannot swallow the request: `ask` raises it
 again. Further signals change nothing, but for a Ctrl-C after a while: it ends the process at once. So does a thread
 that watches where the main thread, inside a library's call, does not get to handle the signal: waiting for other nodes.
-
-Touches nothing but the process; every other room may import this file.
 """
 
 import os

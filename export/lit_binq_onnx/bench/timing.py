@@ -1,7 +1,4 @@
-"""Timing several contestants so that noise hits all alike: they take turns, and what is reported is a median.
-
-Touches nothing but the clock.
-"""
+"""Timing several contestants so that noise hits all alike: they take turns, and what is reported is a median."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence

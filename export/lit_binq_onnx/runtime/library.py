@@ -1,7 +1,7 @@
 """The native operator library: where it lies, how a session gets it, how a test steers it.
 
 The library is C++ (export/csrc) and optional: without it, ONNX Runtime runs the function bodies of
-`lit_binq_onnx.functions` from the same file. Touches the file system and the loaded library, never a model.
+`lit_binq_onnx.functions` from the same file.
 """
 
 import ctypes

@@ -5,8 +5,6 @@ Legend: b windows, T tokens a window, d hidden size, V vocabulary; a linear laye
 Passes and training steps are counted on tensors without content (lit_binq.calibration.preflight.live_bytes), so they
 follow from the model's own code. A block whose code asks for values, as experts do, is run on a few tokens instead, and
 what depends on tokens grows with their number. What is solved in closed form is counted by hand: `solve_bytes`.
-
-May touch: blocks, formats, losses, live_bytes. Knows no stage.
 """
 
 import copy

@@ -7,9 +7,6 @@ lit_binq.calibration.preflight.durations) and compared with what there is.
 
 Refused in one line is what the fit or its evaluation cannot do, what the export cannot do unless the option
 `preflight.torch_only` says that torch is enough, and a need that clearly exceeds what there is.
-
-May touch: blocks, estimates, durations, memory, places, models. Knows nothing of Lightning; lit_binq_onnx is
-asked if it is there.
 """
 
 import logging

@@ -9,8 +9,6 @@ weight, and attention), K columns and N rows of a linear layer.
     model        epochs x training tokens x 3 (all blocks and the head), teacher's head 1
 
 A step takes what its products take at ATTAINED of the measured rate, and at least the time its launches take on a GPU.
-
-May touch: stages' options. Knows no model but its linear layers.
 """
 
 import math

@@ -19,8 +19,6 @@ Phases, one after the other, and what each holds:
 The host holds besides: what is resident when the estimate is made (libraries, texts, teacher), the student's
 embeddings, head and norms, packed blocks (in the model stage a copy of what is finished too), CUDA's libraries, and
 streams or hidden states that the device has no room for. On a CPU both are one.
-
-May touch: blocks, block_memory, stages' options, streams' options.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""The preflight of a fit as its trainer, its data module and its options describe it.
-
-May touch: preflight, estimates, checkpoint, workspace, packed_config, Lightning's trainer.
-"""
+"""The preflight of a fit as its trainer, its data module and its options describe it."""
 
 import tempfile
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 torch runs the operators on such tensors (its fake mode) and with them automatic differentiation, so what a backward
 pass keeps is counted from the model's own code, whatever its architecture. Only what operators allocate inside
 themselves is not seen.
-
-Touches nothing but torch.
 """
 
 import copy
