@@ -23,7 +23,7 @@ SANITIZED := build/sanitized
 install: $(READY)
 
 # torch first: with the constraints file the machine's own choice of build is kept.
-$(READY): pyproject.toml constraints.txt $(wildcard export/csrc/*)
+$(READY): pyproject.toml constraints.txt $(shell find export/csrc -type f)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt cmake ninja scikit-build-core

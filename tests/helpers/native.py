@@ -26,7 +26,7 @@ NOT_INLINED_AHEAD = {"session.disable_aot_function_inlining": "1"}
 """With each of these options and levels the runtime must run the same operator."""
 
 BLOCK = 256
-"""Activations that share one table scale (export/csrc/kernel.h)."""
+"""Activations that share one table scale (export/csrc/binary/kernel.h)."""
 
 
 def require_native() -> NativeLibrary:
@@ -45,7 +45,7 @@ def instruction_sets(library: NativeLibrary) -> list[str]:
 
 
 def plain_set(isa: str) -> str:
-    """The set in plain C++ whose results those of a set equal bit for bit (Kernels::reference of kernel.h)."""
+    """The set in plain C++ whose results those of a set equal bit for bit (Kernels::reference of binary/kernel.h)."""
     return "scalar-fives" if isa in ("avx512", "scalar-fives") else "scalar"
 
 

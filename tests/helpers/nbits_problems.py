@@ -58,7 +58,7 @@ class Problem:
         return np.abs(x.astype(np.float64)) @ np.abs(self.dense()).T
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
-        """(M, N) float32: what rounded mode is defined to give, operation by operation (csrc/nbits_kernel.h).
+        """(M, N) float32: what rounded mode is defined to give, operation by operation (csrc/nbits/kernel.h).
 
         Finite rows of x only. Weights' scales are divided by a power of two of each 16 rows.
         """

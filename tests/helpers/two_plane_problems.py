@@ -16,7 +16,7 @@ from lit_binq.formats.activations import quantize
 from lit_binq_onnx.runtime.library import NativeLibrary
 
 BLOCK = 160
-"""Columns that are counted, and share a table scale, together (export/csrc/two_plane_kernel.h)."""
+"""Columns that are counted, and share a table scale, together (export/csrc/two_plane/kernel.h)."""
 
 FLOAT_ERROR = 1e-5
 """Of sums in float32, relative to the magnitude of what is added up."""
@@ -26,7 +26,7 @@ SETS = ("scalar", "avx2", "avx512")
 
 
 class Tensors(ctypes.Structure):
-    """TwoPlaneTensors of export/csrc/two_plane_matrix.h."""
+    """TwoPlaneTensors of export/csrc/two_plane/matrix.h."""
 
     _fields_ = [
         *((n, ctypes.c_void_p) for n in ("codes", "selector", "levels", "outlier_bits", "input_scales", "input_range")),

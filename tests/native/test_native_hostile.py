@@ -27,7 +27,7 @@ from nbits_problems import problem as nbits_problem
 
 INT64_MAX, INT64_MIN = 2**63 - 1, -(2**63)
 LIMIT = 2**31 - 1
-"""The largest integer attribute that is taken (export/csrc/reader.h)."""
+"""The largest integer attribute that is taken (export/csrc/ops/reader.h)."""
 
 MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "BinaryMatMul": lambda: one_node_model(random_problem(3, 20), [2, 20]),

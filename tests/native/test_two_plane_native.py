@@ -167,7 +167,7 @@ def test_tables_err_little(native: NativeLibrary, sets: list[str]) -> None:
 
 
 def rounded_dense(p: Problem) -> np.ndarray:
-    """(N, K) float64: weights of four levels as two_plane_kernel.h rounds them, from its words."""
+    """(N, K) float64: weights of four levels as two_plane/kernel.h rounds them, from its words."""
     l0, l1, l2, l3 = np.moveaxis(p.levels.astype(np.float64), 2, 0)
     m = np.stack([l3 - l0 + l1 - l2, l3 - l0 - l1 + l2, l1 + l2 - l0 - l3, l0 + l1 + l2 + l3], 2) / 4
     unit = np.abs(m).max((1, 2), keepdims=True) / 2047

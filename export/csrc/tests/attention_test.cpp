@@ -1,7 +1,7 @@
 // Attention on the kernels of one instruction set against plain loops in double, at shapes that leave tails everywhere.
 //
 // Legend: as in attention.h.
-#include "family_tests.h"
+#include "tests/family_tests.h"
 
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "attention.h"
+#include "attention/attention.h"
 
 namespace lit_binq {
 namespace {

@@ -1,10 +1,10 @@
 // The runtime of fake_runtime.h. Opaque handles are pointers to the structs here; nothing is checked that the library
 // should check itself.
-#include "fake_runtime.h"
+#include "tests/fake_runtime.h"
 
 #include <cstring>
 
-#include "export.h"
+#include "abi/export.h"
 
 LIT_BINQ_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base);
 

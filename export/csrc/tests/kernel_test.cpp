@@ -4,7 +4,7 @@
 // Needs no ONNX Runtime and no Python, so that it also runs cross-compiled, under an emulator. Prints the sets it
 // compared; status 1 and a line for each difference.
 //
-// Legend: as in kernel.h.
+// Legend: as in binary/kernel.h.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -12,10 +12,10 @@
 #include <string>
 #include <vector>
 
-#include "cpu.h"
-#include "family_tests.h"
-#include "multiply.h"
-#include "packed_matrix.h"
+#include "binary/matrix.h"
+#include "binary/multiply.h"
+#include "common/cpu.h"
+#include "tests/family_tests.h"
 
 using namespace lit_binq;
 

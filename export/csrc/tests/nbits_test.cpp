@@ -1,15 +1,15 @@
 // Products with weights of 4 and 8 bits on the kernels of one instruction set: against plain C++ bit for bit, and
 // against plain loops in double, at shapes that leave tails everywhere.
 //
-// Legend: as in nbits_kernel.h.
+// Legend: as in nbits/kernel.h.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <vector>
 
-#include "family_tests.h"
-#include "nbits_multiply.h"
+#include "nbits/multiply.h"
+#include "tests/family_tests.h"
 
 namespace lit_binq {
 namespace {

@@ -13,9 +13,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu.h"
-#include "fake_runtime.h"
-#include "random_nodes.h"
+#include "common/cpu.h"
+#include "tests/fake_runtime.h"
+#include "tests/random_nodes.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 extern "C" void __sanitizer_set_death_callback(void (*)());

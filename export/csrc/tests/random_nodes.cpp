@@ -1,12 +1,12 @@
 // The nodes of random_nodes.h.
-#include "random_nodes.h"
+#include "tests/random_nodes.h"
 
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <utility>
 
-#include "workspace.h"
+#include "common/workspace.h"
 
 namespace lit_binq {
 namespace {

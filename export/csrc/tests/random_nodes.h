@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "fake_runtime.h"
+#include "tests/fake_runtime.h"
 
 namespace lit_binq {
 

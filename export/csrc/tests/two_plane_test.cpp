@@ -1,7 +1,7 @@
 // Two-plane products on the kernels of one instruction set against plain loops in double, at shapes that leave tails
 // everywhere and for all kinds of activations.
 //
-// Legend: as in two_plane_matrix.h; x^ quantized activations.
+// Legend: as in two_plane/matrix.h; x^ quantized activations.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -9,9 +9,9 @@
 #include <random>
 #include <vector>
 
-#include "family_tests.h"
-#include "packed_matrix.h"
-#include "two_plane_multiply.h"
+#include "binary/matrix.h"
+#include "tests/family_tests.h"
+#include "two_plane/multiply.h"
 
 namespace lit_binq {
 namespace {

@@ -1,0 +1,29 @@
+// C functions for tests: products with weights of 4 and 8 bits without ONNX Runtime, on the calling thread.
+#include <exception>
+
+#include "abi/export.h"
+#include "nbits/multiply.h"
+
+using namespace lit_binq;
+
+// The kernels that run for a choice of instruction set; null where the name is unknown.
+LIT_BINQ_EXPORT const char* lit_binq_nbits_isa(const char* isa) {
+  const NBitsKernels* kernels = nbits_kernels(isa);
+  return kernels != nullptr ? kernels->name : nullptr;
+}
+
+// y (M, N) = x (M, K) W^T. 1 where the scales are packed as float16, 0 where as float32, -1 where memory ran out or the
+// name is unknown.
+LIT_BINQ_EXPORT int lit_binq_nbits_matmul(const char* isa, const NBitsTensors* tensors, int exact, const float* x,
+                                          int64_t M, float* y) {
+  try {
+    const NBitsKernels* kernels = nbits_kernels(isa);
+    if (kernels == nullptr) return -1;
+    const NBitsMatrix weights(*tensors);
+    SerialExecutor serial;
+    nbits_multiply(*kernels, weights, exact ? Mode::kExact : Mode::kLut, x, M, y, serial);
+    return weights.halves() ? 1 : 0;
+  } catch (const std::exception&) {
+    return -1;
+  }
+}
