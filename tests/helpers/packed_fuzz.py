@@ -1,4 +1,4 @@
-"""A fuzzer of the packed folder's reader: `python tests/helpers/packed_fuzz.py --runs 1000 --seed 0`.
+"""A fuzzer of the packed folder's reader: `PYTHONPATH=tests python tests/helpers/packed_fuzz.py --runs 1000 --seed 0`.
 
 One run damages one or more files of a small packed folder and reads it. Either LitBinqError is raised, with one line,
 or the model holds what the files say: its tensors are compared with the weights file as this program reads it. Any

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HELPERS
+from conftest import HELPERS, ROOT
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -198,7 +198,7 @@ def test_a_reader_that_panics_is_one_line(packed, monkeypatch):
 def test_random_damage(tmp_path):
     """The fuzzer, briefly; it runs by itself, since it limits its process's memory."""
     fuzzer = HELPERS / "packed_fuzz.py"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable, str(fuzzer), "--runs", "200", "--seed", "0", "--keep", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

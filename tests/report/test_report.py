@@ -358,13 +358,13 @@ def test_a_missing_matplotlib_names_the_extra(make_run: Make, monkeypatch: pytes
     for name in [
         n
         for n in sys.modules
-        if n.startswith(("lit_binq.report.figures", "lit_binq.report.plotting", "lit_binq.probe_f"))
+        if n.startswith(("lit_binq.report.figures", "lit_binq.report.plotting", "lit_binq.report.probe_figures"))
     ]:
         monkeypatch.delitem(sys.modules, name)
-    import lit_binq
+    from lit_binq import report as package
 
     for name in ("figures", "plotting", "probe_figures"):
-        monkeypatch.delattr(lit_binq, name)
+        monkeypatch.delattr(package, name)
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
         if name.partition(".")[0] == "matplotlib":

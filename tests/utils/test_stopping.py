@@ -46,6 +46,7 @@ def run(arguments: list[str], said: Path, patch: Patch = lambda _: None) -> tupl
         try:
             sys.stderr = sys.stdout = said.open("w")
             logging.getLogger().handlers[:] = [logging.StreamHandler(sys.stderr)]
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run behind nohup
             with pytest.MonkeyPatch.context() as monkeypatch:
                 patch(monkeypatch)
                 code = cli.main(arguments)
@@ -197,7 +198,7 @@ def test_within_a_write_a_signal_waits():
 def test_a_call_that_does_not_return_is_ended_too():
     """Waiting for other nodes, say: the main thread is inside a library and cannot handle the signal."""
     script = (
-        "import ctypes, os, threading; from lit_binq import stopping\nstopping.DEAF = 0.5\n"
+        "import ctypes, os, threading; from lit_binq.utils import stopping\nstopping.DEAF = 0.5\n"
         "with stopping.listening():\n"
         "    stopping.explain(lambda: 'go on')\n"
         "    threading.Timer(0.2, lambda: os.kill(os.getpid(), 15)).start()\n"
@@ -212,7 +213,7 @@ def test_a_call_that_does_not_return_is_ended_too():
 def test_what_libraries_do_at_the_end_changes_no_exit_code(ends, code, tmp_path):
     """C++ aborts where threads still run while the interpreter is taken down; Python's own exit functions do run."""
     script = (
-        "import atexit, ctypes, pathlib\nfrom lit_binq import cli, stopping\n"
+        "import atexit, ctypes, pathlib\nfrom lit_binq.cli import main as cli\nfrom lit_binq.utils import stopping\n"
         f"def ended(arguments):\n    try:\n        {ends}\n    except stopping.Stopped as stopped:\n"
         "        return cli._say('fit', stopped)\n"
         "libc = ctypes.CDLL(None)\nlibc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)\n"

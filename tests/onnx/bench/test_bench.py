@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lit_binq.cli import main as cli
 from lit_binq.errors import LitBinqError
 from lit_binq_onnx.bench import candidate as contestants
-from lit_binq_onnx.bench.main import ops
+from lit_binq_onnx.bench import ops
 from lit_binq_onnx.bench.memory import UNKNOWN_CACHE, MemoryReader, buffer_bytes, cache_bytes
 from lit_binq_onnx.bench.operators import (
     A4_ERROR,
