@@ -23,8 +23,8 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 import fused_problems as fused
+import grouped_problems as grouped
 import nbits_problems as nbits
-import packed_problems as packed
 import two_plane_problems as two_plane
 from attention_problems import Problem as Attention
 from lit_binq_onnx.runtime.library import MODE_ENTRY, library_path
@@ -71,7 +71,7 @@ def sizes(rng: np.random.Generator) -> tuple[int, int, int, int]:
 
 def binary(rng: np.random.Generator) -> Case:
     M, N, K, seed = sizes(rng)
-    p, x = random_problem(N, K, bias=bool(rng.integers(2)), seed=seed), packed.activations(M, K, seed)
+    p, x = random_problem(N, K, bias=bool(rng.integers(2)), seed=seed), grouped.activations(M, K, seed)
     return Case(
         one_node_model(p, ["M", K]),
         {"X": x},
@@ -79,16 +79,14 @@ def binary(rng: np.random.Generator) -> Case:
     )
 
 
-def formats(rng: np.random.Generator) -> Case:
+def groups(rng: np.random.Generator) -> Case:
     M, N, K, seed = sizes(rng)
     group, bias = pick(rng, 1, 8, 24, 128, K, 3 * K), bool(rng.integers(2))
-    p = [
-        lambda: packed.grouped(N, K, group, bias=bias, seed=seed),
-        lambda: packed.levels(N, K, group, 1 + int(rng.integers(2)), bias=bias, seed=seed),
-        lambda: packed.sparse8(N, K, float(rng.random()), bias=bias, seed=seed),
-    ][rng.integers(3)]()
-    x = packed.activations(M, K, seed)
-    return Case(packed.one_node(p), {"X": x}, lambda y, exact: near(y[0], p.reference(x), p.magnitude(x) + 1e-6, exact))
+    p = grouped.grouped(N, K, group, bias=bias, seed=seed)
+    x = grouped.activations(M, K, seed)
+    return Case(
+        grouped.one_node(p), {"X": x}, lambda y, exact: near(y[0], p.reference(x), p.magnitude(x) + 1e-6, exact)
+    )
 
 
 def two_planes(rng: np.random.Generator) -> Case:
@@ -112,7 +110,7 @@ def rounded(rng: np.random.Generator) -> Case:
     p = nbits.problem(
         N, K, bits=pick(rng, 4, 8), g=pick(rng, 16, 32, 64, 128, 256), zeros=bool(rng.integers(2)), seed=seed
     )
-    x = packed.activations(M, K, seed)
+    x = grouped.activations(M, K, seed)
     flat = bool(rng.integers(2))
     return Case(
         nbits.one_node_model(p, ["M", K], flat=flat),
@@ -160,7 +158,7 @@ def attention(rng: np.random.Generator) -> Case:
     return Case(p.model(), dict(p.inputs), check)
 
 
-KINDS = (binary, formats, formats, two_planes, rounded, fused_kinds, attention)
+KINDS = (binary, groups, two_planes, rounded, fused_kinds, attention)
 
 
 def damage_attribute(rng: np.random.Generator, case: Case) -> None:

@@ -1,6 +1,6 @@
 """Models that mean harm: attributes and shapes at the ends of 64 bits, data at odd places. Sessions refuse or compute.
 
-A library without bounds ends the process on some of these (group of grouped and levels weights), or computes nonsense.
+A library without bounds ends the process on some of these (group of grouped weights), or computes nonsense.
 """
 
 import os
@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
-import packed_problems as packed
+import grouped_problems as grouped
 import two_plane_problems as two_plane
 from attention_problems import Problem as Attention
 from fused_problems import attention, mlp, model
@@ -31,9 +31,7 @@ LIMIT = 2**31 - 1
 
 MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "BinaryMatMul": lambda: one_node_model(random_problem(3, 20), [2, 20]),
-    "GroupedBinaryMatMul": lambda: packed.one_node(packed.grouped(3, 20, 64)),
-    "LevelsMatMul": lambda: packed.one_node(packed.levels(3, 20, 64, 2)),
-    "Sparse8MatMul": lambda: packed.one_node(packed.sparse8(3, 20)),
+    "GroupedBinaryMatMul": lambda: grouped.one_node(grouped.grouped(3, 20, 64)),
     "TwoPlaneMatMul": lambda: two_plane.model(two_plane.problem(3, 20), ["M", 20]),
     "NBitsMatMul": lambda: nbits_model(nbits_problem(3, 20), [2, 20]),
     "NormBinaryMatMulQKV": lambda: model("NormBinaryMatMulQKV", attention((8, 4, 4), 20), ["M", 20]),
@@ -71,25 +69,25 @@ def test_every_attribute_has_bounds(native: NativeLibrary, kind: str) -> None:
                 session(made, native)
 
 
-@pytest.mark.parametrize("kind", ["GroupedBinaryMatMul", "LevelsMatMul", "TwoPlaneMatMul"])
+@pytest.mark.parametrize("kind", ["GroupedBinaryMatMul", "TwoPlaneMatMul"])
 def test_a_group_of_64_bits_ends_no_process(native: NativeLibrary, kind: str) -> None:
     """Rounded up to whole groups in 64 bits it gave no group at all, and weights were read through null."""
     made = with_attribute(MODELS[kind](), "group", INT64_MAX)
     with pytest.raises(Exception, match=f"attribute group is {INT64_MAX}, expected at most {LIMIT}"):
-        session(made, native).run(None, {"X": packed.activations(2, 20)})
+        session(made, native).run(None, {"X": grouped.activations(2, 20)})
 
 
 @pytest.mark.parametrize("exact", [0, 1])
 @pytest.mark.parametrize("group", [20, 64, LIMIT])
 def test_a_group_wider_than_the_layer_is_the_layer(native: NativeLibrary, group: int, exact: int) -> None:
     """The largest group that is taken gives what one group of all columns does, bit for bit."""
-    x = packed.activations(3, 20)
-    for p in (packed.grouped(3, 20, 20), packed.levels(3, 20, 20), packed.levels(3, 20, 20, 2)):
-        made = packed.one_node(p, exact=exact)
-        want = session(made, native).run(None, {"X": x})[0]
-        np.testing.assert_allclose(want, p.reference(x), atol=(1e-5 if exact else 0.1) * np.abs(p.reference(x)).max())
-        got = session(with_attribute(made, "group", group), native).run(None, {"X": x})[0]
-        np.testing.assert_array_equal(got, want)
+    x = grouped.activations(3, 20)
+    p = grouped.grouped(3, 20, 20)
+    made = grouped.one_node(p, exact=exact)
+    want = session(made, native).run(None, {"X": x})[0]
+    np.testing.assert_allclose(want, p.reference(x), atol=(1e-5 if exact else 0.1) * np.abs(p.reference(x)).max())
+    got = session(with_attribute(made, "group", group), native).run(None, {"X": x})[0]
+    np.testing.assert_array_equal(got, want)
     for bits in (0, 4, 8):
         q = two_plane.problem(3, 20, group=20, bits=bits)
         made = with_attribute(two_plane.model(q, ["M", 20]), "exact", exact)
@@ -99,8 +97,8 @@ def test_a_group_wider_than_the_layer_is_the_layer(native: NativeLibrary, group:
 
 
 def test_the_matrix_itself_takes_any_group(native: NativeLibrary) -> None:
-    """Below the operator's reader: two_plane_matrix.h through the tests' C function. kernel_test has the others."""
-    x = packed.activations(2, 20)
+    """Below the operator's reader: two_plane/matrix.h through the tests' C function. kernel_test has the others."""
+    x = grouped.activations(2, 20)
     for isa in native.isas():
         p = two_plane.problem(3, 20, group=20, L=4)
         want = two_plane.multiply(native, p, x, isa)
@@ -119,23 +117,23 @@ def test_no_rows_and_very_many_columns(native: NativeLibrary) -> None:
         timeout=300,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "helpers")},
     )
-    assert (done.returncode, done.stdout) == (0, "GroupedBinaryMatMul LevelsMatMul TwoPlaneMatMul "), done.stderr[-800:]
+    assert (done.returncode, done.stdout) == (0, "GroupedBinaryMatMul TwoPlaneMatMul "), done.stderr[-800:]
 
 
 def empty_models(K: int) -> dict[str, onnx.ModelProto]:
     """Layers without rows, of K columns in groups of one."""
     u8, f16, f32 = np.uint8, np.float16, np.float32
     width = -(-K // 8)
-    empty, none = np.zeros((0, width), u8), np.zeros((0, 0))
-    g = packed.Packed("GroupedBinaryMatMul", {"codes": empty, "scales": np.zeros((0, K), f16)}, {}, none, None)
-    tables = {"codes": empty, "selector": empty, "levels": np.zeros((0, K, 4), f16), "column_bits": np.zeros(0, u8)}
-    v = packed.Packed("LevelsMatMul", tables, {"zones": 1}, none, None)
+    empty = np.zeros((0, width), u8)
     two = {"codes": empty, "selector": empty, "levels": np.zeros((0, K, 4), f16), "outlier_bits": np.zeros(0, u8)}
     two |= {"input_scales": np.zeros(0, f16), "input_range": np.zeros(0, f32)}
-    t = packed.Packed("TwoPlaneMatMul", two, {"activation_bits": 0, "outliers": 0}, none, None)
-    for p in (g, v, t):
-        p.attributes |= {"K": K, "group": 1}
-    return {p.op: packed.one_node(p) for p in (g, v, t)}
+    shared = {"K": K, "group": 1}
+    return {
+        "GroupedBinaryMatMul": grouped.model(
+            "GroupedBinaryMatMul", {"codes": empty, "scales": np.zeros((0, K), f16)}, shared
+        ),
+        "TwoPlaneMatMul": grouped.model("TwoPlaneMatMul", two, shared | {"activation_bits": 0, "outliers": 0}),
+    }
 
 
 def main(library: str) -> None:
@@ -153,7 +151,7 @@ def main(library: str) -> None:
 
 def test_one_matrix_without_rows_among_others(native: NativeLibrary) -> None:
     """Values of no width beside queries and keys."""
-    x = packed.activations(5, 20)
+    x = grouped.activations(5, 20)
     problems = attention((8, 4, 4), 20)
     none = random_problem(0, 20, bias=problems[2].bias is not None)
     made = model("NormBinaryMatMulQKV", [*problems[:2], none], ["M", 20], one_skip=True)
@@ -166,7 +164,7 @@ def test_one_matrix_without_rows_among_others(native: NativeLibrary) -> None:
 @pytest.mark.parametrize("kind", ["NormBinaryMatMulQKV", "NormBinaryGatedMLP"])
 def test_sums_are_written_where_nothing_is_multiplied(native: NativeLibrary, kind: str) -> None:
     """Matrices without rows: there is no product, but the sum in front of the norm is an output too."""
-    x = packed.activations(5, 20)
+    x = grouped.activations(5, 20)
     problems = attention((0, 0, 0), 20) if kind == "NormBinaryMatMulQKV" else mlp(20, 24, 0)
     s = session(model(kind, problems, ["M", 20]), native)
     for i in range(3):  # the runtime's memory holds something else before
@@ -185,11 +183,11 @@ def test_a_cache_of_no_rows_grows(native: NativeLibrary) -> None:
 
 def test_data_at_odd_places(native: NativeLibrary, tmp_path: Path) -> None:
     """An external data file may start a tensor anywhere: numbers of 2 and 4 bytes at odd offsets."""
-    x = packed.activations(3, 37)
-    for kind in ("row column", "levels", "nbits"):
+    x = grouped.activations(3, 37)
+    for kind in ("row column", "grouped", "nbits"):
         made = {
             "row column": lambda: one_node_model(random_problem(5, 37), [3, 37]),
-            "levels": lambda: packed.one_node(packed.levels(5, 37, 8)),
+            "grouped": lambda: grouped.one_node(grouped.grouped(5, 37, 8)),
             "nbits": lambda: nbits_model(nbits_problem(5, 37), [3, 37]),
         }[kind]()
         want = session(made, native).run(None, {"X": x})[0]

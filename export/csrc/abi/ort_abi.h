@@ -37,7 +37,7 @@ namespace lit_binq {
 constexpr uint32_t kApiVersion = 18;
 
 enum OrtErrorCode : int { kOrtFail = 1, kOrtInvalidArgument = 2, kOrtRuntimeException = 6 };
-enum OrtElementType : int { kOrtFloat = 1, kOrtUint8 = 2, kOrtInt8 = 3, kOrtInt32 = 6, kOrtFloat16 = 10 };
+enum OrtElementType : int { kOrtFloat = 1, kOrtUint8 = 2, kOrtInt32 = 6, kOrtFloat16 = 10 };
 enum OrtCharacteristic : int { kOrtRequired = 0, kOrtOptional = 1 };
 
 // X(name, position in the table, return type, arguments)

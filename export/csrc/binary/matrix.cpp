@@ -35,21 +35,17 @@ int64_t first_non_finite(const uint16_t* scales, int64_t count) {
   return -1;
 }
 
-PackedMatrix::PackedMatrix(int64_t N, int64_t K, int64_t group, int64_t zones, Layout layout)
+PackedMatrix::PackedMatrix(int64_t N, int64_t K, int64_t group, Layout layout)
     : layout_(layout), N_(N), K_(K), row_scale_(N, 1.0f) {
   group = std::min(group, K);  // any that is larger means the same
-  const int64_t column_groups = divide_up(K, group);
-  groups_ = zones * column_groups;
+  groups_ = divide_up(K, group);
   if (N == 0) return;  // no tensor of the file says that K is a number of columns that fits a memory
-  col_scale_.assign(zones * K, 1.0f);
-  for (int64_t g = 0; g < column_groups; ++g) {
+  col_scale_.assign(K, 1.0f);
+  for (int64_t g = 0; g < groups_; ++g) {
     const int64_t end = std::min(K, (g + 1) * group);
     for (int64_t column = g * group; column < end; column += kBlock) {
       const int64_t count = std::min(kBlock, end - column), bytes = block_bytes(count);
-      for (int64_t zone = 0; zone < zones; ++zone) {
-        blocks_.push_back({column, count, bytes_, bytes, table_bytes_, zone * K + column, zones * g + zone});
-        table_bytes_ += bytes;
-      }
+      blocks_.push_back({column, count, bytes_, bytes, g});
       bytes_ += bytes;
     }
   }
@@ -57,9 +53,9 @@ PackedMatrix::PackedMatrix(int64_t N, int64_t K, int64_t group, int64_t zones, L
 
 PackedMatrix PackedMatrix::row_column(const uint8_t* codes, const uint16_t* row_scale, const uint16_t* col_scale,
                                       int64_t N, int64_t K, Layout layout) {
-  PackedMatrix w(N, K, K, 1, layout);
+  PackedMatrix w(N, K, K, layout);
   if (N == 0) return w;
-  w.codes_.push_back(w.transpose(codes));
+  w.codes_ = w.transpose(codes);
   std::transform(row_scale, row_scale + N, w.row_scale_.begin(), half_to_float);
   std::transform(col_scale, col_scale + K, w.col_scale_.begin(), half_to_float);
   w.dead_columns_ = std::find(w.col_scale_.begin(), w.col_scale_.end(), 0.0f) != w.col_scale_.end();
@@ -68,40 +64,12 @@ PackedMatrix PackedMatrix::row_column(const uint8_t* codes, const uint16_t* row_
 
 PackedMatrix PackedMatrix::grouped(const uint8_t* codes, const uint16_t* scales, int64_t N, int64_t K, int64_t group,
                                    Layout layout) {
-  PackedMatrix w(N, K, group, 1, layout);
+  PackedMatrix w(N, K, group, layout);
   if (N == 0) return w;
-  w.codes_.push_back(w.transpose(codes));
-  w.allocate_factors(1);
+  w.codes_ = w.transpose(codes);
+  w.factors_.assign(static_cast<size_t>(w.padded_rows() * w.groups_), 0.0f);
   for (int64_t n = 0; n < N; ++n) {
-    for (int64_t g = 0; g < w.groups_; ++g) w.factor(0, n, g) = half_to_float(scales[n * w.groups_ + g]);
-  }
-  return w;
-}
-
-PackedMatrix PackedMatrix::levels(const uint8_t* codes, const uint8_t* selector, const uint16_t* levels,
-                                  const uint8_t* column_bits, int64_t N, int64_t K, int64_t group,
-                                  Layout layout) {
-  PackedMatrix w(N, K, group, column_bits != nullptr ? 2 : 1, layout);
-  if (N == 0) return w;
-  w.codes_.push_back(w.transpose(codes));
-  w.codes_.push_back(w.transpose(selector));
-  w.allocate_factors(4);
-  for (int64_t n = 0; n < N; ++n) {
-    for (int64_t g = 0; g < w.groups_; ++g) {
-      float l[4];
-      std::transform(levels, levels + 4, l, half_to_float);
-      levels += 4;
-      // The inverse of l[a + 2b] = m0 + m1 a + m2 b + m3 ab; exact in float32 but for sums of very unequal levels.
-      w.factor(0, n, g) = 0.25f * ((l[0] + l[3]) + (l[1] + l[2]));
-      w.factor(1, n, g) = 0.25f * ((l[3] - l[0]) + (l[1] - l[2]));
-      w.factor(2, n, g) = 0.25f * ((l[3] - l[0]) - (l[1] - l[2]));
-      w.factor(3, n, g) = 0.25f * ((l[0] + l[3]) - (l[1] + l[2]));
-    }
-  }
-  for (int64_t k = 0; column_bits != nullptr && k < K; ++k) {
-    const int second = column_bits[k / 8] >> (k % 8) & 1;
-    w.col_scale_[k] = second ? 0.0f : 1.0f;
-    w.col_scale_[K + k] = second ? 1.0f : 0.0f;
+    for (int64_t g = 0; g < w.groups_; ++g) w.factor(n, g) = half_to_float(scales[n * w.groups_ + g]);
   }
   return w;
 }
@@ -121,7 +89,6 @@ LayerBytes PackedMatrix::transpose(const uint8_t* codes) const {
     const int64_t width = tile_width(tile), first = tile * kTileRows, last = std::min(N_, first + kTileRows);
     uint8_t* out = result.get() + first * bytes_;
     for (const ColumnBlock& b : blocks_) {
-      if (b.scale >= K_) continue;  // the same columns for the second zone
       for (int64_t n = first; n < last; ++n) {
         const uint8_t* row = codes + n * row_bytes;
         for (int64_t k = 0; 8 * k < b.count; ++k) {
@@ -136,20 +103,14 @@ LayerBytes PackedMatrix::transpose(const uint8_t* codes) const {
   return result;
 }
 
-void PackedMatrix::allocate_factors(int64_t planes) {
-  planes_ = planes;
-  factors_.assign(static_cast<size_t>(planes * padded_rows() * groups_), 0.0f);
-}
-
-float& PackedMatrix::factor(int64_t plane, int64_t row, int64_t group) {
+float& PackedMatrix::factor(int64_t row, int64_t group) {
   const int64_t tile = row / kTileRows, first = tile * kTileRows;
-  return factors_[(plane * padded_rows() + first) * groups_ + group * tile_width(tile) + (row - first)];
+  return factors_[first * groups_ + group * tile_width(tile) + (row - first)];
 }
 
-const float* PackedMatrix::factors(int64_t plane, int64_t tile, int64_t block) const {
+const float* PackedMatrix::factors(int64_t tile, int64_t block) const {
   if (factors_.empty()) return nullptr;
-  return factors_.data() + (plane * padded_rows() + tile * kTileRows) * groups_ +
-         blocks_[block].group * tile_width(tile);
+  return factors_.data() + tile * kTileRows * groups_ + blocks_[block].group * tile_width(tile);
 }
 
 int64_t PackedMatrix::tile_width(int64_t tile) const {
@@ -157,21 +118,11 @@ int64_t PackedMatrix::tile_width(int64_t tile) const {
   return (rows + kVectorRows - 1) / kVectorRows * kVectorRows;
 }
 
-TileBlock PackedMatrix::tile_block(int64_t plane, int64_t tile, int64_t block, uint8_t* scratch) const {
+TileBlock PackedMatrix::tile_block(int64_t tile, int64_t block) const {
   const ColumnBlock& b = blocks_[block];
   const int64_t width = tile_width(tile);
   // Every tile before this one is full, so it starts at kTileRows * bytes a tile.
-  const int64_t start = tile * kTileRows * bytes_ + b.byte * width, size = b.bytes * width;
-  if (planes_ == 1) return {codes_[0].get() + start, width, b.bytes, times_to_ask()};
-  if (plane == 1 || plane == 2) return {codes_[plane - 1].get() + start, width, b.bytes, times_to_ask()};
-  if (plane == 0) {
-    std::memset(scratch, 0xff, static_cast<size_t>(size));
-  } else {
-    const uint8_t* p = codes_[0].get() + start;
-    const uint8_t* q = codes_[1].get() + start;
-    for (int64_t i = 0; i < size; ++i) scratch[i] = static_cast<uint8_t>(~(p[i] ^ q[i]));
-  }
-  return {scratch, width, b.bytes, 0};
+  return {codes_.get() + tile * kTileRows * bytes_ + b.byte * width, width, b.bytes, times_to_ask()};
 }
 
 }  // namespace lit_binq

@@ -23,8 +23,7 @@ namespace {
 // step, and stay in L2. On one core 32 rows lose up to 7% to rewriting, 64 up to 4%; two threads wait for each other
 // twice a panel, and at 4096 x 4096 and M = 128 they are 1.65 times as fast as one with 64 rows, 2.0 times with 128.
 // Exact mode has sums and tables of 2 and 3 times the size, nothing to rewrite and takes longer: an eighth of the rows.
-// This also bounds the workspace: 512 K bytes in LUT mode, 192 K bytes in exact mode, for each part; twice that with two
-// zones.
+// This also bounds the workspace: 512 K bytes in LUT mode, 192 K bytes in exact mode, for each part.
 constexpr int64_t kLutPanel = 128;
 constexpr int64_t kExactPanel = 16;
 
@@ -117,9 +116,9 @@ struct Panel {
 size_t aligned(int64_t bytes) { return (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment; }
 
 // Workspace for the tables of `rows` rows.
-size_t lut_bytes(const PackedMatrix& w, int64_t rows) { return aligned(rows * w.table_bytes() * kLutEntries); }
+size_t lut_bytes(const PackedMatrix& w, int64_t rows) { return aligned(rows * w.row_bytes() * kLutEntries); }
 size_t exact_bytes(const PackedMatrix& w, int64_t rows) {
-  return aligned(rows * w.table_bytes() * kExactEntries * static_cast<int64_t>(sizeof(float)));
+  return aligned(rows * w.row_bytes() * kExactEntries * static_cast<int64_t>(sizeof(float)));
 }
 size_t table_bytes(const PackedMatrix& w, Mode mode, int64_t rows) {
   if (mode == Mode::kExact) return exact_bytes(w, rows);
@@ -157,8 +156,8 @@ void make_tables(void* argument, size_t task) {
   for (int64_t i = first; i < last; ++i) {
     const ColumnBlock& b = w.block(i);
     const float* x = scale.finite ? p.x + m * w.cols() + b.column : kZeros;
-    const float* c = w.col_scale() + b.scale;
-    const int64_t table = m * w.table_bytes() + b.table;
+    const float* c = w.col_scale() + b.column;
+    const int64_t table = m * w.row_bytes() + b.byte;
     if (p.mode == Mode::kLut) {
       p.kernels.build_lut(x, c, b.count, scale.down, p.dense, part->lut + table * kLutEntries,
                           part->lut_scale + m * w.blocks() + i);
@@ -172,8 +171,8 @@ void make_tables(void* argument, size_t task) {
 void add_block(const Panel& p, const Part& part, const TileBlock& block, const float* factors, int64_t b, int64_t m0,
                int64_t rows, float* sums) {
   const PackedMatrix& w = *part.weights;
-  p.kernels.add_lut(block, part.lut + (m0 * w.table_bytes() + w.block(b).table) * kLutEntries, p.dense,
-                    w.table_bytes() * kLutEntries, part.lut_scale + m0 * w.blocks() + b, w.blocks(), factors, rows,
+  p.kernels.add_lut(block, part.lut + (m0 * w.row_bytes() + w.block(b).byte) * kLutEntries, p.dense,
+                    w.row_bytes() * kLutEntries, part.lut_scale + m0 * w.blocks() + b, w.blocks(), factors, rows,
                     sums);
 }
 
@@ -181,8 +180,8 @@ void add_block(const Panel& p, const Part& part, const TileBlock& block, const f
 void add_block(const Panel& p, const Part& part, const TileBlock& block, const float* factors, int64_t b, int64_t m0,
                int64_t rows, double* sums) {
   const PackedMatrix& w = *part.weights;
-  p.kernels.add_exact(block, part.exact + (m0 * w.table_bytes() + w.block(b).table) * kExactEntries,
-                      w.table_bytes() * kExactEntries, factors, rows, sums);
+  p.kernels.add_exact(block, part.exact + (m0 * w.row_bytes() + w.block(b).byte) * kExactEntries,
+                      w.row_bytes() * kExactEntries, factors, rows, sums);
 }
 
 // A tile's sums for `rows` rows from m0 on. Blocks are the outer loop: a weight block stays in L1 while the rows pass
@@ -190,12 +189,9 @@ void add_block(const Panel& p, const Part& part, const TileBlock& block, const f
 template <typename Sum>
 void add_blocks(const Panel& p, const Part& part, int64_t tile, int64_t m0, int64_t rows, Sum* sums) {
   const PackedMatrix& w = *part.weights;
-  alignas(kAlignment) uint8_t scratch[kTileRows * kBlockBytes];
   std::fill_n(sums, rows * kTileRows, Sum{0});
   for (int64_t b = 0; b < w.blocks(); ++b) {
-    for (int64_t plane = 0; plane < w.planes(); ++plane) {
-      add_block(p, part, w.tile_block(plane, tile, b, scratch), w.factors(plane, tile, b), b, m0, rows, sums);
-    }
+    add_block(p, part, w.tile_block(tile, b), w.factors(tile, b), b, m0, rows, sums);
   }
 }
 
@@ -299,8 +295,8 @@ void run_panel(Panel& p, Executor& executor) {
     part.segment_blocks = std::max(kSegmentColumns / w.block(0).count, int64_t{1});
     part.segments = (w.blocks() + part.segment_blocks - 1) / part.segment_blocks;
     p.segments += part.segments;
-    tables += 8 * w.table_bytes();
-    signs += w.rows() * w.cols() * w.planes();
+    tables += 8 * w.row_bytes();
+    signs += w.rows() * w.cols();
     if (i == 0 || !p.gated) tiles += w.tiles();
   }
   const int64_t table_tasks = p.rows * p.segments;

@@ -8,22 +8,18 @@ namespace lit_binq {
 Description binary_matmul_op(const OrtApi& ort, SessionMode mode);
 Description cached_attention_op(const OrtApi& ort, SessionMode mode);
 Description grouped_binary_matmul_op(const OrtApi& ort, SessionMode mode);
-Description levels_matmul_op(const OrtApi& ort, SessionMode mode);
 Description nbits_matmul_op(const OrtApi& ort, SessionMode mode);
 Description norm_binary_gated_mlp_op(const OrtApi& ort, SessionMode mode);
 Description norm_binary_matmul_qkv_op(const OrtApi& ort, SessionMode mode);
-Description sparse8_matmul_op(const OrtApi& ort, SessionMode mode);
 Description two_plane_matmul_op(const OrtApi& ort, SessionMode mode);
 
 constexpr Description (*kOperators[])(const OrtApi&, SessionMode) = {
     binary_matmul_op,
     cached_attention_op,
     grouped_binary_matmul_op,
-    levels_matmul_op,
     nbits_matmul_op,
     norm_binary_gated_mlp_op,
     norm_binary_matmul_qkv_op,
-    sparse8_matmul_op,
     two_plane_matmul_op,
 };
 constexpr size_t kOperatorsCount = sizeof kOperators / sizeof kOperators[0];

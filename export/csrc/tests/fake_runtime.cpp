@@ -47,7 +47,6 @@ namespace lit_binq {
 size_t element_bytes(int type) {
   switch (type) {
     case kOrtUint8:
-    case kOrtInt8:
       return 1;
     case kOrtFloat16:
       return 2;

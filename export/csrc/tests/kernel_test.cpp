@@ -115,24 +115,21 @@ void compare_products(const Kernels& kernels, Random& random) {
   for (const auto& shape : shapes) {
     const int64_t M = shape[0], N = shape[1], K = shape[2], width = (K + 7) / 8;
     const std::string size = std::to_string(M) + " x " + std::to_string(K) + " x " + std::to_string(N);
-    const std::vector<uint8_t> codes = random.bytes(N * width), selector = random.bytes(N * width);
+    const std::vector<uint8_t> codes = random.bytes(N * width);
     const std::vector<uint16_t> r = random.halves(N), c = random.halves(K);
     const int64_t group = 24, groups = (K + group - 1) / group;
-    const std::vector<uint16_t> scales = random.halves(N * groups), levels = random.halves(N * 2 * groups * 4);
-    const std::vector<uint8_t> zones = random.bytes(width);
+    const std::vector<uint16_t> scales = random.halves(N * groups);
     const std::vector<float> x = random.normal(M * K), bias = M % 2 ? random.normal(N) : std::vector<float>{};
     const auto matrices = [&](Layout layout) {
       std::vector<PackedMatrix> all;
       all.push_back(PackedMatrix::row_column(codes.data(), r.data(), c.data(), N, K, layout));
       all.push_back(PackedMatrix::grouped(codes.data(), scales.data(), N, K, group, layout));
-      all.push_back(PackedMatrix::levels(codes.data(), selector.data(), levels.data(), zones.data(), N, K, group,
-                                         layout));
       // A group of any size is one of all columns.
       all.push_back(PackedMatrix::grouped(codes.data(), scales.data(), N, K, INT64_MAX, layout));
       return all;
     };
     const std::vector<PackedMatrix> reference = matrices(Layout::kBytes), own = matrices(kernels.layout);
-    const char* const names[] = {"row x column", "grouped", "levels", "one group"};
+    const char* const names[] = {"row x column", "grouped", "one group"};
     for (size_t i = 0; i < own.size(); ++i) {
       for (const Mode mode : {Mode::kLut, Mode::kExact}) {
         const std::vector<float> want = product(*kernels.reference, reference[i], mode, x, M, bias);

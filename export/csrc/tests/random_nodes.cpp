@@ -109,34 +109,12 @@ void grouped(Random& random, FakeNode& node) {
   bias(random, node, N);
 }
 
-void levels(Random& random, FakeNode& node) {
-  const int64_t K = random.size(400), N = rows(random), group = group_of(random, K), zones = 1 + random.below(2);
-  std::vector<int64_t> leading;
-  set(node, "K", K), set(node, "group", group), set(node, "zones", zones);
-  node.inputs.push_back(activations(random, K, &leading));
-  for (int i = 0; i < 2; ++i) node.inputs.push_back(input(random, kOrtUint8, {N, divide_up(K, 8)}, Fill::kBytes, true));
-  node.inputs.push_back(input(random, kOrtFloat16, {N, zones * divide_up(K, group), 4}, Fill::kHalf, true));
-  node.inputs.push_back(input(random, kOrtUint8, {zones == 2 ? divide_up(K, 8) : 0}, Fill::kBytes, true));
-  bias(random, node, N);
-}
-
 int64_t bits_set(const FakeTensor& t, int64_t N, int64_t K) {
   int64_t count = 0;
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t k = 0; k < K; ++k) count += t.data()[n * divide_up(K, 8) + k / 8] >> (k % 8) & 1;
   }
   return count;
-}
-
-void sparse8(Random& random, FakeNode& node) {
-  const int64_t K = random.size(400), N = rows(random);
-  std::vector<int64_t> leading;
-  set(node, "K", K);
-  node.inputs.push_back(activations(random, K, &leading));
-  for (int i = 0; i < 2; ++i) node.inputs.push_back(input(random, kOrtUint8, {N, divide_up(K, 8)}, Fill::kBytes, true));
-  node.inputs.push_back(input(random, kOrtInt8, {bits_set(node.inputs[2].tensor, N, K)}, Fill::kBytes, true));
-  for (int i = 0; i < 2; ++i) node.inputs.push_back(input(random, kOrtFloat16, {N}, Fill::kHalf, true));
-  bias(random, node, N);
 }
 
 void two_plane(Random& random, FakeNode& node) {
@@ -249,8 +227,7 @@ struct Kind {
   void (*make)(Random&, FakeNode&);
 };
 constexpr Kind kKinds[] = {
-    {"BinaryMatMul", binary},     {"GroupedBinaryMatMul", grouped}, {"LevelsMatMul", levels},
-    {"Sparse8MatMul", sparse8},   {"TwoPlaneMatMul", two_plane},    {"NBitsMatMul", nbits},
+    {"BinaryMatMul", binary},     {"GroupedBinaryMatMul", grouped}, {"TwoPlaneMatMul", two_plane}, {"NBitsMatMul", nbits},
     {"NormBinaryMatMulQKV", qkv}, {"NormBinaryGatedMLP", mlp},      {"CachedAttention", attention}};
 constexpr int64_t kKindsCount = sizeof kKinds / sizeof kKinds[0];
 
@@ -354,7 +331,7 @@ void damage(Random& random, FakeNode& node) {
       return reshape(random, t);
     }
     case 8:
-      t.type = random.of<int>({kOrtFloat, kOrtUint8, kOrtInt8, kOrtInt32, kOrtFloat16, 7, 11});
+      t.type = random.of<int>({kOrtFloat, kOrtUint8, 3, kOrtInt32, kOrtFloat16, 7, 11});
       return reshape(random, t);
     case 9:
       chosen.present = !chosen.present;
