@@ -5,8 +5,8 @@ columns a group; of a row and group lo and s: the four levels lo, lo + s, lo + 2
 
 Group by group, from left to right: the grid comes from the group's columns as they are by then, with all errors so far
 compensated; its columns are rounded to the grid one by one, and the columns to come make good what that does wrong
-(lit_binq.solvers.error_feedback). Source: GPTQ (arXiv 2210.17323) with groups and an asymmetric grid. Deviations: the
-grid need not hold zero, so that no zero point has to be rounded; the clipped grid lowers the squared error, not the
+(lit_binq.statistics.error_feedback). Source: GPTQ (arXiv 2210.17323) with groups and an asymmetric grid. Deviations:
+the grid need not hold zero, so that no zero point has to be rounded; the clipped grid lowers the squared error, not the
 2.4th power; columns keep their order.
 
 Four equally spaced levels are the tied levels of the two-plane format: m = lo + 1.5 s, a1 = s, a2 = s / 2. So stored
@@ -22,7 +22,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats.grouped import check_group
 from lit_binq.formats.two_plane.solution import InputFormat, TwoPlane, stored_order, swapped
 from lit_binq.solvers.base import Solver, require_finite
-from lit_binq.solvers.error_feedback import columns_and_errors, inverse_factor
+from lit_binq.statistics.error_feedback import columns_and_errors, inverse_factor
 
 SHARES = tuple(1 - i / 20 for i in range(15))
 """What parts of a group's range are tried as the grid's, where it may be clipped."""

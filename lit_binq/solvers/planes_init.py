@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lit_binq.formats.planes import Planes
 from lit_binq.formats.row_column import RowColumn
-from lit_binq.solvers.error_feedback import column_by_column, inverse_factor
 from lit_binq.solvers.row_column import RowColumnSolver, start
+from lit_binq.statistics.error_feedback import column_by_column, inverse_factor
 
 MOST_PLANES = 4
 """A budget of more bits is better served by ordinary integers."""

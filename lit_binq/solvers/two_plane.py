@@ -26,8 +26,8 @@ from lit_binq.formats.grouped import check_group, spread
 from lit_binq.formats.two_plane.solution import RANK, InputFormat, TwoPlane, stored_order, swapped
 from lit_binq.solvers.base import Solver, require_finite
 from lit_binq.solvers.descent import INNER, OUTER, descend_columns
-from lit_binq.solvers.error_feedback import column_by_column, inverse_factor
 from lit_binq.solvers.four_means import by_rank, four_means
+from lit_binq.statistics.error_feedback import column_by_column, inverse_factor
 
 WORKING_BYTES = 1 << 28
 """Most memory that the systems of one chunk of rows may take."""
@@ -118,7 +118,7 @@ def _with_feedback(W: Tensor, begin: int, end: int, levels: Tensor, U: Tensor) -
         begin: the group's first column.
         end: the first after it.
         levels: (N, 4) ascending.
-        U: (K, K), see `lit_binq.solvers.error_feedback`.
+        U: (K, K), see `lit_binq.statistics.error_feedback`.
     """
     w, inside = W[:, begin:end], U[begin:end, begin:end]
     middles = (levels[:, 1:] + levels[:, :-1]) / 2

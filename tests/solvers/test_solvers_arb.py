@@ -18,7 +18,8 @@ from lit_binq.solvers import (
     objective_value,
 )
 from lit_binq.solvers.baselines import arb
-from lit_binq.solvers.error_feedback import column_by_column, feedback_codes, inverse_factor
+from lit_binq.solvers.error_feedback import feedback_codes
+from lit_binq.statistics.error_feedback import column_by_column, inverse_factor
 from problems import f, problem, shapes
 
 # ---- ARB, ARB-RC, ARB-X --------------------------------------------------------------------------------------------

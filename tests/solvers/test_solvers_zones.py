@@ -16,7 +16,7 @@ from lit_binq.solvers import (
     objective_value,
 )
 from lit_binq.solvers.baselines.zones import Part, fit_parts, large_weights, salient_columns
-from lit_binq.solvers.error_feedback import inverse_factor
+from lit_binq.statistics.error_feedback import inverse_factor
 from problems import f, problem
 
 # ---- zones ---------------------------------------------------------------------------------------------------------

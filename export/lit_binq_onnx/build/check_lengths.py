@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PackedLinear
-from lit_binq_onnx.build.rotary import longest_text, rope_parameters
+from lit_binq.models.rotary import longest_text, rope_parameters
 from lit_binq_onnx.runtime.rows import PREFILL
 
 WORK = 10**11

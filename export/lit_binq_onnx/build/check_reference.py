@@ -13,9 +13,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from lit_binq.formats import PackedLinear
 from lit_binq.hub.bits import activation_bits
 from lit_binq.models.kv_cache import kv_bits
+from lit_binq.models.rotary import dependent_modules
 from lit_binq_onnx.build.check_lengths import AFTER, BEFORE, Border, Plan, make_plan, parts
 from lit_binq_onnx.build.fused import rotary_table
-from lit_binq_onnx.build.rotary import dependent_modules
 from lit_binq_onnx.build.trace import flat_cache
 from lit_binq_onnx.runtime.session import positions
 

@@ -34,6 +34,8 @@ from lit_binq.data.text import TextSource, encode, make_windows, read_text
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PackedLinear
 from lit_binq.hub.bits import true_bits
+from lit_binq.models.rotary import length_dependent, longest_text
+from lit_binq.models.supported import unsupported_reason
 from lit_binq.utils.files import new_folder
 from lit_binq.utils.places import require_folder
 from lit_binq_onnx.build.check import check_onnx, fused_failure
@@ -43,9 +45,7 @@ from lit_binq_onnx.build.genai import require_uniform, write_genai
 from lit_binq_onnx.build.graph import require_packed_nodes, simplify, store_half
 from lit_binq_onnx.build.head import Tables, quantize_readers, rounded_tables
 from lit_binq_onnx.build.head_rounding import HEAD_BITS, RANDOM_DAMPING, TEXT_WINDOWS, head_gram, random_windows
-from lit_binq_onnx.build.rotary import length_dependent, longest_text
 from lit_binq_onnx.build.same_tensors import require_same_tensors
-from lit_binq_onnx.build.supported import unsupported_reason
 from lit_binq_onnx.build.tensors import DataFile
 from lit_binq_onnx.build.trace import cache_shapes, quiet, trace
 from lit_binq_onnx.functions import OPSET, add_functions

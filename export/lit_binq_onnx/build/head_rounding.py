@@ -10,9 +10,9 @@ tenth of what a head of 4 bits reads. (It divides those of 16 rows by a power of
 are rounded before codes are chosen, so that codes make good for it.
 
 With H the rounding is GPTQ's (arXiv 2210.17323): columns one by one, those to come make good what a column does wrong
-(lit_binq.solvers.error_feedback), so that tr((W^ - W) H (W^ - W)^T) is small instead of the plain error. A block's grid
-comes from its columns as they are by then, squared errors weighted with 1 / U_jj^2, what an error in column j costs
-after all that later columns can do. Deviations: columns keep their order, and the search for grids is ours.
+(lit_binq.statistics.error_feedback), so that tr((W^ - W) H (W^ - W)^T) is small instead of the plain error. A block's
+grid comes from its columns as they are by then, squared errors weighted with 1 / U_jj^2, what an error in column j
+costs after all that later columns can do. Deviations: columns keep their order, and the search for grids is ours.
 
 Why, for SmolLM2-135M with three planes a linear (perplexity 60.60 with the plain head; blocks of 32): 4 bits to the
 nearest, 66.23 and 0.098 nats of KL divergence from the plain head's predictions; with H of random tokens, 60.89 and
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError
-from lit_binq.solvers.error_feedback import columns_and_errors, inverse_factor
+from lit_binq.statistics.error_feedback import columns_and_errors, inverse_factor
 
 HEAD_BITS = (0, 4, 8)
 BLOCKS = (32, 16)
@@ -171,7 +171,7 @@ def _round_asymmetric(W: Tensor, block: int, U: Tensor | None) -> tuple[Tensor, 
     Args:
         W: (m, K) float32.
         block: g.
-        U: (K, K), see `lit_binq.solvers.error_feedback.inverse_factor`.
+        U: (K, K), see `lit_binq.statistics.error_feedback.inverse_factor`.
 
     Returns:
         codes (m, K) uint8, scales (m, G) float32, zeros (m, G) uint8.

@@ -1,7 +1,5 @@
-"""Rotary embeddings whose angles depend on how long the text is, in a form that can be traced.
-
-    longrope   one set of frequencies up to `original_max_position_embeddings`, another beyond it
-    dynamic    beyond `max_position_embeddings` frequencies that change with every token (NTK)
+"""Rotary embeddings whose angles depend on how long the text is, in a form that can be traced; see
+`lit_binq.models.rotary` for the kinds.
 
 transformers asks for the largest position of a pass and then changes its module in place, in some versions by a branch
 on a value, which cannot be traced. `traceable_rotary` puts the same choice into the graph, without a memory of earlier
@@ -22,53 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-DEPENDENT = ("longrope", "dynamic")
-"""Kinds whose angles depend on n. All others give a position the same angles in every text."""
-
-
-def rope_parameters(config: Any) -> list[tuple[str | None, dict[str, Any]]]:
-    """What a configuration says of its rotary embeddings: (kind of block or None, parameters)."""
-    config = config.get_text_config(decoder=True)
-    found = getattr(config, "rope_parameters", None) or {}
-    if found and all(isinstance(value, dict) for value in found.values()):
-        return list(found.items())
-    return [(None, found)] if found else []
-
-
-def length_dependent(config: Any) -> tuple[str, int] | None:
-    """(kind, longest text that has the first angles) of a model whose angles depend on n, else None."""
-    text = config.get_text_config(decoder=True)
-    for _, parameters in rope_parameters(config):
-        kind = str(parameters.get("rope_type", "default"))
-        if kind in DEPENDENT:
-            original = parameters.get("original_max_position_embeddings") if kind == "longrope" else None
-            return kind, int(original or text.max_position_embeddings)
-    return None
-
-
-def longest_text(config: Any) -> int | None:
-    """Most tokens a model has positions for; None: no limit is known. NTK stretches what the configuration names."""
-    text = config.get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None)
-    factors = [float(p["factor"]) for _, p in rope_parameters(text) if p.get("rope_type") == "dynamic"]
-    return None if limit is None else int(limit * max([1.0, *factors]))
-
-
-def _kinds(module: nn.Module) -> dict[str | None, str]:
-    """Kind of the angles that a rotary module makes, by kind of block; None where all blocks have the same."""
-    kinds = getattr(module, "rope_type", None)
-    if isinstance(kinds, dict):
-        return dict(kinds)
-    return {None: kinds} if isinstance(kinds, str) else {}
-
-
-def dependent_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Rotary modules by name whose angles depend on n."""
-    found = {}
-    for name, module in model.named_modules():
-        if any(kind in DEPENDENT for kind in _kinds(module).values()):
-            found[name] = module
-    return found
+from lit_binq.models.rotary import DEPENDENT, angle_kinds, dependent_modules
 
 
 class _View:
@@ -114,7 +66,7 @@ class LengthRotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin, (b, s, d) each, as the module makes them for a text it sees first."""
         module: Any = self.__dict__["module"]
-        kind = _kinds(module)[layer_type]
+        kind = angle_kinds(module)[layer_type]
         options = {} if layer_type is None else {"layer_type": layer_type}
         replaced = {}
         if kind in DEPENDENT:

@@ -27,6 +27,7 @@ from lit_binq.calibration.preflight.estimates import Estimate, Phase, Run, estim
 from lit_binq.errors import LitBinqError, first_line
 from lit_binq.models.block_calls import BlockCall, capture_calls, hooked
 from lit_binq.models.blocks import find_blocks, replace_module, require_fitting
+from lit_binq.models.supported import unsupported_reason
 from lit_binq.utils.memory import host_available, host_peak, resident
 from lit_binq.utils.places import free_bytes
 
@@ -189,10 +190,6 @@ def require_export(model: PreTrainedModel, *, torch_only: bool) -> None:
     Raises:
         LitBinqError: it cannot, and `torch_only` is off.
     """
-    try:
-        from lit_binq_onnx.build.supported import unsupported_reason
-    except ImportError:  # an installation without the export
-        return
     reason = unsupported_reason(model)
     if reason is None:
         return

@@ -31,7 +31,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats.levels import Levels
 from lit_binq.solvers.base import Solver, require_finite
 from lit_binq.solvers.baselines.zones import fit_parts, large_weights, salient_columns
-from lit_binq.solvers.error_feedback import inverse_factor
+from lit_binq.statistics.error_feedback import inverse_factor
 
 
 @dataclass
@@ -86,7 +86,7 @@ def block_by_block(
 
     Args:
         T: (N, K).
-        U: (K, K), see `lit_binq.solvers.error_feedback`.
+        U: (K, K), see `lit_binq.statistics.error_feedback`.
         fit: from a block w (N, b) and 1 / U_jj^2 (b,) to its levels, one group of two zones.
         width: columns a block.
         feedback: whether errors are compensated, as the authors' code does it: see the head of this file.

@@ -7,7 +7,7 @@ as in lit_binq.formats.sparse8.
     2. s_i = max_j |T_ij| / 127 over the row's chosen weights, Q the nearest whole numbers.
     3. r_i = mean |T_ij| over the row's other weights, B = sign(T).
     4. With feedback, columns go from left to right with scales and mask fixed, and each one's error is compensated on
-       those to come (lit_binq.solvers.error_feedback).
+       those to come (lit_binq.statistics.error_feedback).
 
 Source: arXiv 2310.00034. Deviations: the signs have a row scale and no mean, the 8-bit values are symmetric and their
 scale is that of the chosen weights alone.
@@ -24,7 +24,7 @@ from torch import Tensor
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.sparse8 import Sparse8
 from lit_binq.solvers.base import Solver, require_finite
-from lit_binq.solvers.error_feedback import column_by_column, inverse_factor
+from lit_binq.statistics.error_feedback import column_by_column, inverse_factor
 
 
 @dataclass

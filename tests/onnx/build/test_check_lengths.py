@@ -16,11 +16,12 @@ import lit_binq_onnx.build.trace as trace_module
 from exporting import fusable_model
 from length_models import ORIGINAL, WINDOW, length_config, length_model
 from lit_binq.errors import LitBinqError
+from lit_binq.models.rotary import dependent_modules
 from lit_binq_onnx.build.check import check_onnx
 from lit_binq_onnx.build.check_lengths import Border, borders, make_plan, parts
 from lit_binq_onnx.build.export import export_onnx
 from lit_binq_onnx.build.fused import build_fused
-from lit_binq_onnx.build.rotary import LengthRotary, dependent_modules
+from lit_binq_onnx.build.rotary import LengthRotary
 from lit_binq_onnx.runtime.rows import PREFILL
 
 # --- which lengths

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from length_models import LENGTH_KINDS, length_config, length_model, plain_logits, plain_twin
 from lit_binq.errors import LitBinqError
+from lit_binq.models.supported import unsupported_reason
 from lit_binq_onnx.build.export import export_onnx
-from lit_binq_onnx.build.supported import unsupported_reason
 from lit_binq_onnx.runtime.session import OnnxModel, positions
 
 SIZES: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """What export cannot carry, known from a model's configuration and modules, before anything is computed.
 
-Asked by export first of all, and by whoever wants to know before a fit: the model may be full precision or packed,
+X
 with or without weights (torch's meta device). Milliseconds.
 """
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lit_binq_onnx.build.rotary import DEPENDENT, dependent_modules, rope_parameters
+from lit_binq.models.rotary import DEPENDENT, dependent_modules, rope_parameters
 
 KEPT = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of blocks (`layer_types` of a configuration) that keep keys and values and nothing else."""
