@@ -77,6 +77,10 @@ class StageCheckpoint(Checkpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFile()
 
+    def on_stage_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: object) -> None:
+        """Write the checkpoint; see lit_binq.calibration.stage_events."""
+        self.save(trainer)
+
     def save(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint. Called on every rank."""
         try:

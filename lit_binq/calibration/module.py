@@ -39,6 +39,7 @@ from lit_binq.calibration.preflight.fit import ask_before_fit
 from lit_binq.calibration.result import FitFacts, StageRecord, diagnostics_path, log_progress, write_result
 from lit_binq.calibration.resume import restore_student, student_state
 from lit_binq.calibration.schedule import rate_factors
+from lit_binq.calibration.stage_events import announce
 from lit_binq.calibration.stages import ClosedForm, ModelTuning, Stage, Tuning
 from lit_binq.calibration.streams import StreamOptions
 from lit_binq.calibration.trainer_checks import LIGHTNINGS_EPOCHS, require_no_epochs, require_trainer
@@ -345,6 +346,7 @@ class BinQCalibration(PackedEvaluation):
             stage = ModelStage(work, self.finish)
             self._before = copy.deepcopy(self._state())  # the stage changes the student in place
         stage.ask = self.ask_stop
+        announce(self.trainer, "on_stage_start", stage)
         with highest_precision():
             stage.enter()
         before = self._score(stage)
@@ -441,9 +443,7 @@ class BinQCalibration(PackedEvaluation):
         self.stage_index += 1
         if self.trainer.is_global_zero:
             log_progress(self.records, self.work, self.n_stages)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # a list, set by the Trainer
-            if isinstance(callback, StageCheckpoint):
-                callback.save(self.trainer)
+        announce(self.trainer, "on_stage_end", record)
         if self.stage_index == self.n_stages:
             self._write()
 

@@ -8,17 +8,17 @@ Phases, one after the other, and what each holds:
 
     closed form    streams 3 S; full-precision block and its copy; the larger of a pass with Grams and a solve; P, its
                    gradients and 2 P moments of the block before, which the optimizer holds until it has the next
-    tuning         streams 3 S; full-precision block; P latents and scales, P best epoch, 2 P moments; a step, gradients
-                   among it, or a pass that scores the epoch
-    model          student's embeddings, head and norms; P latents and scales, P best epoch, 2 P moments, P gradients;
+    tuning         streams 3 S; full-precision block; P latents and scales, 2 P moments; a step, gradients among it,
+                   or a pass that scores the epoch
+    model          student's embeddings, head and norms; P latents and scales, 2 P moments, P gradients;
                    the teacher's last hidden states n T d and its head, or all of the teacher; a step: what every block
                    keeps for its backward pass, logits of student and teacher b T V, their gradient and float32 parts
     writing        what is written, twice: as it is stored and as bytes; the folder read again
     evaluation     packed model and its source; logits of a batch, b T V in float32
 
 The host holds besides: what is resident when the estimate is made (libraries, texts, teacher), the student's
-embeddings, head and norms, packed blocks (in the model stage a copy of what is finished too), CUDA's libraries, and
-streams or hidden states that the device has no room for. On a CPU both are one.
+embeddings, head and norms, packed blocks (in the model stage a copy of what is finished too), the best epoch's P,
+CUDA's libraries, and streams or hidden states that the device has no room for. On a CPU both are one.
 """
 
 import math
@@ -136,6 +136,8 @@ class Estimate:
 
 AFTER = ("writing", "evaluation")
 
+BEST = "best epoch"
+
 TAIL = "last, smaller batch beside the CUDA graph"
 """The graph's pool is torch's for good, but no tensor's while another batch runs: needed, but not held by tensors."""
 
@@ -188,8 +190,9 @@ def estimate(
     device, host = [], []
     for phase in block_phases:
         if cuda:
-            device.append(Phase(phase.name, {**(streams if on_device else {}), **phase.parts}))
-            host.append(Phase(phase.name, {**stays, **({} if on_device else streams), **packed}))
+            parts, kept = _apart(phase.parts)
+            device.append(Phase(phase.name, {**(streams if on_device else {}), **parts}))
+            host.append(Phase(phase.name, {**stays, **({} if on_device else streams), **packed, **kept}))
         else:
             host.append(Phase(phase.name, {**stays, **streams, **packed, **phase.parts}))
     if run.finish.epochs:
@@ -197,12 +200,13 @@ def estimate(
         where = bool(cuda and cache * DEVICE_SHARE <= run.free)
         cached = {"teacher's hidden states": float(cache)} if sizes.cached_head else {}
         tuned_rest = sizes.matrices * 4 if run.finish.lr_embeddings else 0
-        kept = {"what was finished, for a checkpoint": float(sizes.packed(4) + tuned_rest)}
+        stays_too = {"what was finished, for a checkpoint": float(sizes.packed(4) + tuned_rest)}
         if cuda:
+            parts, kept = _apart(parts)
             device.append(Phase("model", {**parts, **(cached if where else {})}))
-            host.append(Phase("model", {**stays, **kept, **({} if where else cached)}))
+            host.append(Phase("model", {**stays, **stays_too, **kept, **({} if where else cached)}))
         else:
-            host.append(Phase("model", {**stays, **kept, **parts, **cached}))
+            host.append(Phase("model", {**stays, **stays_too, **parts, **cached}))
     stored = sizes.packed(run.rest_bytes) + sizes.rest * run.rest_bytes
     again = float(rest + sizes.packed(4))
     host.append(
@@ -221,6 +225,11 @@ def estimate(
     matrices = sizes.matrices * 4 if run.finish.lr_embeddings else 0
     on_disk = 3 * sizes.S if run.streams.cache == "disk" else 0
     return Estimate(host, device, stored, sizes.packed(4) + matrices, on_disk)
+
+
+def _apart(parts: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """A stage's parts on the device, and on the host: the best epoch is kept there."""
+    return {k: v for k, v in parts.items() if k != BEST}, {k: v for k, v in parts.items() if k == BEST}
 
 
 def _larger(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
@@ -335,7 +344,7 @@ def _block_phases(sizes: _Sizes, run: Run, cuda: bool) -> list[Phase]:
                 {
                     **reference,
                     "latents and scales": P + frozen,
-                    "best epoch": float(P),
+                    BEST: float(P),
                     "moments": 2.0 * P,
                     **_larger({"step with gradients": float(step)}, {"gradients, pass that scores": float(scoring)}),
                     **({"buckets of DDP": float(P)} if run.ranks > 1 else {}),
@@ -365,7 +374,7 @@ def _model_parts(sizes: _Sizes, run: Run, cuda: bool) -> tuple[dict[str, float],
     tail = run.train % b if cuda and run.graphs else 0
     parts = {
         "latents, scales, embeddings": float(P + frozen),
-        "best epoch": float(P),
+        BEST: float(P),
         "moments": 2.0 * P,
         "gradients": float(P),
         "kept for the backward pass": float(kept),
