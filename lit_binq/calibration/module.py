@@ -49,6 +49,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.evaluation.module import PackedEvaluation, highest_precision
 from lit_binq.formats.manifest import PACKED_MARKER
 from lit_binq.models.kv_cache import KV_BITS
+from lit_binq.solvers import Solver
 from lit_binq.utils import stopping
 from lit_binq.utils.files import UnwritableError
 from lit_binq.utils.json_records import BlockMeasures, parse_as
@@ -60,6 +61,20 @@ log = logging.getLogger(__name__)
 CHECKPOINT_KEY = "lit_binq"
 CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), Tuning(epochs=24), ModelTuning(), StreamOptions()
 DIAGNOSTICS, PREFLIGHT = DiagnosticsOptions(), PreflightOptions()
+
+
+def require_deployable(solver: Solver, **epochs: int) -> None:
+    """Refuse to tune a published baseline, whose weights are dense; `epochs` by the option that holds them.
+
+    Raises:
+        LitBinqError: a number of epochs that is not 0.
+    """
+    for option, number in epochs.items():
+        if number and not solver.deployable:
+            raise LitBinqError(
+                f"{option}.epochs: got {number} with {type(solver).__name__}, a published baseline whose dense weights "
+                f"cannot be tuned; expected `{option}.epochs: 0`, or another `closed_form.solver`"
+            )
 
 
 class BinQCalibration(PackedEvaluation):
@@ -115,6 +130,7 @@ class BinQCalibration(PackedEvaluation):
                 f"tuning.lr_embeddings: got {tuning.lr_embeddings}, expected 0: only the model stage tunes embeddings, "
                 "set `finish.lr_embeddings`"
             )
+        require_deployable(closed_form.solver, tuning=tuning.epochs, finish=finish.epochs)
         # Python callers may give any tuning; its errors then name the option that it is for.
         self.closed_form, self.tuning, self.finish = closed_form, tuning, ModelTuning(**vars(finish))
         self.stream_options, self.diagnostics, self.seed = streams, diagnostics, seed
@@ -233,6 +249,12 @@ class BinQCalibration(PackedEvaluation):
     def _show(self, report: Report) -> None:
         if self.trainer.is_global_zero:
             log.info("%s", report.line())
+            if not self.closed_form.solver.deployable:
+                log.warning(
+                    "%s is a published baseline: its weights are kept as dense float32 and its bits are counted, not "
+                    "stored; the result can be evaluated, but not exported",
+                    type(self.closed_form.solver).__name__,
+                )
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 

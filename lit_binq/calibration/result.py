@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_binq.calibration.preflight.estimates import known
 from lit_binq.calibration.workspace import Workspace
 from lit_binq.errors import LitBinqError
-from lit_binq.hub.bits import dense_weights, file_bits, true_bits
+from lit_binq.hub.bits import dense_weights, file_bits, how_counted, true_bits
 from lit_binq.hub.save_load import save_packed
 from lit_binq.models.load import load_tokenizer
 from lit_binq.utils.json_records import DIAGNOSTICS, BlockMeasures, read_diagnostics, write_diagnostics
@@ -158,9 +158,10 @@ def write_result(
         *(known(m[key]) for key in ("host_bytes", "device_bytes") for m in (peak, run.estimated)),
     )
     log.info(
-        "wrote %s: %.3f true bits, %.2f file bits, calibrated on %d tokens in %.0f s",
+        "wrote %s: %.3f true bits%s, %.2f file bits, calibrated on %d tokens in %.0f s",
         folder,
         true_bits(work.student),
+        how_counted(work.student),
         file_bits(folder),
         run.tokens,
         seconds,

@@ -16,7 +16,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.evaluation.perplexity import TokenPerplexity
 from lit_binq.formats.activations import FULL_BITS
 from lit_binq.formats.manifest import read_marker
-from lit_binq.hub.bits import activation_bits, file_bits, true_bits
+from lit_binq.hub.bits import activation_bits, file_bits, how_counted, true_bits
 from lit_binq.hub.save_load import load_packed
 from lit_binq.models.blocks import move, require_fitting
 from lit_binq.models.kv_cache import kv_bits
@@ -153,8 +153,9 @@ class PackedEvaluation(pl.LightningModule):
         student = self._outside["student"]
         if self.trainer.is_global_zero:
             log.info(
-                "%.3f true bits in the blocks, %.2f file bits, inputs of %.2f bits, keys and values of %d",
+                "%.3f true bits in the blocks%s, %.2f file bits, inputs of %.2f bits, keys and values of %d",
                 true_bits(student),
+                how_counted(student),
                 file_bits(self.packed),
                 activation_bits(student),
                 kv_bits(student) or FULL_BITS,

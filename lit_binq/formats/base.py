@@ -82,6 +82,9 @@ class PackedLinear(nn.Module):
     """
 
     kind: ClassVar[str]
+    deployable: ClassVar[bool] = True
+    """Whether it stores what it counts, and can be tuned and exported."""
+
     in_features: int
     out_features: int
     bias: Tensor | None

@@ -1,7 +1,8 @@
 """How large a model is, in bits.
 
 true_bits         bits of every weight matrix inside the blocks / their weights: a packed one with all its tensors
-                  (codes, padding, scales), one that stays at full precision with its own bits a weight, 16 or 32
+                  (codes, padding, scales; of a published baseline, kept dense, what its format would take), one that
+                  stays at full precision with its own bits a weight, 16 or 32
 file_bits         bits of all files of the packed folder / weights of the whole dense model
 activation_bits   bits of a value that enters a packed linear
 """
@@ -49,6 +50,11 @@ def true_bits(model: PreTrainedModel, blocks: Iterable[nn.Module] | None = None)
     bits = sum(m.stored_bits() for m in packed) + sum(p.numel() * stored_bits(model, p) for p in left.values())
     weights = sum(m.in_features * m.out_features for m in packed) + sum(p.numel() for p in left.values())
     return bits / weights
+
+
+def how_counted(model: nn.Module) -> str:
+    """What has to be said behind `true_bits`: nothing, or that a baseline's dense weights take more in the file."""
+    return "" if all(m.deployable for m in packed_linears(model).values()) else " (counted, not stored)"
 
 
 def left_matrices(blocks: Iterable[nn.Module]) -> dict[str, nn.Parameter]:

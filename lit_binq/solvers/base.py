@@ -19,9 +19,12 @@ class Solver(ABC):
 
     Attributes:
         takes_bits: whether the size of the format can follow a bit budget.
+        deployable: whether the format can be stored, tuned and exported; published baselines that cannot give dense
+            weights whose bits are counted.
     """
 
     takes_bits: ClassVar[bool] = False
+    deployable: ClassVar[bool] = True
 
     @abstractmethod
     def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> Solution:

@@ -177,7 +177,7 @@ class Drifting(Solver):
         (ClosedForm(solver=Drifting(PlanesSolver()), bits=2.6), 1),
         (ClosedForm(solver=Drifting(LowRankSolver(rounds=1)), bits=2.6), 0),
         (ClosedForm(solver=Drifting(CGB()), objective="weight"), 0),
-        (ClosedForm(solver=Drifting(PBLLM())), 1),
+        (ClosedForm(solver=Drifting(PBLLM())), 0),
         *((ClosedForm(solver=Drifting(s)), 0) for s in (RowColumnSolver(), GroupedSolver(), ARBX())),
     ],
     ids=lambda v: str(v) if isinstance(v, int) else type(v.solver.inner).__name__,

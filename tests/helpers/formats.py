@@ -7,36 +7,27 @@ from transformers import PreTrainedModel
 from exporting import random_model
 from lit_binq.formats import (
     Grouped,
-    Levels,
     LowRank,
     PackedLinear,
     Planes,
     RowColumn,
-    RowMean,
     Solution,
-    Sparse8,
     TwoPlane,
 )
 from lit_binq.formats.grouped import group_count
 
 VARIANTS = (
     "row_column",
-    "row_mean",
     "planes",
     "planes-nested",
     "grouped-8",
     "grouped-40",
     "low_rank",
-    "levels",
-    "levels-zones",
-    "levels-scaled",
-    "sparse8",
-    "sparse8-none",
     "two_plane-4",
     "two_plane-3",
     "two_plane-2",
 )
-"""Every format, and those of its layouts that are stored differently."""
+"""Every format that is deployed, and those of its layouts that are stored differently."""
 
 
 def _signs(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
@@ -52,8 +43,6 @@ def random_solution(variant: str, W: Tensor, g: torch.Generator) -> Solution:
     base = RowColumn(r, c, B)
     if kind == "row_column":
         return base
-    if kind == "row_mean":
-        return RowMean(0.3 * r * torch.randn(N, generator=g), r, B)
     if kind == "planes":
         sets = [torch.arange(K) if option else torch.randperm(K, generator=g)[: max(1, K // 5)].sort().values]
         if option == "nested":
@@ -71,16 +60,6 @@ def random_solution(variant: str, W: Tensor, g: torch.Generator) -> Solution:
         k = 8 * max(1, min(N, K) // 10)
         v = 0.5 + torch.rand(k, generator=g)
         return LowRank(r / k**0.5, _signs((N, k), g), v, _signs((k, K), g), c)
-    if kind == "levels":
-        group, zones = 16, 2 if option == "zones" else 1
-        levels = r[:, None, None] * torch.randn(N, zones * -(-K // group), 4, generator=g)
-        codes = torch.randint(4, (N, K), generator=g).to(torch.uint8)
-        salient = torch.rand(K, generator=g) < 0.3 if zones == 2 else None
-        return Levels(levels, codes, group, salient, c if option == "scaled" else None)
-    if kind == "sparse8":
-        mask = torch.rand(N, K, generator=g) < (0.0 if option == "none" else 0.1)
-        Q = torch.randint(-127, 128, (N, K), generator=g).float() * mask
-        return Sparse8(r, B, r / 40, Q, mask)
     raise ValueError(variant)
 
 

@@ -49,7 +49,7 @@ WORDS = [
     "format",
     "row_column",
     "planes",
-    "levels",
+    "dense_only",
     "two_plane",
     "codes",
     "lm_head.weight",

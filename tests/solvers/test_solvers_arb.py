@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import RowMean
 from lit_binq.solvers import (
     ARB,
     ARBRC,
@@ -18,6 +17,7 @@ from lit_binq.solvers import (
     objective_value,
 )
 from lit_binq.solvers.baselines import arb
+from lit_binq.solvers.baselines.arb import RowMean
 from lit_binq.solvers.error_feedback import feedback_codes
 from lit_binq.statistics.error_feedback import column_by_column, inverse_factor
 from problems import f, problem, shapes

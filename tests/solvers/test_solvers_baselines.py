@@ -7,10 +7,15 @@ import torch
 from conftest import tiny_model
 from jsonargparse import auto_cli
 
-from lit_binq.calibration.stages import ClosedForm
+from lit_binq.calibration.module import BinQCalibration
+from lit_binq.calibration.stages import ClosedForm, ModelTuning, Tuning
 from lit_binq.cli import main as cli
 from lit_binq.errors import LitBinqError
+from lit_binq.formats.dense_only import CountedSolution
+from lit_binq.formats.manifest import read_marker
 from lit_binq.formats.registry import packed_linears
+from lit_binq.formats.row_column import RowColumn
+from lit_binq.hub.bits import file_bits
 from lit_binq.hub.save_load import load_packed
 from lit_binq.solvers import (
     ARB,
@@ -22,6 +27,7 @@ from lit_binq.solvers import (
     RowColumnSolver,
     Solver,
 )
+from lit_binq.solvers.baselines.zones import Levels
 from problems import f, problem
 
 ALL: list[Solver] = [
@@ -51,10 +57,42 @@ def test_every_method_packs_what_it_found(solver: Solver, shape: tuple[int, int]
     assert f(s.dense(), T, torch.eye(shape[1])) < 30 * f(torch.zeros_like(T), T, torch.eye(shape[1]))
     layer = s.pack(torch.ones(shape[0]))
     torch.testing.assert_close(layer.dequantize(), s.dense(), rtol=4e-3, atol=4e-3)
-    stored = sum(t.numel() * t.element_size() for n, t in layer.state_dict().items() if n != "bias")
-    assert layer.true_bits() == 8 * stored / (shape[0] * shape[1])
-    latent = layer.latent(True, T)
-    assert torch.equal(latent.pack().dequantize(), layer.dequantize())
+    assert layer.deployable == solver.deployable == isinstance(s, RowColumn)
+    if isinstance(s, CountedSolution):  # the dense weight is kept as it is, with scales as float16 holds them
+        assert torch.equal(layer.weight, s.rounded().dense())
+        assert layer.true_bits() == s.stored_bits() / T.numel()
+
+
+def test_bits_are_counted_as_the_papers_formats_take_them() -> None:
+    """Codes padded to bytes, every scale as float16, positions; columns and rows that are no whole bytes."""
+    N, K = 6, 20
+    T, H = (t.float() for t in problem(N, K, 3))
+    codes = N * 24
+    assert ARB().solve(T, H).stored_bits() == ARBX().solve(T, H).stored_bits() == codes + 32 * N
+    assert PBLLM(share=0.1).solve(T, H).stored_bits() == 2 * codes + 32 * N + 8 * 12
+    levels = 16 * N * 3 * 2 * 4  # three blocks of 8 columns, two zones
+    assert BiLLM(block=8).solve(T, H).stored_bits() == 2 * codes + levels + 24
+    assert CGB(block=8).solve(T, H).stored_bits() == 2 * codes + levels + 24 + 16 * K
+    assert CGB(block=8, scales="row").solve(T, H).stored_bits() == 2 * codes + levels + 24
+
+
+@pytest.mark.parametrize(
+    ("solver", "name"), [(ARB(), "row_mean"), (BiLLM(block=8), "levels"), (PBLLM(), "row_scale")], ids=str
+)
+def test_scales_that_float16_cannot_hold_are_refused(solver: Solver, name: str) -> None:
+    T, H = (t.float() for t in problem(4, 16, 0))
+    with pytest.raises(LitBinqError, match=f"{name} has values that float16 cannot hold"):
+        solver.solve(1e8 * (T + 1), H).pack()
+
+
+def test_column_scales_of_any_size_fit() -> None:
+    T, H = (t.float() for t in problem(4, 16, 0))
+    s = CGB(block=8).solve(T, H)
+    assert s.c is not None
+    moved = Levels(s.levels * 2.0**-30, s.codes, s.group, s.salient, s.c * 2.0**30)
+    assert torch.equal(moved.pack().dequantize(), s.pack().dequantize())
+    s.c[3] = 0  # a dead column sets no mean
+    assert float(s.pack().dequantize()[:, 3].abs().max()) == 0
 
 
 @pytest.mark.parametrize("solver", ALL, ids=lambda s: type(s).__name__)
@@ -97,12 +135,12 @@ def test_options_on_the_command_line() -> None:
     assert form.solver == RowColumnSolver(start_from="error_feedback")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("CGB", "levels"), ("ARBX", "row_mean"), ("PBLLM", "sparse8")])
-def test_a_fit_with_tuning_of_codes(name: str, kind: str, tokenizer, text_file, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["CGB", "ARBX", "PBLLM"])
+def test_a_fit_keeps_dense_weights_and_says_so(name: str, tokenizer, text_file, tmp_path, caplog, capsys) -> None:
     tiny_model("llama", blocks=1).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     text = {"path": str(text_file)}
-    model = {"model": str(tmp_path / "model"), "packed": str(tmp_path / "packed"), "tuning": {"epochs": 2}}
+    model = {"model": str(tmp_path / "model"), "packed": str(tmp_path / "packed"), "tuning": {"epochs": 0}}
     config = {
         "model": model | {"closed_form": {"solver": name, "objective": "pseudo_target"}},
         "data": {"train": text, "window_length": 32, "windows": 8, "evaluation": {"text": text}}
@@ -111,10 +149,31 @@ def test_a_fit_with_tuning_of_codes(name: str, kind: str, tokenizer, text_file, 
         "trainer": {"accelerator": "cpu", "devices": 1},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert cli.main(["fit", "--config", str(tmp_path / "config.json")]) == 0
+    with caplog.at_level("INFO"):
+        assert cli.main(["fit", "--config", str(tmp_path / "config.json")]) == 0
+    assert "published baseline" in caplog.text
+    assert "true bits (counted, not stored)" in caplog.text
     packed = packed_linears(load_packed(tmp_path / "packed")[0])
-    assert {layer.kind for layer in packed.values()} == {kind}
+    assert {layer.kind for layer in packed.values()} == {"dense_only"}
     assert len(packed) == 7
+    marker = read_marker(tmp_path / "packed")
+    counted = sum(entry["counted_bits"] for entry in marker["linears"].values())
+    assert marker["true_bits"] == counted / sum(layer.weight.numel() for layer in packed.values()) < 8
+    assert file_bits(tmp_path / "packed") > 16  # what the folder takes is another matter
+    capsys.readouterr()
+    assert cli.main(["export", str(tmp_path / "packed"), str(tmp_path / "onnx")]) == 1
+    assert "published baseline's dense weight" in capsys.readouterr().err
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize("stage", ["tuning", "finish"])
+@pytest.mark.parametrize("solver", [ARB(), ARBX(), BiLLM(), CGB(), PBLLM()], ids=lambda s: type(s).__name__)
+def test_tuning_a_baseline_is_refused_at_once(solver: Solver, stage: str) -> None:
+    epochs = {"tuning": Tuning(epochs=0), "finish": ModelTuning(epochs=0)}
+    BinQCalibration("nowhere", closed_form=ClosedForm(solver=solver), **epochs)
+    epochs[stage] = type(epochs[stage])(epochs=2)
+    with pytest.raises(LitBinqError, match=rf"^{stage}\.epochs: got 2 with {type(solver).__name__}, a published"):
+        BinQCalibration("nowhere", closed_form=ClosedForm(solver=solver), **epochs)
 
 
 @pytest.mark.parametrize(

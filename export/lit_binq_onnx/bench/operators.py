@@ -3,7 +3,6 @@
     lit-binq-lut, -exact     BinaryMatMul, W = diag(r) B diag(c): 1 bit
     lit-binq-planes          the same and a second one on an eighth of the columns (two BinaryMatMul, Gather, Add)
     lit-binq-grouped         GroupedBinaryMatMul, one scale for 128 columns
-    lit-binq-levels          LevelsMatMul, 2 bits as one of four levels for 128 columns
     lit-binq-two-plane       TwoPlaneMatMul, two planes: one of four free levels for each row and 128 columns, 2.5 bits
     lit-binq-a4              the same with activations rounded to four binary planes: AND and popcount
     lit-binq-8bit, -4bit     NBitsMatMul, one scale for 32 columns: the tensors of ort-8bit and -4bit
@@ -28,7 +27,7 @@ from lit_binq_onnx.functions import DOMAIN, MICROSOFT, NBITS, OPSET, VERSION
 from lit_binq_onnx.runtime.library import Mode
 
 GROUP = 128
-"""Columns of a scale of the grouped format and of the levels format here."""
+"""Columns of a group, of scales or of levels."""
 
 SALIENT = 8
 """The second plane of the planes format here is on every SALIENT-th column."""
@@ -179,20 +178,6 @@ def _chosen(codes: np.ndarray, selector: np.ndarray, levels: np.ndarray, K: int)
     return W
 
 
-def levels_layer(rng: np.random.Generator, K: int, N: int, copy: int) -> Layer:
-    """LevelsMatMul with one zone."""
-    codes, selector = _bits(rng, N, K), _bits(rng, N, K)
-    levels = rng.standard_normal((N, -(-K // GROUP), 4)).astype(np.float16)
-    zone = np.zeros(0, np.uint8)
-    tensors = {f"codes{copy}": codes, f"selector{copy}": selector, f"levels{copy}": levels, f"zones{copy}": zone}
-    node = _product("LevelsMatMul", "x", tensors, f"y{copy}", K=K, group=GROUP, zones=1)
-
-    def dense(n: slice) -> np.ndarray:
-        return _chosen(codes[n], selector[n], levels[n], K)
-
-    return Layer([node], tensors, dense)
-
-
 def two_plane_maker(activation_bits: int) -> Callable[[np.random.Generator, int, int, int], Layer]:
     """Makes layers of TwoPlaneMatMul with four free levels for each row and group, the dearest of its forms."""
 
@@ -274,7 +259,6 @@ def our_kernels() -> list[Kernel]:
         Kernel("lit-binq-exact", binary_layer, FLOAT_ERROR, "exact"),
         Kernel("lit-binq-planes", planes_layer, INT8_ERROR, "lut"),
         Kernel("lit-binq-grouped", grouped_layer, INT8_ERROR, "lut", rows=1),
-        Kernel("lit-binq-levels", levels_layer, INT8_ERROR, "lut", rows=1),
         Kernel("lit-binq-two-plane", two_plane_maker(0), INT8_ERROR, "lut"),
         Kernel("lit-binq-a4", two_plane_maker(4), A4_ERROR, "lut"),
         *tables,

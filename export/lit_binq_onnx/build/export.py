@@ -66,6 +66,11 @@ def _refuse(model: PreTrainedModel, target: Path) -> dict[str, PackedLinear]:
         raise LitBinqError(
             "export: the model has no packed linear, expected one calibrated by `litbinq fit`: give its packed folder"
         )
+    if kept := [name for name, m in layers.items() if not m.deployable]:
+        raise LitBinqError(
+            f"export: {kept[0]} holds a published baseline's dense weight, whose bits are counted and not stored, "
+            "expected a format with an operator: fit with another `closed_form.solver`"
+        )
     # A packed layer holds its scales as they are stored; its bias computes like everything else.
     packed = {f"{name}.{b}" for name, layer in layers.items() for b, _ in layer.named_buffers() if b != "bias"}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -23,7 +23,6 @@ _TYPES = {
     "float32": ("tensor(float)", onnxscript.FLOAT),
     "float16": ("tensor(float16)", onnxscript.FLOAT16),
     "uint8": ("tensor(uint8)", onnxscript.UINT8),
-    "int8": ("tensor(int8)", onnxscript.INT8),
 }
 
 
@@ -110,24 +109,6 @@ OPERATORS = (
         "grouped_binary_matmul",
         (("codes", "uint8"), ("scales", "float16")),
         {"in_features": "K", "group": "group"},
-    ),
-    Operator(
-        "LevelsMatMul",
-        "levels_matmul",
-        (("codes", "uint8"), ("selector", "uint8"), ("levels", "float16"), ("column_bits", "uint8")),
-        {"in_features": "K", "group": "group", "zones": "zones"},
-    ),
-    Operator(
-        "Sparse8MatMul",
-        "sparse8_matmul",
-        (
-            ("codes", "uint8"),
-            ("mask", "uint8"),
-            ("values", "int8"),
-            ("row_scale", "float16"),
-            ("value_scale", "float16"),
-        ),
-        {"in_features": "K"},
     ),
     Operator(
         "TwoPlaneMatMul",

@@ -11,7 +11,7 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import BinaryLinear, LevelsLinear, LowRankLinear, PackedLinear, PlanesLinear, RowMeanLinear
+from lit_binq.formats import BinaryLinear, LowRankLinear, PackedLinear, PlanesLinear
 from lit_binq_onnx.build.head import MICROSOFT
 from lit_binq_onnx.build.operators import OPERATORS
 from lit_binq_onnx.build.tensors import DataFile
@@ -92,15 +92,6 @@ class GraphWriter:
             return self._product(products[1], inner, layer.rank, layer, name)
         if isinstance(layer, PlanesLinear):
             return self._planes(layer, x, name)
-        if isinstance(layer, LevelsLinear) and layer.col_scale is not None:
-            scale = self.stored(f"{name}.col_scale", layer.col_scale.float().numpy())
-            x = self.add("Mul", [x, scale], f"{name}.scaled")
-        if isinstance(layer, RowMeanLinear):
-            y = self._product(products[0], x, layer.in_features, layer, f"{name}.signs")
-            axis, mean = self.stored("last axis", np.array([-1])), layer.row_mean.float().numpy()
-            total = self.add("ReduceSum", [x, axis], f"{name}.total", keepdims=1)
-            means = self.add("Mul", [total, self.stored(f"{name}.row_mean", mean)], f"{name}.means")
-            return self.add("Add", [y, means], name)
         if len(products) != 1:
             raise LitBinqError(
                 f"export: format {layer.kind!r} has {len(products)} products, expected one or a format known to the "

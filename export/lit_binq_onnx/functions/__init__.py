@@ -17,8 +17,6 @@ from lit_binq_onnx.functions.bodies import (
     VERSION,
     binary_matmul_function,
     grouped_binary_matmul_function,
-    levels_matmul_function,
-    sparse8_matmul_function,
 )
 from lit_binq_onnx.functions.fused import PRODUCT, norm_binary_gated_mlp_function, norm_binary_matmul_qkv_function
 from lit_binq_onnx.functions.nbits import ACCURACY, NBITS, nbits_matmul_function
@@ -27,8 +25,6 @@ from lit_binq_onnx.functions.two_plane import two_plane_matmul_function
 BODIES: dict[str, Callable[[], FunctionProto]] = {
     "BinaryMatMul": binary_matmul_function,
     "GroupedBinaryMatMul": grouped_binary_matmul_function,
-    "LevelsMatMul": levels_matmul_function,
-    "Sparse8MatMul": sparse8_matmul_function,
     "TwoPlaneMatMul": two_plane_matmul_function,
 }
 """Every operator of the domain that is one linear layer, by its name."""
@@ -82,10 +78,8 @@ __all__ = [
     "binary_matmul_function",
     "cached_attention_function",
     "grouped_binary_matmul_function",
-    "levels_matmul_function",
     "nbits_matmul_function",
     "norm_binary_gated_mlp_function",
     "norm_binary_matmul_qkv_function",
-    "sparse8_matmul_function",
     "two_plane_matmul_function",
 ]

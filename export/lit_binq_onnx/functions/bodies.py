@@ -12,8 +12,6 @@ import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, helper
 
 from lit_binq_onnx.functions.pieces import (
-    attribute,
-    bitmap,
     bits,
     column_blocks,
     column_of,
@@ -95,69 +93,3 @@ def grouped_binary_matmul_function() -> FunctionProto:
         node("Mul", ["B", "s_columns"], ["W"]),
     ]
     return linear_function("GroupedBinaryMatMul", ["codes", "scales"], body, ("K", "group"))
-
-
-def levels_matmul_function() -> FunctionProto:
-    """lit_binq.LevelsMatMul: W_nj = L[n, zones * (j // group) + z_j, A_nj + 2 S_nj].
-
-    Tensors: codes uint8 (N, ceil(K / 8)), the bits A; selector likewise, the bits S; levels float16
-    (N, zones * ceil(K / group), 4), L; column_bits uint8 (ceil(K / 8),), the bits z, or (0,) with one zone, where z is
-    0. Attributes: group, zones.
-    """
-    body = [
-        *bits("codes", "A"),
-        *bits("selector", "S"),
-        *column_blocks(),
-        *bitmap("column_bits", "z"),
-        constant("four", np.array(4, np.int64)),
-        # the place of every weight's level among the 4 G of its row
-        attribute("zones_scalar", "zones"),
-        node("Mul", ["blocks", "zones_scalar"], ["zone_blocks"]),
-        node("Add", ["zone_blocks", "z"], ["groups"]),
-        node("Mul", ["groups", "four"], ["places_long"]),
-        node("Cast", ["places_long"], ["places"], to=TensorProto.INT32),
-        node("Add", ["S", "S"], ["S_twice"]),
-        node("Add", ["A", "S_twice"], ["code"]),
-        node("Cast", ["code"], ["code_int"], to=TensorProto.INT32),
-        node("Add", ["code_int", "places"], ["index"]),
-        node("Cast", ["levels"], ["L"], to=TensorProto.FLOAT),
-        node("Flatten", ["L"], ["L_rows"], axis=1),
-        node("GatherElements", ["L_rows", "index"], ["W"], axis=1),
-    ]
-    return linear_function(
-        "LevelsMatMul", ["codes", "selector", "levels", "column_bits"], body, ("K", "group", "zones")
-    )
-
-
-def sparse8_matmul_function() -> FunctionProto:
-    """lit_binq.Sparse8MatMul: W_nj = s_n Q_nj where bit (n, j) of the mask is set, else r_n B_nj.
-
-    Tensors: codes uint8 (N, ceil(K / 8)); mask likewise; values int8 (count,), Q at the set bits of the mask row by
-    row; row_scale float16 (N,), r; value_scale float16 (N,), s.
-
-    An int8 times a float16 has 18 bits of mantissa: W is exact in float32.
-    """
-    body = [
-        *signs("codes", "B"),
-        *bits("mask", "M"),
-        *column_of("row_scale", "r"),
-        *column_of("value_scale", "s"),
-        # Q: the i-th set bit takes value i; where a bit is clear a value is read that is not used, the made-up one if
-        # there are no others. int32 because these tensors have N K elements while the runtime folds them.
-        constant("all", np.array([-1], np.int64)),
-        constant("zero_int", np.array(0, np.int64)),
-        constant("no_value", np.array([0], np.int8)),
-        node("Cast", ["M"], ["M_int"], to=TensorProto.INT32),
-        node("Reshape", ["M_int", "all"], ["M_flat"]),
-        node("CumSum", ["M_flat", "zero_int"], ["counted"]),
-        node("Concat", ["no_value", "values"], ["values_from_1"], axis=0),
-        node("Gather", ["values_from_1", "counted"], ["Q_flat"], axis=0),
-        node("Shape", ["M_int"], ["M_shape"]),
-        node("Reshape", ["Q_flat", "M_shape"], ["Q_int"]),
-        node("Cast", ["Q_int"], ["Q"], to=TensorProto.FLOAT),
-        node("Mul", ["Q", "s"], ["W_values"]),
-        node("Mul", ["B", "r"], ["W_signs"]),
-        node("Cast", ["M"], ["chosen"], to=TensorProto.BOOL),
-        node("Where", ["chosen", "W_values", "W_signs"], ["W"]),
-    ]
-    return linear_function("Sparse8MatMul", ["codes", "mask", "values", "row_scale", "value_scale"], body)

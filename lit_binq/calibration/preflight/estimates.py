@@ -288,15 +288,16 @@ def _width(block: nn.Module, call: BlockCall) -> int:
 
 
 def format_sizes(form: ClosedForm) -> tuple[float, float]:
-    """Latents and stored bits a weight of what the solver makes, from a small weight solved; one each if it cannot."""
+    """Latents, and bits in a file, a weight of what the solver makes, by a small weight; one each if it cannot."""
     T = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0))
     try:
         solution: Solution = form.solver.solve(T, torch.eye(SAMPLE[1]), bits=form.bits or None)
         packed = solution.pack()
-        latents = sum(p.numel() for p in packed.latent(True).code_parameters())
+        latents = sum(p.numel() for p in packed.latent(True).code_parameters()) if packed.deployable else 0
     except (LitBinqError, ValueError, RuntimeError):
         return 1.0, max(form.bits, 1.0)
-    return max(latents / T.numel(), 1.0), packed.true_bits()
+    bits = 8 * sum(t.nbytes for t in packed.weight_buffers().values())
+    return max(latents / T.numel(), 1.0), bits / T.numel()
 
 
 def _block_phases(sizes: _Sizes, run: Run, cuda: bool) -> list[Phase]:

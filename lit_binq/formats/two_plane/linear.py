@@ -17,7 +17,6 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats.activations import plain_scales, quantize
 from lit_binq.formats.base import Buffer, PackedLinear, code_buffer, half_buffer, half_scales
 from lit_binq.formats.grouped import check_group, group_count
-from lit_binq.formats.levels import bits_of
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
 from lit_binq.formats.two_plane import device as two_plane_device
 from lit_binq.formats.two_plane.latent import LatentTwoPlaneLinear
@@ -198,7 +197,7 @@ class TwoPlaneLinear(PackedLinear):
         s = replace(solution, levels=half.to(solution.levels.dtype)).canonical()
         P = len(s.inputs.outliers)
         s.inputs.check(K)
-        A, B = bits_of(s.codes)
+        A, B = ((s.codes >> bit & 1).float() * 2 - 1 for bit in (0, 1))
         tensors = {"codes": pack_signs(A), "selector": pack_signs(B), "levels": s.levels.half()}
         if P:
             tensors["order"] = stored_order(s.inputs.outliers.to(s.codes.device), K)

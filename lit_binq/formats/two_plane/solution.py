@@ -29,7 +29,6 @@ from torch import Tensor
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.base import Solution
-from lit_binq.formats.levels import column_groups
 
 if TYPE_CHECKING:
     from lit_binq.formats.two_plane.linear import TwoPlaneLinear
@@ -166,7 +165,7 @@ def four_levels(levels: Tensor) -> Tensor:
 
 def by_code(table: Tensor, codes: Tensor, group: int) -> Tensor:
     """The entry of every weight: table (N, G, 4), codes (N, K) 0 to 3, g, to (N, K)."""
-    groups = column_groups(codes.shape[1], group, None, codes.device)
+    groups = torch.arange(codes.shape[1], device=codes.device) // group
     return table.flatten(1).gather(1, 4 * groups + codes.long())
 
 

@@ -11,13 +11,44 @@ row`.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.mean import RowMean
+from lit_binq.formats.base import half_scales
+from lit_binq.formats.dense_only import CountedSolution
+from lit_binq.formats.packing import packed_width
 from lit_binq.solvers.base import Solver, require_finite
+
+
+@dataclass
+class RowMean(CountedSolution):
+    """W^_ij = m_i + a_i B_ij: one bit a weight, a mean and a scale a row; 1 + 32 / K bits.
+
+    Attributes:
+        m: (N,) row means, float.
+        a: (N,) row scales, float.
+        B: (N, K) signs, -1 or +1, float.
+    """
+
+    m: Tensor
+    a: Tensor
+    B: Tensor
+
+    def dense(self) -> Tensor:
+        """(N, K)."""
+        return self.m[:, None] + self.a[:, None] * self.B
+
+    def rounded(self) -> "RowMean":
+        """Means and scales as float16 holds them; see the base class."""
+        return RowMean(half_scales(self.m, "row_mean").float(), half_scales(self.a, "row_scale").float(), self.B)
+
+    def stored_bits(self) -> int:
+        """Codes, and two float16 a row."""
+        N, K = self.B.shape
+        return N * (8 * packed_width(K) + 32)
 
 
 @dataclass
@@ -28,6 +59,7 @@ class ARB(Solver):
         iterations: rounds of the alternation; 0 leaves the start (XNOR).
     """
 
+    deployable: ClassVar[bool] = False
     iterations: int = 15
 
     def __post_init__(self) -> None:

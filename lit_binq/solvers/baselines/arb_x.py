@@ -10,13 +10,13 @@ H = S. Under the objective `true_target` the same fit has another T. Deviation: 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lit_binq.formats.mean import RowMean
 from lit_binq.solvers.base import Solver, require_finite
-from lit_binq.solvers.baselines.arb import alternate, check_iterations
+from lit_binq.solvers.baselines.arb import RowMean, alternate, check_iterations
 
 
 @dataclass
@@ -28,6 +28,7 @@ class ARBX(Solver):
         output_iterations: rounds of mean and scale under the metric.
     """
 
+    deployable: ClassVar[bool] = False
     iterations: int = 15
     output_iterations: int = 15
 

@@ -22,15 +22,14 @@ are quoted for it count neither the group bits nor the scales.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.levels import Levels
 from lit_binq.solvers.base import Solver, require_finite
-from lit_binq.solvers.baselines.zones import fit_parts, large_weights, salient_columns
+from lit_binq.solvers.baselines.zones import Levels, fit_parts, large_weights, salient_columns
 from lit_binq.statistics.error_feedback import inverse_factor
 
 
@@ -45,6 +44,7 @@ class BiLLM(Solver):
         feedback: whether a block's error is compensated on later blocks.
     """
 
+    deployable: ClassVar[bool] = False
     block: int = 128
     damping: float = 0.01
     saliency: Literal["hessian", "magnitude"] = "hessian"
@@ -104,7 +104,7 @@ def block_by_block(
             errors = (w - parts[-1].dense()) / U.diagonal()[begin:end]
             W[:, end:].addmm_(errors, U[begin:end, end:], alpha=-1)
     scales = [part.c for part in parts if part.c is not None]
-    salient = torch.cat([part.salient for part in parts if part.salient is not None])
+    salient = torch.cat([part.salient for part in parts])
     return Levels(
         torch.cat([part.levels for part in parts], 1),
         torch.cat([part.codes for part in parts], 1),

@@ -23,9 +23,8 @@ from typing import Literal
 from torch import Tensor
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.levels import Levels
 from lit_binq.solvers.baselines.billm import BiLLM
-from lit_binq.solvers.baselines.zones import fit_parts
+from lit_binq.solvers.baselines.zones import Levels, fit_parts
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """PB-LLM: the most salient weights at 8 bits with their positions, all others one bit with a row scale.
 
 Legend: T (N, K) target, H (K, K) metric; U the upper Cholesky factor of the damped H's inverse; r, B, s, Q and the mask
-as in lit_binq.formats.sparse8.
+as in `Sparse8`.
 
     1. P = T^2 / U_jj^2 (or |T|); the `share` of the weights with the largest P is chosen.
     2. s_i = max_j |T_ij| / 127 over the row's chosen weights, Q the nearest whole numbers.
@@ -16,15 +16,50 @@ True bits: 1 (signs) + 1 (mask) + 8 share + 32 / K: 2.8 for a tenth, where paper
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.sparse8 import Sparse8
+from lit_binq.formats.base import half_scales
+from lit_binq.formats.dense_only import CountedSolution
+from lit_binq.formats.packing import packed_width
 from lit_binq.solvers.base import Solver, require_finite
 from lit_binq.statistics.error_feedback import column_by_column, inverse_factor
+
+
+@dataclass
+class Sparse8(CountedSolution):
+    """W^_ij = s_i Q_ij where a weight is chosen, else r_i B_ij.
+
+    Attributes:
+        r: (N,) scales of the signs, float.
+        B: (N, K) signs, -1 or +1, float; where a weight is chosen they say nothing.
+        s: (N,) scales of the 8-bit values, float.
+        Q: (N, K) whole numbers from -127 to 127, float; zero where a weight is not chosen.
+        mask: (N, K) bool, the chosen weights.
+    """
+
+    r: Tensor
+    B: Tensor
+    s: Tensor
+    Q: Tensor
+    mask: Tensor
+
+    def dense(self) -> Tensor:
+        """(N, K)."""
+        return torch.where(self.mask, self.s[:, None] * self.Q, self.r[:, None] * self.B)
+
+    def rounded(self) -> "Sparse8":
+        """Both scales as float16 holds them; see the base class."""
+        r, s = half_scales(self.r, "row_scale").float(), half_scales(self.s, "value_scale").float()
+        return Sparse8(r, self.B, s, self.Q, self.mask)
+
+    def stored_bits(self) -> int:
+        """Signs, kept at chosen places too, the mask, the chosen values at 8 bits, and two float16 a row."""
+        N, K = self.B.shape
+        return N * (16 * packed_width(K) + 32) + 8 * int(self.mask.sum())
 
 
 @dataclass
@@ -38,6 +73,7 @@ class PBLLM(Solver):
         damping: share of the metric's mean diagonal added to it before it is inverted.
     """
 
+    deployable: ClassVar[bool] = False
     share: float = 0.1
     saliency: Literal["hessian", "magnitude"] = "hessian"
     feedback: bool = True

@@ -16,12 +16,60 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_binq.formats.levels import Levels
+from lit_binq.formats.base import half_scales
+from lit_binq.formats.dense_only import CountedSolution
+from lit_binq.formats.packing import packed_width
 
 MOST_SALIENT = 49
 """Most salient columns of a block that the search tries."""
 QUANTILES = 81
 """Magnitude splits that the search tries: quantiles from 0.10 to 0.90."""
+
+
+@dataclass
+class Levels(CountedSolution):
+    """Two bits a weight, which pick one of four levels of its row, block of columns and zone, times a column scale.
+
+    With g columns a block and two zones, salient columns and others, G = 2 ceil(K / g) and
+
+        W^_ij = L[i, 2 (j // g) + s_j, code_ij] c_j
+
+    True bits: 2 + 64 G / K, a bitmap of K bits, and 16 K bits for column scales if there are any: 3.0 for g = 128.
+
+    Attributes:
+        levels: (N, G, 4) float.
+        codes: (N, K) uint8, 0 to 3.
+        group: g.
+        salient: (K,) bool, s.
+        c: (K,) column scales, float; None for none.
+    """
+
+    levels: Tensor
+    codes: Tensor
+    group: int
+    salient: Tensor
+    c: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """(N, K)."""
+        places = 2 * (torch.arange(len(self.salient), device=self.levels.device) // self.group) + self.salient.long()
+        W = self.levels.flatten(1).gather(1, 4 * places + self.codes.long())
+        return W if self.c is None else W * self.c
+
+    def rounded(self) -> "Levels":
+        """Levels and column scales as float16 holds them, column scales of geometric mean about 1."""
+        levels, c = self.levels, self.c
+        if c is not None and bool((c != 0).any()):
+            shift = torch.exp2(torch.round(c.abs()[c != 0].log2().mean()))
+            levels, c = levels * shift, c / shift
+        half = None if c is None else half_scales(c, "col_scale").float()
+        return Levels(half_scales(levels, "levels").float(), self.codes, self.group, self.salient, half)
+
+    def stored_bits(self) -> int:
+        """Two planes of codes, levels, the bitmap, column scales."""
+        N, K = self.codes.shape
+        bits = 2 * N * 8 * packed_width(K) + 16 * self.levels.numel() + 8 * packed_width(K)
+        return bits if self.c is None else bits + 16 * K
 
 
 def first_order(P: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

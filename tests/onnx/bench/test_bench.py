@@ -27,7 +27,6 @@ from lit_binq_onnx.bench.operators import (
     float_layer,
     graph_of,
     grouped_layer,
-    levels_layer,
     nbits_kernels,
     nbits_maker,
     our_kernels,
@@ -38,7 +37,7 @@ from lit_binq_onnx.bench.timing import Spread, alternate
 from lit_binq_onnx.runtime.library import register
 from native import require_native
 
-MAKERS = {"binary": binary_layer, "planes": planes_layer, "grouped": grouped_layer, "levels": levels_layer}
+MAKERS = {"binary": binary_layer, "planes": planes_layer, "grouped": grouped_layer}
 
 
 # --- taking turns
@@ -161,7 +160,6 @@ def test_stored_bytes_are_those_of_the_format():
     K, N = 256, 64
     assert binary_layer(rng, K, N, 0).stored_bytes == N * K // 8 + 2 * N + 2 * K
     assert grouped_layer(rng, K, N, 0).stored_bytes == N * K // 8 + 2 * N * 2
-    assert levels_layer(rng, K, N, 0).stored_bytes == 2 * N * K // 8 + 2 * N * 2 * 4
     assert float_layer(rng, K, N, 0).stored_bytes == 4 * N * K
     for bits in (2, 4, 8):
         assert nbits_maker(bits, 32, 4)(rng, K, N, 0).stored_bytes == N * K * bits // 8 + 4 * N * 8
@@ -204,7 +202,7 @@ def test_a_small_run_times_everyone_with_every_number_of_threads(monkeypatch):
     for threads in (1, 2):
         first, second = ([r for r in result.records if r.threads == threads and r.K == K] for K in (256, 64))
         assert {r.kernel for r in first} == names
-        assert {r.kernel for r in second} == names - {"lit-binq-grouped", "lit-binq-levels"}  # timed at M = 1 only
+        assert {r.kernel for r in second} == names - {"lit-binq-grouped"}  # timed at M = 1 only
         for r in (*first, *second):
             if r.kernel == "ort-2bit-lut" and r.ms is None:
                 assert "not there" in r.note  # too small for it: the runtime multiplies in float32 and does not say so
