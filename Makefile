@@ -1,6 +1,6 @@
 # make demo    everything once, on a real model: fetch, calibrate (three planes; one bit beside), export, check,
 #              write text, measure
-# make test    the tests;  make lint   ruff and mypy
+# make test    the tests;  make lint   ruff, mypy and the layers;  make docs   the documentation into build/docs
 # make fuzz    the native operators built with sanitizers: the kernels' own test, then random and broken nodes, in a
 #              runtime of ours and through ONNX Runtime's sessions. FUZZ and SESSIONS say how many, SEED where they begin
 #
@@ -19,7 +19,7 @@ SESSIONS ?= 1000
 SEED ?= 1
 SANITIZED := build/sanitized
 
-.PHONY: demo test lint fuzz install clean
+.PHONY: demo test lint docs fuzz install clean
 install: $(READY)
 
 # torch first: with the constraints file the machine's own choice of build is kept.
@@ -44,6 +44,10 @@ demo: $(READY)
 
 test: $(READY)
 	LIT_BINQ_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n 2
+
+docs: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .

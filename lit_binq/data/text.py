@@ -46,7 +46,7 @@ class TextSource:
         end: where it ends, likewise: a file's parts can serve calibration and evaluation without overlap.
         skip_lines: regular expression; lines that begin with a match are left out (before `begin` and `end` count).
         style: `verbatim`, or another style of the same words: `lower` (lower case), `treebank` (see
-        lit_binq.data.normalize).
+            lit_binq.data.normalize).
         share: weight of this source among several; windows are dealt in proportion.
     """
 

@@ -62,7 +62,7 @@ class RowColumnSolver(Solver):
             H: (K, K) metric.
             bits: not used.
             amp: (K, K), `lit_binq.solvers.baselines.amp.amp_metric`: updates that would lower tr(W^ amp W^^T) are not
-            made.
+                made.
 
         Raises:
             LitBinqError: T or H holds NaN or inf.

@@ -169,8 +169,7 @@ def export_onnx(
             recorded, so that the export can be checked again later.
         check: compare with torch before the folder gets its name.
         head_bits: bits of the head, 4 or 8 (see `lit_binq_onnx.build.head`), the embedding then has 8; 0 leaves both as
-        they
-            are.
+            they are.
         head_block: weights of the head that share a scale, see `head_rounding.HEAD_BLOCKS`; None takes 32, or 16.
         head_text: a text file, on which a head of 4 bits is to err little; None takes random tokens.
         fused: "auto" writes a fused graph where one fits; its logits are compared with torch's once even without
