@@ -13,8 +13,7 @@ class BestEpoch:
     Args:
         parameters: what the stage trains; empty for a stage without tuning.
         score: loss before the first step.
-        epochs: most epochs.
-        patience: epochs without a lower score after which the stage is over; 0 means never early.
+        epochs: how many there are.
 
     Attributes:
         before: the score of epoch 0.
@@ -23,8 +22,8 @@ class BestEpoch:
         epoch: epochs that were scored.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], score: float, epochs: int, patience: int) -> None:
-        self.parameters, self.epochs, self.patience = parameters, epochs, patience
+    def __init__(self, parameters: list[nn.Parameter], score: float, epochs: int) -> None:
+        self.parameters, self.epochs = parameters, epochs
         self.before = self.score = score
         self.epoch = self.kept = 0
         self._state = [torch.empty(p.shape, dtype=p.dtype, pin_memory=p.is_cuda) for p in parameters]
@@ -41,7 +40,7 @@ class BestEpoch:
         if score < self.score:
             self.score, self.kept = score, self.epoch
             self._copy()
-        return self.epoch >= self.epochs or bool(self.patience and self.epoch - self.kept >= self.patience)
+        return self.epoch >= self.epochs
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -3,8 +3,6 @@
 Stages call it; it changes nothing.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +15,6 @@ from lit_binq.statistics.objectives import GramAccumulator, Objective, Statistic
 from lit_binq.utils.json_records import BlockMeasures
 
 PROBED: tuple[Objective, ...] = ("weight", "pseudo_target", "true_target")
-
-UNCHOSEN = 0.1
-"""Shrinkage of layers that were solved without statistics while it was chosen from data for others."""
 
 
 class BlockDiagnostics:
@@ -45,12 +40,12 @@ class BlockDiagnostics:
         """Note the losses of the closed form: `module` is solved and packed."""
         self.before = block_losses(self.reference, module, self.x, self.x_tilde, self.call)
 
-    def end(self, module: nn.Module, shrinkage: float | Mapping[str, float]) -> BlockMeasures:
+    def end(self, module: nn.Module, shrinkage: float) -> BlockMeasures:
         """Everything of what is stored; before the streams move on.
 
         Args:
             module: the packed block.
-            shrinkage: of the probe's objectives; by layer where it was chosen from data (see `UNCHOSEN`).
+            shrinkage: of the probe's objectives.
         """
         record = measure_block(
             self.reference,
@@ -69,12 +64,11 @@ class BlockDiagnostics:
             record.probe = probe(self.reference, self.x, self.x_tilde, self.call, self.names, methods)
         return record
 
-    def _method(self, objective: Objective, shrinkage: float | Mapping[str, float]) -> Method:
+    def _method(self, objective: Objective, shrinkage: float) -> Method:
         """A row x column fit of one layer inside the full-precision block."""
 
         def fit(name: str, linear: nn.Linear) -> Tensor:
-            value = shrinkage if isinstance(shrinkage, float | int) else shrinkage.get(name, UNCHOSEN)
-            T, H = target_and_metric(linear.weight, self._grams(name), objective=objective, shrinkage=value)
+            T, H = target_and_metric(linear.weight, self._grams(name), objective=objective, shrinkage=shrinkage)
             return RowColumnSolver().solve(T, H).dense()
 
         return fit

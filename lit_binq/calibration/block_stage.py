@@ -11,16 +11,16 @@ the true target makes weights compensate for the rounding of their own input as 
 """
 
 import logging
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from lit_binq.calibration.block_diagnostics import BlockDiagnostics
-from lit_binq.calibration.block_loss import BlockCriterion, output_metric
+from lit_binq.calibration.block_loss import BlockCriterion
 from lit_binq.calibration.cuda_graphs import GraphedLoss
 from lit_binq.calibration.distributed import take_from_first, take_module_from_first
-from lit_binq.calibration.stages import QUANTIZING, ClosedForm, Stage, Tuning
+from lit_binq.calibration.options import QUANTIZING, BlockTuning, ClosedForm
+from lit_binq.calibration.stage import Stage
 from lit_binq.calibration.workspace import Workspace
 from lit_binq.diagnostics.measure import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
@@ -33,7 +33,6 @@ from lit_binq.solvers import RowColumnSolver
 from lit_binq.solvers.baselines.amp import amp_metric
 from lit_binq.statistics.activation_format import choose_input_format, output_error, quantized_input
 from lit_binq.statistics.objectives import GramAccumulator, Objective, Statistics, target_and_metric
-from lit_binq.statistics.shrinkage import choose_shrinkage, pooled, split
 from lit_binq.utils.json_records import BlockMeasures
 
 log = logging.getLogger(__name__)
@@ -63,10 +62,11 @@ class BlockStage(Stage):
         work: Workspace,
         index: int,
         closed_form: ClosedForm,
-        tuning: Tuning,
+        tuning: BlockTuning,
         diagnostics: DiagnosticsOptions = NO_DIAGNOSTICS,
     ) -> None:
         super().__init__(work, tuning)
+        self.tuning: BlockTuning = tuning
         self.index, self.closed_form, self.diagnostics = index, closed_form, diagnostics
         self.measures: BlockMeasures | None = None
         self.call: BlockCall = work.calls[index]
@@ -86,9 +86,9 @@ class BlockStage(Stage):
             if self.closed_form.scope == "last" and names is not groups[-1]:
                 objective = "weight"
             self._inputs = self._input_format(names)
-            stats, shrinkage = self._statistics(reference, names, objective)
+            stats = self._statistics(reference, names[0], objective)
             for name in names:
-                self._solve(name, stats, objective, shrinkage)
+                self._solve(name, stats, objective)
         self._diagnostics = None
         if self.diagnostics.windows and w.rank == 0:
             self._diagnostics = BlockDiagnostics(
@@ -100,9 +100,7 @@ class BlockStage(Stage):
                 latent = layer.latent(bool(self.tuning.lr_codes), self._targets.pop(name, None))
                 replace_module(self.module, name, latent)
         w.streams.compute_targets(reference, self.call)
-        t = self.tuning
-        metric = output_metric(t.loss, w.streams.unit_gram()) if t.loss in ("channel", "whitened") else None
-        self._criterion = BlockCriterion(t.loss, w.streams.mean_square(), metric, t.interaction)
+        self._criterion = BlockCriterion(self.tuning.interaction)
         self._loss = GraphedLoss(_BlockLoss(self.module, self.call, self._criterion), w.cuda_graphs)
 
     def _input_format(self, names: list[str]) -> InputFormat:
@@ -155,50 +153,13 @@ class BlockStage(Stage):
         total = torch.cat(weights)
         return torch.cat(samples), total if self.closed_form.clip_tokens else torch.ones_like(total)
 
-    def _statistics(
-        self, reference: nn.Module, names: list[str], objective: Objective
-    ) -> tuple[Statistics | None, float]:
-        """Statistics of a group of layers with one input, and the shrinkage that goes with them."""
-        form, s = self.closed_form, self.work.streams
+    def _statistics(self, reference: nn.Module, name: str, objective: Objective) -> Statistics | None:
+        """Grams of the input that a group of layers, `name` the first, share; over all training windows."""
         if objective == "weight":
-            return None, 0.0
-        try:
-            if form.shrinkage != "auto":
-                return self._grams(reference, names[0], objective, slice(0, s.train)), form.shrinkage
-            fit_on, judge_on = split(s.train, s.held_out)
-            fitting = self._grams(reference, names[0], objective, fit_on)
-            validating = self._grams(reference, names[0], objective, judge_on, validating=True)
-            weights = {name: self._linear(name).weight.detach() for name in names}
-
-            def candidate(name: str, shrinkage: float) -> Tensor:
-                T, solve = self._fit(name, fitting, objective, shrinkage)
-                return T if form.shrinkage_by == "target" else solve().dense()
-
-            choice = choose_shrinkage(weights, validating, candidate)
-        except LitBinqError as error:
-            raise LitBinqError(f"block {self.index}, {names[0]}: {error}") from None
-        log.debug(
-            "block %d, %s: shrinkage %g of {%s}",
-            self.index,
-            ", ".join(names),
-            choice.shrinkage,
-            ", ".join(f"{value:g}: {error:.4f}" for value, error in choice.errors.items()),
-        )
-        self.shrinkage |= dict.fromkeys(names, choice.shrinkage)
-        return fitting if s.held_out else pooled(fitting, validating), choice.shrinkage
-
-    def _linear(self, name: str) -> nn.Linear:
-        linear = self.module.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        return linear
-
-    def _grams(
-        self, reference: nn.Module, name: str, objective: Objective, windows: slice, *, validating: bool = False
-    ) -> Statistics:
-        """Grams of a layer's input over consecutive windows, of all ranks."""
+            return None
         w = self.work
-        grams = GramAccumulator(self._linear(name).in_features, w.device, objective, validating=validating)
-        for rows in w.streams.batches(windows.stop, windows.start):
+        grams = GramAccumulator(self._linear(name).in_features, w.device, objective)
+        for rows in w.streams.batches(w.streams.train):
             # Only the true target needs both streams: S of the quantized one, C between the two.
             x = linear_input(reference, name, w.streams.x[rows].to(w.device), self.call)
             x_tilde = (
@@ -210,7 +171,15 @@ class BlockStage(Stage):
             )
             weights = self._token_weights(x, rows.stop - rows.start) if self.closed_form.clip_tokens else None
             grams.add(x, x_tilde, weights)
-        return grams.statistics()
+        try:
+            return grams.statistics()
+        except LitBinqError as error:
+            raise LitBinqError(f"block {self.index}, {name}: {error}") from None
+
+    def _linear(self, name: str) -> nn.Linear:
+        linear = self.module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return linear
 
     @staticmethod
     def _token_weights(x: Tensor, windows: int) -> Tensor:
@@ -222,27 +191,19 @@ class BlockStage(Stage):
         median = norms.median(1, keepdim=True).values.clamp_min(torch.finfo(torch.float32).tiny)
         return (median / norms.maximum(median)).flatten()
 
-    def _fit(
-        self, name: str, stats: Statistics | None, objective: Objective, shrinkage: float
-    ) -> tuple[Tensor, Callable[[], Solution]]:
-        """A layer's target (N, K), and what solves for it."""
+    def _solve(self, name: str, stats: Statistics | None, objective: Objective) -> None:
         form, weight = self.closed_form, self._linear(name).weight
-        T, H = target_and_metric(weight, stats, objective=objective, shrinkage=shrinkage)
-
-        def solve() -> Solution:
-            if form.amp and stats is not None and isinstance(form.solver, RowColumnSolver):
-                return form.solver.solve(T, H, amp=amp_metric(weight, stats.C))
-            bits = self.work.bits.get(f"{self.index}.{name}")
-            if isinstance(form.solver, QUANTIZING):
-                return form.solver.solve(T, H, bits=bits, inputs=self._inputs)
-            return form.solver.solve(T, H, bits=bits)
-
-        return T, solve
-
-    def _solve(self, name: str, stats: Statistics | None, objective: Objective, shrinkage: float) -> None:
         try:
-            T, solve = self._fit(name, stats, objective, shrinkage)
-            packed = solve().pack(self._linear(name).bias)
+            T, H = target_and_metric(weight, stats, objective=objective, shrinkage=form.shrinkage)
+            bits = self.work.bits.get(f"{self.index}.{name}")
+            solution: Solution
+            if form.amp and stats is not None and isinstance(form.solver, RowColumnSolver):
+                solution = form.solver.solve(T, H, amp=amp_metric(weight, stats.C))
+            elif isinstance(form.solver, QUANTIZING):
+                solution = form.solver.solve(T, H, bits=bits, inputs=self._inputs)
+            else:
+                solution = form.solver.solve(T, H, bits=bits)
+            packed = solution.pack(self._linear(name).bias)
         except LitBinqError as error:
             raise LitBinqError(f"block {self.index}, {name}: {error}") from None
         if self.tuning.epochs and self.tuning.lr_codes:
@@ -272,8 +233,7 @@ class BlockStage(Stage):
         round_rest(self.module, w.rest_dtype)
         take_module_from_first(self.module)  # latents agree, but a tie may be rounded differently by unlike devices
         if self._diagnostics is not None:
-            fixed = self.closed_form.shrinkage
-            self.measures = self._diagnostics.end(self.module, self.shrinkage if fixed == "auto" else fixed)
+            self.measures = self._diagnostics.end(self.module, self.closed_form.shrinkage)
         w.place(self.index, self.module)
 
 

@@ -3,17 +3,21 @@
 Knows nothing of Lightning.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from lit_binq.calibration.cuda_graphs import GraphedLoss
 from lit_binq.calibration.distributed import take_module_from_first
-from lit_binq.calibration.stages import Stage
+from lit_binq.calibration.kl import kl_divergence
+from lit_binq.calibration.options import ModelTuning
+from lit_binq.calibration.stage import Stage, mean_size
 from lit_binq.calibration.teacher_cache import TeacherCache, autocast_dtype, cache_teacher
+from lit_binq.calibration.workspace import Workspace
 from lit_binq.formats import LatentLinear, PackedLinear
 from lit_binq.formats.unquantized import round_rest
 from lit_binq.models.blocks import find_layers, move, replace_module
-from lit_binq.statistics.losses import kl_divergence
 
 
 class ModelStage(Stage):
@@ -25,6 +29,10 @@ class ModelStage(Stage):
     """
 
     title = "model"
+
+    def __init__(self, work: Workspace, tuning: ModelTuning) -> None:
+        super().__init__(work, tuning)
+        self.tuning: ModelTuning = tuning
 
     def enter(self) -> None:
         """Make the packed linears trainable again and move the student to the device."""
@@ -76,9 +84,11 @@ class ModelStage(Stage):
             total += torch.stack((self.loss(rows).double() * len(rows), torch.full_like(total[0], len(rows))))
         return total
 
-    def loose_matrices(self) -> list[nn.Parameter]:
-        """The student's embeddings, and its head where that is not the same tensor."""
-        return list(self.work.loose_matrices().values())
+    def rates(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """As of every stage, and the student's embeddings, with its head where that is not the same tensor."""
+        yield from super().rates()
+        for p in self.work.loose_matrices().values():
+            yield p, self.tuning.lr_embeddings * mean_size(p)
 
     def leave(self) -> None:
         """Pack the student's linears again."""

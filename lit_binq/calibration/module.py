@@ -1,7 +1,7 @@
 """BinQCalibration: the whole calibration as one Lightning fit.
 
-Each decoder block is one stage, the model stage comes last (lit_binq.calibration.stages). This module says which stage
-is on, hands its parameters to Lightning's automatic optimization, stops a stage early by its held-out loss, and
+Each decoder block is one stage, the model stage comes last (lit_binq.calibration.stage). This module says which stage
+is on, hands its parameters to Lightning's automatic optimization, keeps a stage's best epoch by its held-out loss, and
 keeps a checkpoint at each stage boundary.
 
 How stages and Lightning fit together:
@@ -34,13 +34,14 @@ from lit_binq.calibration.bit_allocation import plan
 from lit_binq.calibration.block_stage import BlockStage
 from lit_binq.calibration.checkpoint import StageCheckpoint, fingerprint, identity, require_same
 from lit_binq.calibration.model_stage import ModelStage
+from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.calibration.preflight.checks import PreflightOptions, Report
 from lit_binq.calibration.preflight.fit import ask_before_fit
 from lit_binq.calibration.result import FitFacts, StageRecord, diagnostics_path, log_progress, write_result
 from lit_binq.calibration.resume import restore_student, student_state
-from lit_binq.calibration.schedule import rate_factors
+from lit_binq.calibration.schedule import cosine
+from lit_binq.calibration.stage import Stage
 from lit_binq.calibration.stage_events import announce
-from lit_binq.calibration.stages import ClosedForm, ModelTuning, Stage, Tuning
 from lit_binq.calibration.streams import StreamOptions
 from lit_binq.calibration.trainer_checks import LIGHTNINGS_EPOCHS, require_no_epochs, require_trainer
 from lit_binq.calibration.workspace import Workspace
@@ -59,7 +60,7 @@ from lit_binq.utils.places import Place, require_output_places
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "lit_binq"
-CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), Tuning(epochs=24), ModelTuning(), StreamOptions()
+CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), BlockTuning(epochs=24), ModelTuning(), StreamOptions()
 DIAGNOSTICS, PREFLIGHT = DiagnosticsOptions(), PreflightOptions()
 
 
@@ -110,7 +111,7 @@ class BinQCalibration(PackedEvaluation):
         model: str,
         packed: str = "packed",
         closed_form: ClosedForm = CLOSED_FORM,
-        tuning: Tuning = TUNING,
+        tuning: BlockTuning = TUNING,
         finish: ModelTuning = FINISH,
         streams: StreamOptions = STREAMS,
         diagnostics: DiagnosticsOptions = DIAGNOSTICS,
@@ -125,14 +126,8 @@ class BinQCalibration(PackedEvaluation):
         preflight: PreflightOptions = PREFLIGHT,
     ) -> None:
         super().__init__(model, packed, compare_fp, revision, drop_tensors)
-        if tuning.lr_embeddings:
-            raise LitBinqError(
-                f"tuning.lr_embeddings: got {tuning.lr_embeddings}, expected 0: only the model stage tunes embeddings, "
-                "set `finish.lr_embeddings`"
-            )
         require_deployable(closed_form.solver, tuning=tuning.epochs, finish=finish.epochs)
-        # Python callers may give any tuning; its errors then name the option that it is for.
-        self.closed_form, self.tuning, self.finish = closed_form, tuning, ModelTuning(**vars(finish))
+        self.closed_form, self.tuning, self.finish = closed_form, tuning, finish
         self.stream_options, self.diagnostics, self.seed = streams, diagnostics, seed
         self.rest_dtype: torch.dtype = getattr(torch, rest_dtype)
         self.matmul_precision, self.cuda_graphs = matmul_precision, cuda_graphs
@@ -386,17 +381,18 @@ class BinQCalibration(PackedEvaluation):
             strategy.setup_optimizers(self.trainer)
         # After DDP has made the parameters the same on all ranks.
         parameters = [p for group in self._groups for p in group["params"]]
-        self._kept = BestEpoch(parameters, before, epochs, stage.tuning.patience)
+        self._kept = BestEpoch(parameters, before, epochs)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine schedule over the stage in progress; the placeholder's optimizer before the first."""
         if self._stage is None:
             return torch.optim.AdamW([self.placeholder])
-        tuning = self._stage.tuning
         fused = self.trainer.strategy.root_device.type == "cuda"
         optimizer = torch.optim.AdamW(self._groups, weight_decay=0.0, betas=(0.9, 0.95), fused=fused)
-        steps = tuning.epochs * math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factors(tuning, steps, self._groups))
+        steps = self._stage.tuning.epochs * math.ceil(
+            self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
@@ -413,7 +409,7 @@ class BinQCalibration(PackedEvaluation):
         return self._stage.loss(self._order[batch["index"]])
 
     def on_train_epoch_end(self) -> None:
-        """Score the epoch on the held-out windows; end the stage when it is over or no longer improves."""
+        """Score the epoch on the held-out windows; end the stage behind its last one."""
         stage = self._stage
         if stage is not None and self._tunes:
             score = self._score(stage)
@@ -458,7 +454,6 @@ class BinQCalibration(PackedEvaluation):
             kept.epoch,
             kept.kept,
             seconds,
-            stage.shrinkage,
             stage.activation_bits,
         )
         self.records.append(record)

@@ -40,7 +40,6 @@ class StageRecord:
         epochs: tuning epochs that ran.
         best_epoch: the epoch that was kept; 0 is the closed form.
         seconds: wall time.
-        shrinkage: by linear layer, where it was chosen from data.
         activation_bits: of the inputs of each linear layer, averaged over its columns, where they are quantized.
     """
 
@@ -51,7 +50,6 @@ class StageRecord:
     epochs: int
     best_epoch: int
     seconds: float
-    shrinkage: dict[str, float] = field(default_factory=dict)
     activation_bits: dict[str, float] = field(default_factory=dict)
 
 

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 if TYPE_CHECKING:
     from lit_binq.calibration.module import BinQCalibration
     from lit_binq.calibration.result import StageRecord
-    from lit_binq.calibration.stages import Stage
+    from lit_binq.calibration.stage import Stage
 
 
 class StageEvents(Protocol):

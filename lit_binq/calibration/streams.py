@@ -127,36 +127,6 @@ class Streams:
             self.y[rows] = run_block(block, self.x[rows].to(self.device), call).to(self.y.device)
 
     @torch.no_grad()
-    def mean_square(self) -> Tensor:
-        """Mean of y^2 over the training windows of all ranks, a scalar on the device."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for rows in self.batches(self.train):
-            y = self.y[rows]
-            sums += torch.stack((y.square().sum().to(self.device), torch.tensor(float(y.numel()), device=self.device)))
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(sums)
-        return (sums[0] / sums[1]).float()
-
-    @torch.no_grad()
-    def unit_gram(self) -> Tensor:
-        """E[u u^T] of u = y / |y| over the training tokens of all ranks, (d, d) float32 on the device.
-
-        Of directions, because a few tokens with massive activations would rule the Gram of y itself. Tokens of zeros
-        count as zeros.
-        """
-        d = self.y.shape[-1]
-        gram = torch.zeros(d, d, device=self.device)
-        tokens = torch.zeros((), dtype=torch.float64, device=self.device)
-        for rows in self.batches(self.train):
-            u = nn.functional.normalize(self.y[rows].to(self.device).reshape(-1, d), dim=-1)
-            gram.addmm_(u.T, u)
-            tokens += len(u)
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(gram)
-            torch.distributed.all_reduce(tokens)
-        return (gram / tokens).float()
-
-    @torch.no_grad()
     def advance(self, block: nn.Module, call: BlockCall) -> None:
         """Move on behind the current block: x becomes y, x~ the output of `block` (packed) on x~.
 
@@ -187,7 +157,7 @@ class Streams:
             block: the block.
             call: its other arguments.
             rows: consecutive windows.
-            errors: (y^, y) to two scalars that may be summed over batches, like `losses.block_errors`.
+            errors: (y^, y) to two scalars that may be summed over batches, like `BlockCriterion.sums`.
 
         Returns:
             (2,) float64, the two sums.

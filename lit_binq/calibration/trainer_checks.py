@@ -44,7 +44,7 @@ def require_no_epochs(epochs: int | None, *unset: int) -> None:
         )
 
 
-STOPPED_BY = "stages end by their own rule: set `model.tuning.patience`"
+STOPPED_BY = "stages have their own epochs, of which the best is kept: set `model.tuning.epochs`"
 AVERAGED = "what is kept of a stage is its best epoch's"
 SEARCHED = "each stage has its own optimizer: set the option itself"
 CALLBACKS = {

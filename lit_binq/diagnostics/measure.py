@@ -20,11 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_binq.diagnostics.similarity import attention_divergence, effective_rank, token_similarity_error
+from lit_binq.diagnostics.similarity import (
+    attention_divergence,
+    block_error_sums,
+    effective_rank,
+    token_error_sums,
+    token_similarity_error,
+)
 from lit_binq.errors import LitBinqError
 from lit_binq.models.attention_maps import NoAttentionMaps, attention_maps
 from lit_binq.models.blocks import BlockCall, run_block
-from lit_binq.statistics.losses import block_errors
 from lit_binq.utils.files import finite
 from lit_binq.utils.json_records import BlockLosses, BlockMeasures, EffectiveRanks, LinearMeasures
 
@@ -117,8 +122,8 @@ class LossSums:
 
     def add(self, y_hat: Tensor, y: Tensor) -> None:
         """Add a window: y_hat and y (1, T, d)."""
-        for kind in ("block", "token"):
-            sums = torch.stack(block_errors(y_hat, y, kind)).double()
+        for kind, error_sums in (("block", block_error_sums), ("token", token_error_sums)):
+            sums = torch.stack(error_sums(y_hat, y)).double()
             self._sums[kind] = self._sums[kind] + sums if kind in self._sums else sums
 
     def losses(self) -> BlockLosses:

@@ -1,10 +1,37 @@
-"""How close two tensors are: tokens of a block's output, ranks, attention.
+"""How close two tensors are: a block's output and its tokens, ranks, attention.
 
-Legend: T positions, D and N widths. Functions take one pair of tensors.
+Legend: y (b, T, d) full-precision block output, y^ its quantized counterpart; T positions, D and N widths. Functions
+take one pair of tensors.
 """
 
 import torch
 from torch import Tensor
+
+
+def block_error_sums(y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """sum |y^ - y|^2 and sum |y|^2 of a block's output: the relative error as papers define it.
+
+    A few tokens with massive activations rule it: their norm is hundreds of times the others'.
+
+    Args:
+        y_hat: (b, T, d).
+        y: (b, T, d).
+
+    Returns:
+        Two float32 scalars; sums over batches may be added up before they are divided.
+    """
+    return (y_hat.float() - y).square().sum(), y.float().square().sum()
+
+
+def token_error_sums(y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The relative squared error of each token, summed, and the number of tokens; else as `block_error_sums`.
+
+    A norm layer comes next in every pre-norm model and keeps directions only, so this is what the next block feels.
+    Ours.
+    """
+    error, norms = (y_hat.float() - y).square().sum(-1), y.float().square().sum(-1)
+    ratio = error / norms.clamp_min(torch.finfo(torch.float32).tiny)
+    return ratio.sum(), torch.full((), float(norms.numel()), device=y.device)
 
 
 def token_similarity(outputs: Tensor) -> Tensor:

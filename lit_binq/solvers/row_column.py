@@ -13,7 +13,6 @@ maximise); the form above is exact coordinate descent (lit_binq.solvers.descent)
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,9 +22,6 @@ from lit_binq.formats.row_column import RowColumn
 from lit_binq.solvers.base import Solver, require_finite
 from lit_binq.solvers.baselines.amp import gate_columns, gate_rows, gated_codes
 from lit_binq.solvers.descent import INNER, OUTER, descend_columns
-from lit_binq.solvers.error_feedback import feedback_codes
-
-Start = Literal["signs", "error_feedback"]
 
 
 @dataclass
@@ -36,23 +32,16 @@ class RowColumnSolver(Solver):
         rounds: how often codes and scales take turns; two suffice before tuning.
         sweeps: passes over all columns in one code update.
         start_iterations: alternating least-squares steps of the rank-one start on |T|.
-        start_from: the first codes: `signs` of the target, or `error_feedback`, columns from left to right with each
-            one's error compensated on those to come (GPTQ).
     """
 
     rounds: int = 2
     sweeps: int = 1
     start_iterations: int = 10
-    start_from: Start = "signs"
 
     def __post_init__(self) -> None:
         for name in ("rounds", "sweeps", "start_iterations"):
             if getattr(self, name) < 0:
                 raise LitBinqError(f"solver.{name}: got {getattr(self, name)}, expected a number >= 0")
-        if self.start_from not in get_args(Start):
-            raise LitBinqError(
-                f"solver.start_from: got {self.start_from!r}, expected one of {', '.join(get_args(Start))}"
-            )
 
     def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None, amp: Tensor | None = None) -> RowColumn:
         """Fit a row x column weight, float32; see the base class. Its size is fixed: `bits` says nothing here.
@@ -74,8 +63,6 @@ class RowColumnSolver(Solver):
         """Rounds of code and scale updates from `begin`, or from the start of the options; the rest as in `solve`."""
         TH = T @ H
         solution = begin or start(T, self.start_iterations)
-        if begin is None and self.start_from == "error_feedback":
-            solution = feedback_codes(solution, T, H)
         if amp is not None:
             return self._fit_gated(solution, TH, H, amp)
         for _ in range(self.rounds):

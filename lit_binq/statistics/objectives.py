@@ -50,17 +50,16 @@ class GramAccumulator:
         features: K.
         device: where the sums live.
         objective: which Grams are needed; the others stay zero and cost nothing.
-        validating: all three are needed, because errors are to be measured by them.
     """
 
-    def __init__(self, features: int, device: torch.device, objective: Objective, *, validating: bool = False) -> None:
+    def __init__(self, features: int, device: torch.device, objective: Objective) -> None:
         self.S = torch.zeros(features, features, device=device)
         self.C = torch.zeros_like(self.S)
         self.F = torch.zeros_like(self.S)
         self.tokens = 0
-        self._S = validating or objective in ("pseudo_target", "true_target")
-        self._C = validating or objective == "true_target"
-        self._F = validating or objective == "naive_output"
+        self._S = objective in ("pseudo_target", "true_target")
+        self._C = objective == "true_target"
+        self._F = objective == "naive_output"
 
     def add(self, x: Tensor, x_tilde: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch.

@@ -58,7 +58,7 @@ class LinearMeasures:
 @dataclass
 class BlockLosses:
     """Relative squared error of a block's output on x~ against the full-precision block's on x
-    (lit_binq.statistics.losses).
+    (lit_binq.diagnostics.similarity).
 
     Attributes:
         block: of the whole block's output.

@@ -14,10 +14,10 @@ scores = st.lists(st.one_of(st.integers(0, 5).map(float), st.just(math.inf), st.
 
 
 @settings(deadline=None, max_examples=200)
-@given(scores=scores, before=st.integers(0, 5).map(float), epochs=st.integers(1, 9), patience=st.integers(0, 4))
-def test_the_first_of_the_lowest_is_kept(scores: list[float], before: float, epochs: int, patience: int) -> None:
+@given(scores=scores, before=st.integers(0, 5).map(float), epochs=st.integers(1, 9))
+def test_the_first_of_the_lowest_is_kept(scores: list[float], before: float, epochs: int) -> None:
     p = nn.Parameter(torch.zeros(2))
-    kept = BestEpoch([p], before, epochs, patience)
+    kept = BestEpoch([p], before, epochs)
     seen = [before]
     for i, score in enumerate(scores, 1):
         with torch.no_grad():
@@ -25,7 +25,7 @@ def test_the_first_of_the_lowest_is_kept(scores: list[float], before: float, epo
         seen.append(score)
         lowest = min((s for s in seen if not math.isnan(s)), default=math.nan)
         best = seen.index(lowest)
-        over = i >= epochs or bool(patience and i - best >= patience)
+        over = i >= epochs
         assert kept.add(score) == over
         assert (kept.kept, kept.score, kept.epoch) == (best, lowest, i)
         if over:
@@ -36,7 +36,7 @@ def test_the_first_of_the_lowest_is_kept(scores: list[float], before: float, epo
 
 
 def test_a_stage_without_parameters() -> None:
-    kept = BestEpoch([], 1.0, 0, 0)
+    kept = BestEpoch([], 1.0, 0)
     kept.restore()
     assert (kept.kept, kept.score, kept.epoch) == (0, 1.0, 0)
 
@@ -44,7 +44,7 @@ def test_a_stage_without_parameters() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_kept_is_a_copy(dtype: torch.dtype) -> None:
     p = nn.Parameter(torch.ones(3, dtype=dtype))
-    kept = BestEpoch([p], 1.0, 3, 0)
+    kept = BestEpoch([p], 1.0, 3)
     with torch.no_grad():
         p.zero_()
     kept.restore()

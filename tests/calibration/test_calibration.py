@@ -16,7 +16,7 @@ from fitting import KeepEach, Remember, T, assert_same, fit, make_data, make_tra
 from lit_binq.calibration.block_stage import BlockStage
 from lit_binq.calibration.checkpoint import fingerprint
 from lit_binq.calibration.module import BinQCalibration
-from lit_binq.calibration.stages import ClosedForm, ModelTuning, Tuning
+from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.calibration.trainer_checks import refuse_sharding
 from lit_binq.diagnostics.measure import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
@@ -52,17 +52,17 @@ def test_one_fit_gives_a_packed_model_that_reloads_bit_for_bit(any_model, tokeni
 
 
 def test_tuning_lowers_the_held_out_loss(make_source, text_file, tmp_path):
-    tuning = Tuning(epochs=12, lr_codes=0.03, patience=0)
+    tuning = BlockTuning(epochs=12, lr_codes=0.03)
     module = fit(make_source(), text_file, tmp_path / "packed", tuning=tuning)
     assert all(r.after <= r.before for r in module.records)
     assert sum(r.after < r.before for r in module.records) >= 2
 
 
-def test_early_stopping_keeps_at_least_the_closed_form(make_source, text_file, tmp_path):
+def test_a_stage_keeps_at_least_the_closed_form(make_source, text_file, tmp_path):
     source = make_source()
-    wild = Tuning(epochs=6, lr_codes=5.0, lr_scales=3.0, lr_norms=3.0, patience=2)
-    module = fit(source, text_file, tmp_path / "wild", tuning=wild, finish=Tuning(epochs=0))
-    fit(source, text_file, tmp_path / "closed", tuning=Tuning(epochs=0), finish=Tuning(epochs=0))
+    wild = BlockTuning(epochs=2, lr_codes=5.0, lr_scales=3.0, lr_norms=3.0)
+    module = fit(source, text_file, tmp_path / "wild", tuning=wild, finish=ModelTuning(epochs=0))
+    fit(source, text_file, tmp_path / "closed", tuning=BlockTuning(epochs=0), finish=ModelTuning(epochs=0))
     assert [(r.best_epoch, r.epochs) for r in module.records] == [(0, 2), (0, 2)]
     assert_same(tmp_path / "wild", tmp_path / "closed")
 
@@ -91,7 +91,7 @@ class SaveAmidst(pl.Callback):
 def test_a_checkpoint_amidst_the_model_stage_begins_the_stage_again(make_source, text_file, tmp_path):
     """The stage tunes norms where they stand: what was finished before must not follow them."""
     source, amidst = make_source(), tmp_path / "amidst.ckpt"
-    finish = ModelTuning(epochs=3, lr_codes=0.02, lr_norms=0.1, lr_embeddings=0.1, patience=0)
+    finish = ModelTuning(epochs=3, lr_codes=0.02, lr_norms=0.1, lr_embeddings=0.1)
     fit(source, text_file, tmp_path / "whole", finish=finish, callbacks=[SaveAmidst(amidst)])
     fit(source, text_file, tmp_path / "again", finish=finish, ckpt_path=amidst)
     assert_same(tmp_path / "whole", tmp_path / "again")
@@ -129,7 +129,7 @@ def test_the_disk_cache_gives_the_same_bits(make_source, text_file, tmp_path):
 
 def test_two_processes_hold_identical_codes(make_source, text_file, tmp_path):
     source = make_source()
-    closed = {"tuning": Tuning(epochs=0), "finish": Tuning(epochs=0)}
+    closed = {"tuning": BlockTuning(epochs=0), "finish": ModelTuning(epochs=0)}
     for name, options in (("closed", closed), ("tuned", {})):
         folder = tmp_path / name
         folder.mkdir()
@@ -185,8 +185,8 @@ class Drifting(Solver):
 def test_the_first_process_is_right_about_every_format(form, epochs, make_source, text_file, tmp_path):
     """Diagnostics, which only the first one takes, keep nobody waiting."""
     options = {
-        "tuning": Tuning(epochs=epochs),
-        "finish": Tuning(epochs=0),
+        "tuning": BlockTuning(epochs=epochs),
+        "finish": ModelTuning(epochs=0),
         "diagnostics": DiagnosticsOptions(windows=1),
     }
     data, remember = {"windows": 10, "batch_size": 2}, Remember(tmp_path)
@@ -210,9 +210,9 @@ def test_the_epoch_before_tuning_is_the_same_on_both_processes(make_source, text
         return groups(stage)
 
     monkeypatch.setattr(BlockStage, "parameter_groups", drifting)
-    wild = Tuning(epochs=1, lr_codes=5.0, lr_scales=3.0, lr_norms=3.0)
+    wild = BlockTuning(epochs=1, lr_codes=5.0, lr_scales=3.0, lr_norms=3.0)
     module = fit(make_source(blocks=1), text_file, tmp_path / "packed", callbacks=[Remember(tmp_path)], tuning=wild,
-                 finish=Tuning(epochs=0), trainer=two_processes())  # fmt: skip
+                 finish=ModelTuning(epochs=0), trainer=two_processes())  # fmt: skip
     assert read_marker(module.packed)["facts"]["stages"][0]["best_epoch"] == 0
     assert (tmp_path / "rank-0").read_text() == (tmp_path / "rank-1").read_text()
 
@@ -228,7 +228,9 @@ def test_the_first_process_is_right_about_what_tuning_packs(stage, make_source, 
         return pack(layer)
 
     monkeypatch.setattr(LatentBinaryLinear, "pack", drifting)
-    options = {"tuning": Tuning(), "finish": Tuning()} | {stage: Tuning(epochs=1)}
+    options = {"tuning": BlockTuning(), "finish": ModelTuning()} | {
+        stage: (BlockTuning if stage == "tuning" else ModelTuning)(epochs=1)
+    }
     fit(make_source(blocks=1), text_file, tmp_path / "packed", callbacks=[Remember(tmp_path)], trainer=two_processes(),
         **options)  # fmt: skip
     assert (tmp_path / "rank-0").read_text() == (tmp_path / "rank-1").read_text()
@@ -237,14 +239,14 @@ def test_the_first_process_is_right_about_what_tuning_packs(stage, make_source, 
 def test_a_model_that_shares_the_beginning_of_every_tensor_is_another(make_source, text_file, tmp_path, make_model):
     """A fine-tune may leave rows alone: 256 values of each are not the model."""
     source = make_source(blocks=1)
-    fit(source, text_file, tmp_path / "one", finish=Tuning())
+    fit(source, text_file, tmp_path / "one", finish=ModelTuning())
     last = tmp_path / "one-ckpt" / "last.ckpt"
     other = make_model("llama", blocks=1)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight[-1, -1] += 1e-6
     other.save_pretrained(source)
     with pytest.raises(LitBinqError, match="another model"):
-        fit(source, text_file, tmp_path / "two", ckpt_path=last, finish=Tuning())
+        fit(source, text_file, tmp_path / "two", ckpt_path=last, finish=ModelTuning())
 
 
 def test_a_fingerprint_sees_every_byte(make_model):
@@ -290,7 +292,7 @@ class KeepResults(pl.Callback):
 
 def test_two_processes_report_the_perplexity_of_one(make_source, text_file, tmp_path):
     source = make_source(blocks=1)
-    fit(source, text_file, tmp_path / "packed", tuning=Tuning(epochs=0), finish=Tuning(epochs=0))
+    fit(source, text_file, tmp_path / "packed", tuning=BlockTuning(epochs=0), finish=ModelTuning(epochs=0))
     results = []
     for options in ({}, two_processes()):
         module = BinQCalibration(str(source), packed=str(tmp_path / "packed"))
@@ -313,7 +315,7 @@ def test_nothing_is_left_behind_when_a_stage_fails(make_source, text_file, tmp_p
     source = make_source()
     monkeypatch.setattr("lit_binq.formats.row_column.RowColumn.balanced", lambda s: type(s)(s.r / 0, s.c, s.B))
     with pytest.raises(LitBinqError, match=r"float16 cannot hold|finite"):
-        fit(source, text_file, tmp_path / "packed", tuning=Tuning(epochs=0))
+        fit(source, text_file, tmp_path / "packed", tuning=BlockTuning(epochs=0))
     assert not (tmp_path / "packed").exists()
     assert not list(tmp_path.glob(".packed*"))
 

@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import architectures
+from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.calibration.preflight.block_memory import block_memory, head_step, solve_bytes
 from lit_binq.calibration.preflight.checks import Report, require_resources
 from lit_binq.calibration.preflight.durations import fit_seconds
 from lit_binq.calibration.preflight.estimates import Estimate, Phase, Run, estimate, format_sizes, gigabytes, minutes
 from lit_binq.calibration.preflight.live_bytes import LiveBytes, counting, pass_bytes, step_bytes
-from lit_binq.calibration.stages import ClosedForm, ModelTuning, Tuning
 from lit_binq.calibration.streams import StreamOptions
 from lit_binq.models.blocks import capture_calls, find_blocks
 from lit_binq.solvers import PlanesSolver, RowColumnSolver, TwoPlaneSolver
@@ -103,7 +103,7 @@ def test_logits_rule_the_heads_step(make_model: Callable[..., PreTrainedModel]) 
 def run(**options: object) -> Run:
     settings: dict[str, object] = {
         "device": CPU, "windows": (20, 64), "batch": 4, "train": 16, "streams": StreamOptions(batch_windows=4),
-        "closed_form": ClosedForm(), "tuning": Tuning(epochs=1), "finish": ModelTuning(epochs=1),
+        "closed_form": ClosedForm(), "tuning": BlockTuning(epochs=1), "finish": ModelTuning(epochs=1),
         "evaluation": (4, 64),
     }  # fmt: skip
     return Run(**settings | options)  # type: ignore[arg-type]
@@ -143,7 +143,7 @@ def test_options_move_what_they_should(counted: Callable[..., Estimate]) -> None
     assert disk.streams == 3 * 4 * 20 * 64 * 32
     assert "streams" not in phases(disk.host)["tuning"]
     assert phases(counted(finish=ModelTuning(epochs=0)).host).keys() == base.keys() - {"model"}
-    assert phases(counted(tuning=Tuning(epochs=0)).host).keys() == base.keys() - {"tuning"}
+    assert phases(counted(tuning=BlockTuning(epochs=0)).host).keys() == base.keys() - {"tuning"}
     larger = phases(counted(batch=8).host)
     assert larger["model"]["kept for the backward pass"] > 1.5 * base["model"]["kept for the backward pass"]
     weight = phases(counted(closed_form=ClosedForm(objective="weight")).host)
@@ -182,7 +182,7 @@ def test_solving_grows_with_the_square_of_the_width() -> None:
 
 
 def test_more_epochs_take_longer(llama: PreTrainedModel) -> None:
-    few, many = (fit_seconds(llama, run(tuning=Tuning(epochs=e))) for e in (1, 10_000))
+    few, many = (fit_seconds(llama, run(tuning=BlockTuning(epochs=e))) for e in (1, 10_000))
     assert 0 < few < many
 
 

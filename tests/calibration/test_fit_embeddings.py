@@ -4,19 +4,17 @@ import pytest
 import torch
 
 from fitting import KeepEach, Remember, assert_same, fit, stored
-from lit_binq.calibration.module import BinQCalibration
-from lit_binq.calibration.stages import Tuning
-from lit_binq.errors import LitBinqError
+from lit_binq.calibration.options import BlockTuning, ModelTuning
 from lit_binq.formats.manifest import read_marker
 from lit_binq.hub.save_load import load_packed
 from lit_binq.models.load import load_model
 
-OFF = Tuning(epochs=0)
+OFF, NO_MODEL_STAGE = BlockTuning(epochs=0), ModelTuning(epochs=0)
 
 
-def finish(lr: float, **options: float) -> Tuning:
+def finish(lr: float, **options: float) -> ModelTuning:
     """One epoch of the model stage that is kept whatever it brings: the training loss falls."""
-    return Tuning(epochs=1, lr_embeddings=lr, patience=0, **{"lr_codes": 0.0} | options)
+    return ModelTuning(epochs=1, lr_embeddings=lr, **{"lr_codes": 0.0} | options)
 
 
 def matrices(folder) -> dict[str, torch.Tensor]:
@@ -75,14 +73,9 @@ def test_resuming_before_and_behind_the_model_stage(tied, stage, make_source, te
 
 def test_embeddings_alone_may_be_tuned(make_source, text_file, tmp_path):
     source = make_source(blocks=1)
-    fit(source, text_file, tmp_path / "none", tuning=OFF, finish=OFF)
+    fit(source, text_file, tmp_path / "none", tuning=OFF, finish=NO_MODEL_STAGE)
     only = finish(0.02, lr_scales=0.0, lr_norms=0.0)
     module = fit(source, text_file, tmp_path / "only", tuning=OFF, finish=only)
     assert module.records[-1].after < module.records[-1].before
     before, after = stored(tmp_path / "none"), stored(tmp_path / "only")
     assert [n for n in before if not torch.equal(before[n], after[n])] == ["model.embed_tokens.weight"]
-
-
-def test_a_rate_for_embeddings_in_block_stages_is_refused():
-    with pytest.raises(LitBinqError, match=r"tuning\.lr_embeddings: got 0\.1, expected 0: .*`finish\.lr_embeddings`"):
-        BinQCalibration("model", tuning=Tuning(epochs=1, lr_embeddings=0.1))

@@ -8,21 +8,21 @@ import torch
 
 from fitting import KeepEach, Remember, assert_same, fit, stored
 from lit_binq import solvers
-from lit_binq.calibration.stages import ClosedForm, Tuning
+from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PlanesLinear
 from lit_binq.formats.manifest import read_marker
 from lit_binq.formats.registry import packed_linears
 from lit_binq.hub.bits import true_bits
 from lit_binq.hub.save_load import load_packed
-from lit_binq.solvers import GroupedSolver, LowRankSolver, PlanesSolver, RowColumnSolver, Solver
+from lit_binq.solvers import GroupedSolver, LowRankSolver, PlanesSolver, Solver
 
 SOLVERS = [
     found
     for name in solvers.__all__
     if inspect.isclass(found := getattr(solvers, name)) and issubclass(found, Solver) and not inspect.isabstract(found)
 ]
-OFF = Tuning(epochs=0)
+OFF, NO_MODEL_STAGE = BlockTuning(epochs=0), ModelTuning(epochs=0)
 
 
 def counted_bits(folder) -> float:
@@ -57,7 +57,7 @@ def test_every_exported_solver_is_here():
 )
 def test_every_solver_runs_through_a_fit(solver, tuned, make_source, text_file, tmp_path):
     """Biases (qwen2), a block and, where it is tuned, the model stage: what it computes with is what is stored."""
-    remember, one = Remember(), Tuning(epochs=int(tuned), patience=0)
+    remember = Remember()
     module = fit(
         make_source("qwen2", blocks=1),
         text_file,
@@ -65,8 +65,8 @@ def test_every_solver_runs_through_a_fit(solver, tuned, make_source, text_file, 
         callbacks=[remember],
         data={"windows": 10},
         closed_form=ClosedForm(solver=solver()),
-        tuning=one,
-        finish=one,
+        tuning=BlockTuning(epochs=int(tuned)),
+        finish=ModelTuning(epochs=int(tuned), lr_codes=0.03),
     )
     assert [r.epochs for r in module.records] == [1, 1] * tuned + [0] * (not tuned)
     assert all(r.after <= r.before for r in module.records)
@@ -100,7 +100,7 @@ def test_a_budget_is_kept_and_nearly_spent(bits, make_source, text_file, tmp_pat
 
 def test_a_budget_of_ranks_is_kept(make_source, text_file, tmp_path):
     form = ClosedForm(solver=LowRankSolver(), bits=2.5)
-    fit(make_source(), text_file, tmp_path / "packed", closed_form=form, tuning=OFF, finish=OFF)
+    fit(make_source(), text_file, tmp_path / "packed", closed_form=form, tuning=OFF, finish=NO_MODEL_STAGE)
     assert 1.5 < counted_bits(tmp_path / "packed") <= 2.5
 
 
@@ -131,7 +131,7 @@ def test_resuming_brings_back_formats_and_layouts(solver, stage, make_source, te
     ids=["budget", "no budget", "option", "solver"],
 )
 def test_a_checkpoint_of_another_budget_is_refused(other, make_source, text_file, tmp_path):
-    source, off = make_source(blocks=1), {"tuning": OFF, "finish": OFF}
+    source, off = make_source(blocks=1), {"tuning": OFF, "finish": NO_MODEL_STAGE}
     form = ClosedForm(solver=PlanesSolver(), bits=2.7)
     fit(source, text_file, tmp_path / "one", closed_form=form, **off)
     with pytest.raises(LitBinqError, match="another options") as caught:
@@ -151,7 +151,7 @@ def test_a_budget_too_small_for_the_signs_is_one_line_and_leaves_nothing(make_so
 
 
 def test_a_budget_above_what_all_planes_take_is_one_line_and_leaves_nothing(make_source, text_file, tmp_path):
-    source, off = make_source(blocks=1), {"tuning": OFF, "finish": OFF}
+    source, off = make_source(blocks=1), {"tuning": OFF, "finish": NO_MODEL_STAGE}
     with pytest.raises(LitBinqError, match=r"closed_form\.bits: got 9\.0, expected at most \d\.\d+") as caught:
         fit(source, text_file, tmp_path / "packed", closed_form=ClosedForm(solver=PlanesSolver(), bits=9.0), **off)
     assert "\n" not in str(caught.value)
@@ -191,7 +191,7 @@ def packed_layers(folder):
 
 def test_the_objective_may_be_for_the_last_layer_only(make_source, text_file, tmp_path):
     """The paper's form: every layer but a block's last is the plain fit to its weight, whatever went before it."""
-    source, off = make_source(), {"tuning": OFF, "finish": OFF}
+    source, off = make_source(), {"tuning": OFF, "finish": NO_MODEL_STAGE}
     forms = {"last": ClosedForm(scope="last"), "weight": ClosedForm(objective="weight"), "all": ClosedForm()}
     for name, form in forms.items():
         fit(source, text_file, tmp_path / name, closed_form=form, **off)
@@ -204,7 +204,7 @@ def test_the_objective_may_be_for_the_last_layer_only(make_source, text_file, tm
 @pytest.mark.parametrize("scope", ["last", "all"])
 def test_amp_runs_through_a_fit(scope, make_source, text_file, tmp_path):
     """It changes what is solved, and only where the objective applies."""
-    source, off = make_source(), {"tuning": OFF, "finish": OFF}
+    source, off = make_source(), {"tuning": OFF, "finish": NO_MODEL_STAGE}
     for name, amp in (("plain", False), ("gated", True)):
         fit(source, text_file, tmp_path / name, closed_form=ClosedForm(amp=amp, scope=scope), **off)
     plain, gated = (packed_layers(tmp_path / name) for name in ("plain", "gated"))
@@ -213,12 +213,3 @@ def test_amp_runs_through_a_fit(scope, make_source, text_file, tmp_path):
         assert same == {name for name in plain if not name.endswith("down_proj")}
     else:
         assert not any("layers.1" in name for name in same)
-
-
-def test_a_start_from_error_feedback_runs_through_a_fit(make_source, text_file, tmp_path):
-    source, losses = make_source(), {}
-    for begin in ("signs", "error_feedback"):
-        form = ClosedForm(solver=RowColumnSolver(rounds=0, start_from=begin))
-        module = fit(source, text_file, tmp_path / begin, closed_form=form, tuning=OFF, finish=OFF)
-        losses[begin] = module.records[-1].after
-    assert losses["error_feedback"] < losses["signs"]

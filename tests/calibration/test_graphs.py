@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lit_binq.calibration.block_stage import BlockStage
 from lit_binq.calibration.cuda_graphs import GraphedLoss
 from lit_binq.calibration.model_stage import ModelStage
-from lit_binq.calibration.stages import ClosedForm, Stage, Tuning
+from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
+from lit_binq.calibration.stage import Stage
 from lit_binq.calibration.streams import StreamOptions
 from lit_binq.calibration.workspace import Workspace
 
@@ -235,12 +236,13 @@ def stage_on_gpu(kind: str, graphs: bool, architecture: str) -> Stage:
     work = Workspace(
         tiny_model(architecture, blocks=1), windows, HELD_OUT, device, StreamOptions(), torch.float16, graphs
     )
-    tuning = Tuning(epochs=1, lr_codes=0.01, lr_embeddings=0.0 if kind == "block" else 1e-3)
-    stage: Stage = BlockStage(work, 0, ClosedForm(), tuning)
+    stage: Stage = BlockStage(work, 0, ClosedForm(), BlockTuning(epochs=1, lr_codes=0.01))
     stage.enter()
     if kind == "model":
         stage.leave()
-        stage = ModelStage(work, tuning)
+        stage = ModelStage(
+            work, ModelTuning(epochs=1, lr_codes=0.01, lr_scales=3e-3, lr_norms=1e-3, lr_embeddings=1e-3)
+        )
         stage.enter()
     return stage
 

@@ -37,11 +37,11 @@ class Fit:
         self.temporary.mkdir(parents=True)
         self.log = folder.with_name(f"{folder.name}.log")  # not on a disk that is full
         self.log.touch()
-        tuning = {"epochs": 2, "patience": 0}
+        tuning = {"epochs": 2}
         read = {"path": str(text)}
         config = {
             "model": {"model": str(source), "packed": str(folder / "packed"), "tuning": tuning}
-            | {"finish": {"epochs": 1, "patience": 0}, "streams": {"cache": "disk", "cache_dir": str(self.temporary)}}
+            | {"finish": {"epochs": 1}, "streams": {"cache": "disk", "cache_dir": str(self.temporary)}}
             | {"diagnostics": {"windows": 1}},
             "data": {"train": read, "window_length": 48, "windows": 10, "held_out": 0.2, "batch_size": 4}
             | {"evaluation": {"text": read}, "eval_windows": 2, "eval_length": 48},

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from fitting import T, fit
-from lit_binq.calibration.stages import Tuning
+from lit_binq.calibration.options import BlockTuning, ModelTuning
 from lit_binq.formats.manifest import read_marker
 
 
@@ -30,7 +30,9 @@ def test_one_line_a_stage(make_source, text_file, tmp_path, caplog):
 
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_facts_of_the_run(epochs, make_source, text_file, tmp_path):
-    module = fit(make_source(blocks=1), text_file, tmp_path / "packed", tuning=Tuning(epochs=epochs), finish=Tuning())
+    module = fit(
+        make_source(blocks=1), text_file, tmp_path / "packed", tuning=BlockTuning(epochs=epochs), finish=ModelTuning()
+    )
     facts = read_marker(tmp_path / "packed")["facts"]
     assert [(s["title"], s["epochs"]) for s in facts["stages"]] == [("block 0", epochs)]
     assert facts["stages"][0]["before"] == module.records[0].before

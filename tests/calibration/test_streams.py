@@ -1,7 +1,6 @@
 """The two activation streams: wherever they are kept, they hold what plain forward passes compute."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_binq.calibration.streams import StreamOptions, Streams
+from lit_binq.diagnostics.similarity import token_error_sums
 from lit_binq.errors import LitBinqError
 from lit_binq.models.blocks import BlockCall, capture_calls, find_blocks
-from lit_binq.statistics.losses import block_errors
 
 CPU = torch.device("cpu")
 N, TOKENS, HELD_OUT = 5, 8, 2
@@ -137,17 +136,15 @@ def test_batches_cover_the_windows_once() -> None:
     assert [(b.start, b.stop) for b in s.batches(s.train)] == [(0, 2), (2, 3)]
 
 
-@pytest.mark.parametrize("kind", ["token", "block"])
 @pytest.mark.parametrize("rows", [slice(0, 3), slice(3, 5), slice(1, 4)])
-def test_block_error_sums_over_the_rows_asked_for(setting: Callable[..., Setting], rows: slice, kind: str) -> None:
+def test_block_error_sums_over_the_rows_asked_for(setting: Callable[..., Setting], rows: slice) -> None:
     s = setting(batch_windows=2)
     s.streams.compute_targets(s.blocks[0][0], s.calls[0])
-    errors = partial(block_errors, kind=kind)
-    sums = s.streams.block_error(s.blocks[1][0], s.calls[0], rows, errors)
+    sums = s.streams.block_error(s.blocks[1][0], s.calls[0], rows, token_error_sums)
     x_tilde, y = states(s.student)[1][rows], states(s.teacher)[1][rows]
-    torch.testing.assert_close(sums.float(), torch.stack(block_errors(x_tilde, y, kind)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.float(), torch.stack(token_error_sums(x_tilde, y)), rtol=1e-4, atol=1e-4)
     assert sums.dtype == torch.float64
-    same = s.streams.block_error(s.blocks[0][0], s.calls[0], slice(0, 0), errors)
+    same = s.streams.block_error(s.blocks[0][0], s.calls[0], slice(0, 0), token_error_sums)
     assert same.tolist() == [0, 0]
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PreTr
 from lit_binq.calibration import teacher_cache
 from lit_binq.calibration.block_stage import BlockStage
 from lit_binq.calibration.model_stage import ModelStage
-from lit_binq.calibration.stages import ClosedForm, Tuning
+from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.calibration.streams import StreamOptions
 from lit_binq.calibration.teacher_cache import TeacherCache, cache_teacher
 from lit_binq.calibration.workspace import Workspace
@@ -177,10 +177,10 @@ def model_stage(teacher: PreTrainedModel, *, batch_windows: int = 8, lr_codes: f
     """The model stage behind the closed form of every block."""
     work = Workspace(teacher, make_windows(), N - TRAIN, CPU, StreamOptions(batch_windows=batch_windows), torch.float16)
     for i in range(len(work.blocks)):
-        block = BlockStage(work, i, ClosedForm(), Tuning())
+        block = BlockStage(work, i, ClosedForm(), BlockTuning())
         block.enter()
         block.leave()
-    stage = ModelStage(work, Tuning(epochs=1, lr_codes=lr_codes, lr_embeddings=0.01))
+    stage = ModelStage(work, ModelTuning(epochs=1, lr_codes=lr_codes, lr_embeddings=0.01))
     stage.enter()
     return stage
 

@@ -48,7 +48,7 @@ def config(tmp_path: Path, make_source, text_file, monkeypatch) -> Path:
         (["--trainer.strategy", "nope"], ["trainer", "nope"]),
         (["--trainer.profiler", "nope"], ["trainer", "simple"]),
         (["--trainer.profiler", "xla"], ["torch_xla"]),
-        (["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "loss"], ["tuning.patience"]),
+        (["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "loss"], ["tuning.epochs"]),
         (["--trainer.callbacks", "WeightAveraging"], ["WeightAveraging", "best epoch"]),
         (["--trainer.callbacks", "LearningRateFinder"], ["LearningRateFinder", "own optimizer"]),
         (["--trainer.callbacks", "LearningRateMonitor"], ["LearningRateMonitor", "logger"]),

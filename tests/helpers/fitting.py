@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lit_binq.calibration.checkpoint import StageCheckpoint
 from lit_binq.calibration.module import BinQCalibration
-from lit_binq.calibration.stages import Tuning
+from lit_binq.calibration.options import BlockTuning, ModelTuning
 from lit_binq.data.module import CalibrationData, TextSource
 from lit_binq.formats.registry import packed_linears
 
@@ -52,8 +52,8 @@ def fit(
 ) -> BinQCalibration:
     """Run a fit; by default two epochs a block and one of the whole model."""
     settings = {
-        "tuning": Tuning(epochs=2, patience=0),
-        "finish": Tuning(epochs=1, lr_codes=0.02, patience=0),
+        "tuning": BlockTuning(epochs=2),
+        "finish": ModelTuning(epochs=1, lr_codes=0.02),
     } | options
     module = BinQCalibration(str(source), packed=str(packed), **settings)
     made = make_trainer(callbacks=[*callbacks, StageCheckpoint(str(packed) + "-ckpt")], **(trainer or {}))

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_binq.calibration.block_stage import BlockStage
-from lit_binq.calibration.stages import ClosedForm, Stage, Tuning
+from lit_binq.calibration.options import BlockTuning, ClosedForm
+from lit_binq.calibration.stage import Stage
 from lit_binq.calibration.streams import StreamOptions
 from lit_binq.calibration.workspace import Workspace
 from lit_binq.formats import BinaryLinear
@@ -26,10 +27,10 @@ def workspace(
     return Workspace(teacher, windows, HELD_OUT, CPU, StreamOptions(), rest_dtype)
 
 
-def quantize(work: Workspace, form: ClosedForm | None = None, tuning: Tuning | None = None) -> PreTrainedModel:
+def quantize(work: Workspace, form: ClosedForm | None = None, tuning: BlockTuning | None = None) -> PreTrainedModel:
     """Every block stage, without tuning steps."""
     for i in range(len(work.blocks)):
-        stage = BlockStage(work, i, form or ClosedForm(), tuning or Tuning())
+        stage = BlockStage(work, i, form or ClosedForm(), tuning or BlockTuning())
         stage.enter()
         stage.leave()
     return work.student

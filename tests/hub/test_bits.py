@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fitting import fit
 from gguf_cases import add_shape, finish
+from lit_binq.calibration.options import BlockTuning, ModelTuning
 from lit_binq.calibration.preflight.checks import PreflightOptions
-from lit_binq.calibration.stages import Tuning
 from lit_binq.errors import LitBinqError
 from lit_binq.evaluation.module import PackedEvaluation
 from lit_binq.formats.manifest import read_marker
@@ -62,7 +62,7 @@ def test_a_fit_counts_what_it_reports(tokenizer, text_file, tmp_path, caplog) ->
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with caplog.at_level(logging.INFO, logger="lit_binq"):
-        options = {"tuning": Tuning(), "finish": Tuning(), "preflight": PreflightOptions(torch_only=True)}
+        options = {"tuning": BlockTuning(), "finish": ModelTuning(), "preflight": PreflightOptions(torch_only=True)}
         fit(tmp_path / "model", text_file, tmp_path / "packed", **options)
     dense = load_file(tmp_path / "model" / "model.safetensors")
     stored = load_file(tmp_path / "packed" / "model.safetensors")
@@ -133,7 +133,7 @@ def test_what_transformers_makes_itself_may_be_there(make_source) -> None:
 
 def test_a_fit_and_its_evaluation_take_the_option(make_source, text_file, tmp_path) -> None:
     source = Path(with_surplus(make_source(blocks=1), surplus=torch.ones(3)))
-    closed = {"tuning": Tuning(), "finish": Tuning()}
+    closed = {"tuning": BlockTuning(), "finish": ModelTuning()}
     with pytest.raises(LitBinqError, match=r"does not take 1 tensors.*surplus"):
         fit(source, text_file, tmp_path / "packed", **closed)
     fit(source, text_file, tmp_path / "packed", **closed, drop_tensors=["^surplus$"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from fitting import fit
-from lit_binq.calibration.stages import Tuning
+from lit_binq.calibration.options import BlockTuning, ModelTuning
 from lit_binq.errors import LitBinqError
 from lit_binq.hub import config as packed_config
 from lit_binq.hub import save_load as hub
@@ -53,7 +53,7 @@ def recomputed(source: Path, packed: Path) -> PreTrainedModel:
 
 def test_a_head_of_its_own_survives_a_configuration_that_says_tied(make_source, text_file, tmp_path, recwarn):
     source = own_head(make_source())
-    closed = {"tuning": Tuning(), "finish": Tuning()}
+    closed = {"tuning": BlockTuning(), "finish": ModelTuning()}
     fit(source, text_file, tmp_path / "packed", **closed)
     model, _ = load_packed(tmp_path / "packed")
     torch.testing.assert_close(logits(model), logits(recomputed(source, tmp_path / "packed")), atol=1e-5, rtol=1e-5)
@@ -65,7 +65,7 @@ def test_a_head_of_its_own_survives_a_configuration_that_says_tied(make_source, 
 
 def test_a_tied_fit_is_what_plain_transformers_computes(make_source, text_file, tmp_path):
     source = make_source()
-    fit(source, text_file, tmp_path / "packed", tuning=Tuning(), finish=Tuning())
+    fit(source, text_file, tmp_path / "packed", tuning=BlockTuning(), finish=ModelTuning())
     model, _ = load_packed(tmp_path / "packed")
     torch.testing.assert_close(logits(model), logits(recomputed(source, tmp_path / "packed")), atol=1e-5, rtol=1e-5)
 
@@ -125,7 +125,7 @@ def test_generation_settings_inside_the_configuration_do_no_harm(make_source, te
     source = make_source(blocks=1)
     path = source / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.7, "do_sample": True}))
-    fit(source, text_file, tmp_path / "packed", tuning=Tuning(), finish=Tuning())
+    fit(source, text_file, tmp_path / "packed", tuning=BlockTuning(), finish=ModelTuning())
     load_packed(tmp_path / "packed")
 
 
@@ -142,7 +142,7 @@ def test_a_fit_refuses_what_it_reads_differently(make_source, text_file, tmp_pat
     with pytest.raises(
         LitBinqError, match=r"layers\.1\.mlp\.up_proj\.codes\), expected the same bits; nothing"
     ) as caught:
-        fit(source, text_file, tmp_path / "out" / "packed", tuning=Tuning(), finish=Tuning())
+        fit(source, text_file, tmp_path / "out" / "packed", tuning=BlockTuning(), finish=ModelTuning())
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["packed-ckpt"]
 
@@ -189,7 +189,7 @@ def test_a_configuration_that_is_not_kept_is_refused_before_the_fit(make_source,
 
     monkeypatch.setattr(packed_config, "read_configuration", forgetful)
     with pytest.raises(LitBinqError, match="configuration does not survive being written: rope_parameters is"):
-        fit(make_source(), text_file, tmp_path / "out" / "packed", tuning=Tuning(), finish=Tuning())
+        fit(make_source(), text_file, tmp_path / "out" / "packed", tuning=BlockTuning(), finish=ModelTuning())
     assert not (tmp_path / "out" / "packed").exists()
 
 

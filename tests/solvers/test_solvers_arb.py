@@ -18,7 +18,6 @@ from lit_binq.solvers import (
 )
 from lit_binq.solvers.baselines import arb
 from lit_binq.solvers.baselines.arb import RowMean
-from lit_binq.solvers.error_feedback import feedback_codes
 from lit_binq.statistics.error_feedback import column_by_column, inverse_factor
 from problems import f, problem, shapes
 
@@ -138,23 +137,6 @@ def test_error_feedback_leaves_the_best_columns_to_come(N: int, K: int, seed: in
     Q = column_by_column(T, U, quantize, width=width)
     assert torch.equal(Q, torch.stack(seen, 1))
     assert f(Q, T, H) == pytest.approx(float(errors), rel=1e-6)
-
-
-def test_error_feedback_as_a_start() -> None:
-    gains = []
-    for seed in range(8):
-        T, H = (t.float() for t in problem(16, 24, seed))
-        signs = RowColumnSolver(rounds=0).solve(T, H)
-        fed = RowColumnSolver(rounds=0, start_from="error_feedback").solve(T, H)
-        assert torch.equal(fed.r, signs.r)
-        assert torch.equal(fed.c, signs.c)
-        gains.append(objective_value(fed, T, H) / objective_value(signs, T, H))
-        eye = torch.eye(24)
-        assert torch.equal(feedback_codes(signs, T, eye).B, signs.B)  # no column can help another
-        rounds = RowColumnSolver(start_from="error_feedback").solve(T, H)
-        assert objective_value(rounds, T, H) <= objective_value(fed, T, H)
-    assert max(gains) < 1
-    assert sum(gains) / len(gains) < 0.8
 
 
 def test_a_metric_that_cannot_be_inverted() -> None:

@@ -8,7 +8,7 @@ from conftest import tiny_model
 from jsonargparse import auto_cli
 
 from lit_binq.calibration.module import BinQCalibration
-from lit_binq.calibration.stages import ClosedForm, ModelTuning, Tuning
+from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.cli import main as cli
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.dense_only import CountedSolution
@@ -38,7 +38,7 @@ ALL: list[Solver] = [
     CGB(block=8),
     CGB(block=8, scales="row"),
     PBLLM(),
-    RowColumnSolver(start_from="error_feedback"),
+    RowColumnSolver(),
 ]
 
 
@@ -131,8 +131,8 @@ def test_options_on_the_command_line() -> None:
     text = '{"objective": "pseudo_target", "shrinkage": 0, "solver": {"class_path": "CGB", "init_args": %s}}'
     form = parsed("--closed_form", text % '{"scales": "row", "iterations": 3, "block": 64}')
     assert form.solver == CGB(scales="row", iterations=3, block=64)
-    form = parsed("--closed_form.solver=RowColumnSolver", "--closed_form.solver.start_from=error_feedback")
-    assert form.solver == RowColumnSolver(start_from="error_feedback")
+    form = parsed("--closed_form.solver=RowColumnSolver", "--closed_form.solver.rounds=3")
+    assert form.solver == RowColumnSolver(rounds=3)
 
 
 @pytest.mark.parametrize("name", ["CGB", "ARBX", "PBLLM"])
@@ -169,7 +169,7 @@ def test_a_fit_keeps_dense_weights_and_says_so(name: str, tokenizer, text_file, 
 @pytest.mark.parametrize("stage", ["tuning", "finish"])
 @pytest.mark.parametrize("solver", [ARB(), ARBX(), BiLLM(), CGB(), PBLLM()], ids=lambda s: type(s).__name__)
 def test_tuning_a_baseline_is_refused_at_once(solver: Solver, stage: str) -> None:
-    epochs = {"tuning": Tuning(epochs=0), "finish": ModelTuning(epochs=0)}
+    epochs = {"tuning": BlockTuning(epochs=0), "finish": ModelTuning(epochs=0)}
     BinQCalibration("nowhere", closed_form=ClosedForm(solver=solver), **epochs)
     epochs[stage] = type(epochs[stage])(epochs=2)
     with pytest.raises(LitBinqError, match=rf"^{stage}\.epochs: got 2 with {type(solver).__name__}, a published"):
@@ -191,7 +191,6 @@ def test_tuning_a_baseline_is_refused_at_once(solver: Solver, stage: str) -> Non
         (PBLLM, {"share": 1.5}, r"solver\.share: got 1.5"),
         (PBLLM, {"saliency": "x"}, r"solver\.saliency: got 'x'"),
         (PBLLM, {"damping": float("nan")}, r"solver\.damping: got nan"),
-        (RowColumnSolver, {"start_from": "x"}, r"solver\.start_from: got 'x'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(solver: type[Solver], options: dict, words: str) -> None:

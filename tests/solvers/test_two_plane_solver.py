@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fitting import Remember, fit
-from lit_binq.calibration.stages import ClosedForm, Tuning
+from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import InputFormat, TwoPlane, TwoPlaneLinear
 from lit_binq.formats.registry import packed_linears
@@ -248,15 +248,15 @@ def test_wrong_systems_are_refused() -> None:
 @pytest.mark.parametrize("options", [{}, {"levels": 3, "group": 8}, {"feedback": False, "hessian": False, "refine": 0}])
 def test_a_fit_of_a_tiny_model(options: dict[str, object], make_source, text_file, tmp_path) -> None:
     """Solved, tuned block by block and as a whole, packed; what it computes with is what is stored."""
-    remember, one = Remember(), Tuning(epochs=1, patience=0)
+    remember = Remember()
     module = fit(
         make_source("llama", blocks=1),
         text_file,
         tmp_path / "packed",
         callbacks=[remember],
         closed_form=ClosedForm(solver=TwoPlaneSolver(**options)),
-        tuning=one,
-        finish=one,
+        tuning=BlockTuning(epochs=1),
+        finish=ModelTuning(epochs=1, lr_codes=0.03),
     )
     assert all(r.after <= r.before for r in module.records)
     model, _ = load_packed(tmp_path / "packed")

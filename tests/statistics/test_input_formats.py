@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fitting import KeepEach, Remember, T, assert_same, fit, stored, two_processes
 from lit_binq.calibration.block_stage import BlockStage
-from lit_binq.calibration.stages import ClosedForm, Tuning
+from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.calibration.streams import StreamOptions
 from lit_binq.calibration.workspace import Workspace
 from lit_binq.errors import LitBinqError
@@ -236,7 +236,7 @@ QUANTIZED = ClosedForm(solver=TwoPlaneSolver(16), activations=Activations(4, 8))
 def prepared_stage(model: PreTrainedModel, closed_form: ClosedForm = QUANTIZED) -> BlockStage:
     ids = torch.randint(0, 256, (20, T), generator=torch.Generator().manual_seed(0))
     work = Workspace(model, ids, 4, torch.device("cpu"), StreamOptions(), torch.float16)
-    stage = BlockStage(work, 0, closed_form, Tuning(epochs=1, lr_codes=0.002))
+    stage = BlockStage(work, 0, closed_form, BlockTuning(epochs=1, lr_codes=0.002))
     stage.enter()
     return stage
 
@@ -268,7 +268,9 @@ def test_statistics_are_of_the_quantized_input() -> None:
     block, s = stage.work.teacher_blocks[0], stage.work.streams
     stage.module = stage.work.new_block(0)
     stage._inputs = stage._input_format(["self_attn.q_proj"])
-    stats = stage._grams(block, "self_attn.q_proj", "true_target", slice(0, 1))
+    s.train = 1
+    stats = stage._statistics(block, "self_attn.q_proj", "true_target")
+    assert stats is not None
     norm = block.get_submodule("input_layernorm")
     with torch.no_grad():
         x, x_tilde = norm(s.x[:1]).flatten(0, 1), norm(s.x_tilde[:1]).flatten(0, 1)
@@ -342,8 +344,8 @@ def test_two_processes_agree(model_folder: Path, text_file: Path, tmp_path: Path
         callbacks=[Remember(digests)],
         closed_form=QUANTIZED,
         trainer=two_processes(),
-        tuning=Tuning(epochs=1, patience=0),
-        finish=Tuning(epochs=0),
+        tuning=BlockTuning(epochs=1),
+        finish=ModelTuning(epochs=0),
     )
     assert (digests / "rank-0").read_text() == (digests / "rank-1").read_text()
     assert any("input_scales" in name for name in stored(tmp_path / "two"))

@@ -248,7 +248,7 @@ def test_a_comparison_ends_its_fit_first(config, tmp_path):
 def test_all_processes_of_a_run_end_together(to, strategy, config, tmp_path):
     """A signal to the first process or to another one, while a block is tuned: one line, and nobody is left."""
     devices = ["--trainer.devices", "2", "--trainer.strategy", strategy]
-    tuned = ["--data.windows", "20", "--data.held_out", "0.2", "--model.tuning", '{"epochs": 99999, "patience": 0}']
+    tuned = ["--data.windows", "20", "--data.held_out", "0.2", "--model.tuning", '{"epochs": 99999}']
     command = [sys.executable, "-m", "lit_binq", "fit", "--config", str(config), *devices, *tuned]
     with (tmp_path / "said").open("w") as said:
         first = subprocess.Popen(command, stderr=said, stdout=said)

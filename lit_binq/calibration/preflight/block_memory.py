@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_binq.calibration.kl import kl_divergence
 from lit_binq.calibration.preflight.live_bytes import (
     copy_without_content,
     counting,
@@ -27,7 +28,6 @@ from lit_binq.calibration.preflight.live_bytes import (
 from lit_binq.formats.row_column import LatentBinaryLinear, RowColumn
 from lit_binq.models.block_calls import BlockCall, hooked, run_block
 from lit_binq.models.blocks import find_layers, norm_parameters, replace_module
-from lit_binq.statistics.losses import kl_divergence
 
 FEW = 16
 """Tokens of the shorter of two real passes, where tensors without content do not do."""

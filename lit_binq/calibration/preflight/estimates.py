@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.calibration.preflight.block_memory import BlockMemory, Step, block_memory, head_step, size_of, solve_bytes
-from lit_binq.calibration.stages import ClosedForm, ModelTuning, Tuning
 from lit_binq.calibration.streams import StreamOptions
 from lit_binq.calibration.teacher_cache import DEVICE_SHARE
 from lit_binq.errors import LitBinqError
@@ -81,7 +81,7 @@ class Run:
     train: int
     streams: StreamOptions
     closed_form: ClosedForm
-    tuning: Tuning
+    tuning: BlockTuning
     finish: ModelTuning
     autocast: torch.dtype | None = None
     ranks: int = 1
@@ -305,16 +305,15 @@ def _block_phases(sizes: _Sizes, run: Run, cuda: bool) -> list[Phase]:
     T, w, b = run.windows[1], run.streams.batch_windows, run.batch
     w = min(w, run.windows[0])
     statistics = run.closed_form.objective != "weight"
-    judged = 2 if run.closed_form.shrinkage == "auto" else 1
     closed, tuned = [], []
     for _, m in sizes.kinds:
         widest = max((K for _, K in m.linears), default=0)
         inputs = 4 * w * T * widest
         hidden = 2 * 4 * w * T * sizes.d
-        grams = 12 * widest * widest * judged if statistics else 0
+        grams = 12 * widest * widest if statistics else 0
         # A pass with the other stream's inputs beside it; then both weighed token by token.
         gathering = max(m.forward + inputs, 4 * inputs) if statistics else m.forward
-        solving = max((solve_bytes(N, K, statistics) for N, K in m.linears), default=0) + (grams if judged > 1 else 0)
+        solving = max((solve_bytes(N, K, statistics) for N, K in m.linears), default=0)
         reference = {"full-precision block": float(m.dense)} if cuda else {}
         more = sizes.latents - 1
         P = m.step.gradients + 4 * more * m.weights if run.tuning.lr_codes else m.step.gradients
