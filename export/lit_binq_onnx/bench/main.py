@@ -9,13 +9,10 @@
 Contestants take turns in one run, so that noise hits all alike; figures are medians with quartiles. A contestant that
 is missing is listed with what would bring it.
 
-Knows the measurements and their tables; arguments and output are its job. What it measures with is imported by the
-command that needs it.
+Each function is a command of lit_binq.cli.main's table. What it measures with is imported by the command that needs it.
 """
 
 import dataclasses
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,35 +230,3 @@ def perplexity(
     records = text_perplexities([out, *_names(beside)], text, windows=windows, length=length, mode=mode)
     _write(json, records)
     print(perplexity_table(records), end="")
-
-
-COMMANDS: dict[str | None, Callable[..., None]] = {
-    "ops": ops,
-    "decode": decode,
-    "prefill": prefill,
-    "shape": shape,
-    "perplexity": perplexity,
-}
-"""By the word behind `litbinq bench`."""
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run `litbinq bench` with the words behind it.
-
-    Returns:
-        The exit code: 0 done, 2 wrong usage.
-
-    Raises:
-        LitBinqError: a user's error.
-    """
-    from lit_binq.utils.command_line import run
-
-    word = arguments[0] if arguments else None
-    if word in COMMANDS:
-        run(COMMANDS[word], list(arguments[1:]), f"litbinq bench {word}")
-        return 0
-    if word in ("-h", "--help"):
-        print(f"usage: litbinq bench {{{','.join(map(str, COMMANDS))}}} [OPTIONS]\n\n{__doc__}", end="")
-        return 0
-    print(f"litbinq bench: got {word!r}, expected one of {', '.join(map(str, COMMANDS))}", file=sys.stderr)
-    return 2

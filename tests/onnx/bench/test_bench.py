@@ -321,7 +321,7 @@ def test_wrong_options_of_ops_are_one_line(arguments, words, tmp_path, capsys):
     out = tmp_path / "ops.json"
     assert cli.main(["bench", "ops", *arguments, "--json", str(out)]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("litbinq bench: error: ")
+    assert err.startswith("litbinq bench ops: error: ")
     assert err.count("\n") == 1
     assert [word for word in words if word not in err] == []
     assert not out.exists()
@@ -331,7 +331,7 @@ def test_help_and_wrong_words(capsys):
     assert cli.main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
     words = ("ops", "decode OUT", "prefill OUT", "shape MODEL", "perplexity OUT")
-    assert all(f"\n    bench {word}" in text for word in words)
+    assert all(f"\n  bench {word}" in text for word in words)
     assert cli.main(["bench"]) == 2
     assert cli.main(["bench", "opps"]) == 2
     assert "'opps', expected one of ops, decode, prefill, shape, perplexity" in capsys.readouterr().err
