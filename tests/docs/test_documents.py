@@ -1,7 +1,8 @@
-"""Links between documents resolve, the README is short, and every guide is in the site's navigation."""
+"""Links between documents resolve, the README is short, and the site names every page and what there is."""
 
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import yaml
@@ -55,3 +56,9 @@ def test_every_configuration_in_the_documents_exists():
 
 def test_guides_have_commands():
     assert [guide.name for guide in GUIDES if not any(b.language in ("bash", "python") for b in blocks(guide))] == []
+
+
+def test_the_api_pages_name_what_there_is():
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.M):
+            assert resolve_name(name) is not None
