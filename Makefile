@@ -53,6 +53,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=export $(BIN)/lint-imports
 
 # An allocation of more than a gigabyte is a fault: no model here has as much. Python and ONNX Runtime leak by design.
 fuzz: $(READY)

@@ -1,7 +1,8 @@
 """The command `litbinq`: the table of commands, help, one-line errors, exit codes.
 
-Every command is a function whose parameters are its options (jsonargparse), but for Lightning's own: fit, validate and
-test take its command line. Nothing heavy is imported before a command is known.
+Every command is a function whose parameters are its options (jsonargparse), but for Lightning's own (fit, validate and
+test take its command line) and for generate, which runs where nothing but numpy, ONNX Runtime and tokenizers is
+installed. Nothing heavy is imported before a command is known.
 """
 
 import atexit
@@ -21,8 +22,15 @@ from typing import NoReturn
 from lit_binq.errors import LitBinqError
 from lit_binq.utils import stopping
 from lit_binq.utils.command_line import OneLine, run
+from lit_binq_onnx.runtime.errors import RunError
 
 log = logging.getLogger("lit_binq")
+
+OF_EXTRAS = {
+    "torch", "lightning", "pytorch_lightning", "jsonargparse", "torchmetrics", "transformers", "datasets", "accelerate",
+    "gguf", "safetensors", "onnx", "onnx_ir", "onnxscript", "matplotlib", "yaml", "jinja2",
+}  # fmt: skip
+"""Packages that the extras in pyproject.toml bring."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Command:
         summary: what it does, for the overview.
         positional: parameters without a default are given by their place instead of by their names.
         more: a module whose docstring follows the explanation of the options.
+        extra: what must be installed for it beside the base package, as pyproject.toml calls it.
+        raw: the function takes the words of the command line as they are.
     """
 
     function: str
@@ -42,6 +52,8 @@ class Command:
     summary: str
     positional: bool = True
     more: str = ""
+    extra: str = "calibrate"
+    raw: bool = False
 
     def load(self) -> Callable[..., None]:
         """The function itself."""
@@ -50,21 +62,24 @@ class Command:
         return function
 
 
-LIGHTNING = "lit_binq.cli.lightning:lightning"
-"""Takes the words of the command line as they are."""
-
-_HERE, _BENCH, _DEMO = "lit_binq.cli.commands", "lit_binq_onnx.bench.main", "lit_binq.demo"
+_FIT, _HERE, _BENCH, _DEMO = (
+    "lit_binq.cli.lightning:lightning", "lit_binq.cli.commands", "lit_binq_onnx.bench.main", "lit_binq.demo"
+)  # fmt: skip
 COMMANDS = {
-    "fit": Command(LIGHTNING, "--config FILE", "calibrate a model; files are in configs/"),
-    "validate": Command(LIGHTNING, "--config FILE", "perplexity of a packed model beside its full-precision source"),
-    "test": Command(LIGHTNING, "--config FILE", "the same on the test loaders"),
+    "fit": Command(_FIT, "--config FILE", "calibrate a model; files are in configs/", raw=True),
+    "validate": Command(
+        _FIT, "--config FILE", "perplexity of a packed model beside its full-precision source", raw=True
+    ),
+    "test": Command(_FIT, "--config FILE", "the same on the test loaders", raw=True),
     "compare": Command(
         f"{_HERE}:compare", "--config FILE", "a table of methods, one fit a row", False, "lit_binq.compare.plan"
     ),
-    "report": Command(f"{_HERE}:report", "RUN", "pictures and a page of a run, or of several"),
-    "export": Command(f"{_HERE}:export", "PACKED OUT", "packed folder to ONNX"),
-    "check": Command(f"{_HERE}:check", "OUT", "compare an exported model with torch"),
-    "generate": Command(f"{_HERE}:generate", 'OUT --prompt "Once"', "write text with an exported model"),
+    "report": Command(f"{_HERE}:report", "RUN", "pictures and a page of a run, or of several", extra="report"),
+    "export": Command(f"{_HERE}:export", "PACKED OUT", "packed folder to ONNX", extra="export"),
+    "check": Command(f"{_HERE}:check", "OUT", "compare an exported model with torch", extra="export"),
+    "generate": Command(
+        "lit_binq.cli.generate:generate", 'OUT --prompt "Once"', "write text with an exported model", raw=True
+    ),
     "bench ops": Command(f"{_BENCH}:ops", "", "how fast is one product, by our kernels and by ONNX Runtime's"),
     "bench decode": Command(f"{_BENCH}:decode", "OUT", "tokens a second of an exported model, beside other programs"),
     "bench prefill": Command(f"{_BENCH}:prefill", "OUT", "the same of reading a prompt"),
@@ -144,13 +159,20 @@ def _main(arguments: list[str]) -> int:
     command, rest = COMMANDS[name], arguments[len(name.split()) :]
     try:
         function = command.load()
-        if command.function == LIGHTNING:
+        if command.raw:
             function(arguments)
         else:
             epilog = import_module(command.more).__doc__ if command.more else None
             run(function, rest, f"litbinq {name}", positional=command.positional, epilog=epilog)
-    except LitBinqError as error:
+    except (LitBinqError, RunError) as error:
         print(f"litbinq {name}: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in OF_EXTRAS:
+            raise
+        extra = "bench" if name.startswith("bench") else command.extra
+        print(f"litbinq {name}: error: needs {package}: pip install 'lit-binq[{extra}]'", file=sys.stderr)
         return 1
     except BrokenPipeError:
         raise

@@ -65,7 +65,8 @@ def _require_export_of(onnx: Path, recipe: str, options: dict[str, Any], results
     """Refuse an export of another packed folder than the fit's.
 
     Raises:
-        LitBinqError: no export, one of a folder elsewhere, or one with other bits.
+        RunError: no export.
+        LitBinqError: one of a folder elsewhere, or one with other bits.
     """
     from lit_binq_onnx.runtime.session import read_facts
 
@@ -131,9 +132,10 @@ def onnx_tokens_per_second(folder: Path, prompt: str, new_tokens: int) -> tuple[
     """
     from lit_binq_onnx.runtime.generate import generate
     from lit_binq_onnx.runtime.session import OnnxModel
+    from lit_binq_onnx.runtime.tokens import FolderTokenizer
 
     model = OnnxModel(folder, native=True, threads=torch.get_num_threads())
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = FolderTokenizer(folder)
     rates, text = [], ""
     for _ in range(REPEATS):
         generation = generate(model, tokenizer, prompt, new_tokens)

@@ -1,7 +1,7 @@
 """What export cannot carry, known from a model's configuration and modules, before anything is computed.
 
-X
-with or without weights (torch's meta device). Milliseconds.
+Asked by export first of all, and before a fit: that is why it is not part of the export. The model may be full
+precision or packed, with or without weights (torch's meta device). Milliseconds.
 """
 
 import inspect

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any, ClassVar, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
-
 
 class OneLine:
     """Put before a parser's class: a wrong option is one line, not a page of usage."""
@@ -20,14 +18,6 @@ class OneLine:
         line, program = " ".join(message.split()), (OneLine.program or self.prog).replace(" [options]", "")
         print(f"{program}: error: {line} ({program} --help explains every option)", file=sys.stderr)
         sys.exit(2)
-
-
-class OneLineParser(OneLine, ArgumentParser):
-    """jsonargparse's parser with errors of one line."""
-
-
-class _Epilog(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Lines of the text behind the options stay as they are."""
 
 
 def run(
@@ -47,10 +37,19 @@ def run(
         positional: parameters without a default are given by their place instead of by their names.
         epilog: text that follows the explanation of the options.
     """
+    # Not in the base installation, whose commands (litbinq generate) are read without it.
+    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+
+    class Parser(OneLine, ArgumentParser):
+        pass
+
+    class Epilog(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Lines of the text behind the options stay as they are."""
+
     OneLine.program = program
-    more: dict[str, Any] = {"epilog": epilog, "formatter_class": _Epilog} if epilog else {}
+    more: dict[str, Any] = {"epilog": epilog, "formatter_class": Epilog} if epilog else {}
     summary = (function.__doc__ or "").partition("\n\n")[0]
-    parser = OneLineParser(prog=program, description=summary, **more)
+    parser = Parser(prog=program, description=summary, **more)
     own = "config" in signature(function).parameters  # else it is the usual file of options
     if not own:
         parser.add_argument("--config", action=ActionConfigFile, help="Path to a configuration file.")

@@ -6,7 +6,7 @@ import onnxruntime as ort
 import pytest
 
 import lit_binq_onnx.runtime.library as module
-from lit_binq.errors import LitBinqError
+from lit_binq_onnx.runtime.errors import RunError
 from lit_binq_onnx.runtime.library import NativeLibrary, library_path, register
 from native import require_native
 
@@ -27,7 +27,7 @@ def test_the_environment_wins(monkeypatch: pytest.MonkeyPatch, nowhere: Path, tm
     monkeypatch.setenv(module.ENVIRONMENT_VARIABLE, str(named))
     assert library_path() == named.resolve()
     monkeypatch.setenv(module.ENVIRONMENT_VARIABLE, str(tmp_path / "gone.so"))
-    with pytest.raises(LitBinqError, match=r"LIT_BINQ_OPS: got .*gone\.so, which is no file"):
+    with pytest.raises(RunError, match=r"LIT_BINQ_OPS: got .*gone\.so, which is no file"):
         library_path()
 
 
@@ -44,9 +44,9 @@ def test_every_folder_of_the_package_is_searched(monkeypatch: pytest.MonkeyPatch
 def test_a_missing_library(nowhere: Path) -> None:
     assert library_path() is None
     assert register(ort.SessionOptions(), required=False) is False
-    with pytest.raises(LitBinqError, match=r"found no liblit_binq_ops\.so in .*pip install"):
+    with pytest.raises(RunError, match=r"found no liblit_binq_ops\.so in .*pip install"):
         register(ort.SessionOptions())
-    with pytest.raises(LitBinqError, match=r"found no liblit_binq_ops\.so"):
+    with pytest.raises(RunError, match=r"found no liblit_binq_ops\.so"):
         NativeLibrary()
 
 
@@ -54,9 +54,9 @@ def test_a_file_that_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     fake = tmp_path / "fake.so"
     fake.write_text("not a library")
     monkeypatch.setenv(module.ENVIRONMENT_VARIABLE, str(fake))
-    with pytest.raises(LitBinqError, match=r"fake\.so cannot be loaded"):
+    with pytest.raises(RunError, match=r"fake\.so cannot be loaded"):
         NativeLibrary()
-    with pytest.raises(LitBinqError, match=r"fake\.so could not be registered"):
+    with pytest.raises(RunError, match=r"fake\.so could not be registered"):
         register(ort.SessionOptions())
 
 
@@ -75,5 +75,5 @@ def test_steering() -> None:
         native.force_isa(name)
         assert native.isa() == name
     native.force_isa(best)
-    with pytest.raises(LitBinqError, match=r"force_isa: got 'sse9', expected .* one of .*scalar"):
+    with pytest.raises(RunError, match=r"force_isa: got 'sse9', expected .* one of .*scalar"):
         native.force_isa("sse9")

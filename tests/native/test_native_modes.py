@@ -12,8 +12,8 @@ import pytest
 from conftest import HELPERS, byte_tokenizer
 
 from exporting import fusable_model
-from lit_binq.errors import LitBinqError
 from lit_binq_onnx.build.export import export_onnx
+from lit_binq_onnx.runtime.errors import RunError
 from lit_binq_onnx.runtime.library import MODE_ENTRY, Mode, NativeLibrary, register
 from lit_binq_onnx.runtime.session import OnnxModel
 from native import one_node_model, random_problem, require_native, session
@@ -86,7 +86,7 @@ def test_register_takes_a_mode(native: NativeLibrary) -> None:
         assert register(options, mode=mode)
         made = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         np.testing.assert_array_equal(made.run(None, {"X": x})[0], want[mode or "lut"])
-    with pytest.raises(LitBinqError, match="mode: got 'fast', expected 'lut', 'exact' or None"):
+    with pytest.raises(RunError, match="mode: got 'fast', expected 'lut', 'exact' or None"):
         register(ort.SessionOptions(), mode="fast")  # type: ignore[arg-type]  # the point of the test
 
 
@@ -95,7 +95,7 @@ def test_an_unknown_entry_is_refused(native: NativeLibrary, value: str) -> None:
     options = ort.SessionOptions()
     options.add_session_config_entry(MODE_ENTRY, value)
     message = f"lit_binq.mode is '{value[:40]}', expected 'lut' or 'exact'"
-    with pytest.raises(LitBinqError, match=message):
+    with pytest.raises(RunError, match=message):
         register(options)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsonargparse import auto_cli
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.manifest import VERSION
@@ -22,6 +21,7 @@ from lit_binq.report.figures import draw
 from lit_binq.report.page import PAGE, report
 from lit_binq.report.plotting import Drawing, extreme, rank_correlation, short_names, trend
 from lit_binq.report.runs import load_run, load_runs
+from lit_binq.utils.command_line import run
 from lit_binq.utils.json_records import (
     DIAGNOSTICS,
     BlockLosses,
@@ -303,7 +303,7 @@ def test_runs_are_found_and_named(make_run: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["{a},{b}", "[{a},{b}]"])
 def test_the_command_line_takes_several_runs(make_run: Make, form: str) -> None:
     main, a, b = (make_run(n) for n in ("main", "a", "b"))
-    auto_cli(report, args=[str(main), "--beside", form.format(a=a, b=b), "--out", str(main / "o")], as_positional=True)
+    run(report, [str(main), "--beside", form.format(a=a, b=b), "--out", str(main / "o")], "litbinq report")
     assert "lit_binq: main, a, b" in (main / "o" / PAGE).read_text()
 
 

@@ -225,7 +225,7 @@ def perplexity(
         json: file for the figures, a list of records.
     """
     from lit_binq_onnx.bench.table import perplexity_table
-    from lit_binq_onnx.runtime.perplexity import text_perplexities
+    from lit_binq_onnx.bench.texts import text_perplexities
 
     records = text_perplexities([out, *_names(beside)], text, windows=windows, length=length, mode=mode)
     _write(json, records)

@@ -5,13 +5,16 @@ Knows records and nothing of how they were measured.
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from lit_binq_onnx.bench.candidate import Shape
 from lit_binq_onnx.bench.generation import Record as GenerationRecord
 from lit_binq_onnx.bench.ops import OpsResult
 from lit_binq_onnx.bench.ops import Record as OpsRecord
 from lit_binq_onnx.bench.shape import ShapeRecord
-from lit_binq_onnx.runtime.perplexity import TextRecord
+
+if TYPE_CHECKING:
+    from lit_binq_onnx.bench.texts import TextRecord  # brings torch, which products and speeds need not
 
 _NOTHING = "-"
 
@@ -206,7 +209,7 @@ def shape_table(records: Sequence[ShapeRecord]) -> str:
     return f"{markdown(header, rows)}\n\n{text}\n"
 
 
-def perplexity_table(records: Sequence[TextRecord]) -> str:
+def perplexity_table(records: "Sequence[TextRecord]") -> str:
     """Models on one text; the first is what the others are compared with."""
     first = records[0].perplexity
     rows = [

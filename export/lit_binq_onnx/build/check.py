@@ -37,6 +37,7 @@ from lit_binq_onnx.build.check_reference import LUT_ERROR, Reference, Run, relat
 from lit_binq_onnx.build.head import rounded_tables, stored_values
 from lit_binq_onnx.build.same_tensors import require_same_tensors
 from lit_binq_onnx.runtime.cache import StaticCache
+from lit_binq_onnx.runtime.errors import RunError
 from lit_binq_onnx.runtime.library import library_path
 from lit_binq_onnx.runtime.session import FUSED, Mode, OnnxModel, Route, cache_arrays, fused_bodies_trusted, read_facts
 
@@ -216,7 +217,7 @@ def fused_failure(out_dir: str | Path, reference: Reference) -> str | None:
     try:
         way = "exact" if native else "stock"
         cases = _run_cases(out_dir, reference.fused, reference, way, native, "exact", "fused")
-    except LitBinqError as error:  # the graph does not run at all
+    except RunError as error:  # the graph does not run at all
         return str(error)
     failed = next((case for case in cases if not case.passed), None)
     if failed is None:
@@ -255,7 +256,8 @@ def check_onnx(
         All figures; `str()` makes a table of them.
 
     Raises:
-        LitBinqError: a comparison failed (the message names it), the folder or its source cannot be read.
+        LitBinqError: a comparison failed (the message names it), the packed folder cannot be read.
+        RunError: the exported folder cannot be read or run.
     """
     facts = read_facts(out_dir)
     report = CheckReport()

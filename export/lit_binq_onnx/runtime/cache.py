@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime as ort
 
-from lit_binq.errors import LitBinqError
+from lit_binq_onnx.runtime.errors import RunError
 
 if TYPE_CHECKING:
     from lit_binq_onnx.runtime.step import TokenStep
@@ -66,10 +66,10 @@ class StaticCache:
         """Make room for rows of this length.
 
         Raises:
-            LitBinqError: the model has fewer positions.
+            RunError: the model has fewer positions.
         """
         if self._limit is not None and tokens > self._limit:
-            raise LitBinqError(f"cache: got {tokens} tokens, expected at most the model's {self._limit} positions")
+            raise RunError(f"cache: got {tokens} tokens, expected at most the model's {self._limit} positions")
         if tokens <= self.capacity:
             return
         room = max(tokens, 2 * self.capacity)

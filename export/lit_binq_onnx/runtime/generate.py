@@ -6,8 +6,8 @@
     answer = "".join(generator.chat([{"role": "user", "content": "Hello!"}], sampling=Sampling(temperature=0.8)))
     texts = generator.batch(["One day", "The sea", "A letter"], 32)
 
-Knows a session and a tokenizer. Between two passes of the model there is little: a token is chosen without sorting the
-vocabulary, and its text is found from a short tail.
+Knows a session and a tokenizer: that of `tokens.load_tokenizer`, or one of transformers. Between two passes of the
+model there is little: a token is chosen without sorting the vocabulary, and its text is found from a short tail.
 
 Legend: V vocabulary, T temperature.
 """
@@ -18,16 +18,13 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lit_binq.errors import LitBinqError
+from lit_binq_onnx.runtime.errors import RunError
 from lit_binq_onnx.runtime.rows import PREFILL, start_rows
 from lit_binq_onnx.runtime.session import OnnxModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from lit_binq_onnx.runtime.tokens import TextTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +69,7 @@ class Generation(Iterator[str]):
         token_ids: new tokens so far.
     """
 
-    def __init__(self, tokens: Iterator[int], tokenizer: "PreTrainedTokenizerBase", stats: GenerationStats) -> None:
+    def __init__(self, tokens: Iterator[int], tokenizer: TextTokenizer, stats: GenerationStats) -> None:
         self.stats = stats
         self.token_ids: list[int] = []
         self._pieces = self._decode(tokens, tokenizer)
@@ -80,7 +77,7 @@ class Generation(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _decode(self, tokens: Iterator[int], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    def _decode(self, tokens: Iterator[int], tokenizer: TextTokenizer) -> Iterator[str]:
         """Text of the tokens; a character whose bytes are spread over tokens waits until it is whole.
 
         Only a short tail is decoded again for each token: from `start`, where the last piece given out began,
@@ -102,7 +99,7 @@ class Generation(Iterator[str]):
             yield now[len(before) :]
 
 
-def stop_tokens(onnx_model: OnnxModel, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+def stop_tokens(onnx_model: OnnxModel, tokenizer: TextTokenizer) -> set[int]:
     """Tokens that end a text, from generation_config.json, config.json and the tokenizer."""
     found: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in ("generation_config.json", "config.json"):
@@ -117,7 +114,7 @@ Messages = Sequence[dict[str, str]]
 """A conversation: {"role": "system", "user" or "assistant", "content": text}, oldest first."""
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, *, chat: bool = False) -> list[int]:
+def encode_prompt(tokenizer: TextTokenizer, prompt: str | Messages, *, chat: bool = False) -> list[int]:
     """Token numbers of a prompt.
 
     Args:
@@ -126,19 +123,20 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, 
         chat: put it into the tokenizer's chat template.
 
     Raises:
-        LitBinqError: there is no chat template, or the prompt has no tokens.
+        RunError: there is no chat template, or the prompt has no tokens.
     """
     texts = [prompt] if isinstance(prompt, str) else [str(message.get("content", "")) for message in prompt]
     if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
-        raise LitBinqError("prompt: got bytes that are not UTF-8, expected text in UTF-8")
+        raise RunError("prompt: got bytes that are not UTF-8, expected text in UTF-8")
+    text = prompt if isinstance(prompt, str) else ""
     if chat:
         if not tokenizer.chat_template:
-            raise LitBinqError("chat: this tokenizer has no chat template; expected one: leave out `chat`")
+            raise RunError("chat: this tokenizer has no chat template; expected one: leave out `chat`")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    ids = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    ids = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
     if not ids:
-        raise LitBinqError("prompt: got an empty one, expected at least one token: give some text")
+        raise RunError("prompt: got an empty one, expected at least one token: give some text")
     return ids
 
 
@@ -231,7 +229,7 @@ class Sampling:
             (0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "above 0"),
         ):
             if not ok:
-                raise LitBinqError(f"{name}: got {got}, expected {expected}")
+                raise RunError(f"{name}: got {got}, expected {expected}")
 
     def choose(self, logits: np.ndarray, rng: np.random.Generator, seen: Collection[int] = ()) -> int:
         """The next token after the tokens `seen`; see `choose`."""
@@ -251,7 +249,7 @@ def own_sampling(folder: Path, **given: float | None) -> Sampling:
         given: fields of `Sampling`; those that are not None go before the file's.
 
     Raises:
-        LitBinqError: a value outside its range.
+        RunError: a value outside its range.
     """
     path, own = folder / "generation_config.json", dict[str, float]()
     stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -298,9 +296,7 @@ class Generator:
         stop: all of them.
     """
 
-    def __init__(
-        self, onnx_model: OnnxModel, tokenizer: "PreTrainedTokenizerBase", *, stop: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, onnx_model: OnnxModel, tokenizer: TextTokenizer, *, stop: Sequence[int] = ()) -> None:
         self.onnx_model, self.tokenizer = onnx_model, tokenizer
         self.stop = stop_tokens(onnx_model, tokenizer) | set(stop)
 
@@ -319,7 +315,7 @@ class Generator:
             An iterator over pieces of text, none of them with half a character; its `stats` fill as it is read.
 
         Raises:
-            LitBinqError: an option out of its range, an empty prompt, or one longer than the model's positions.
+            RunError: an option out of its range, an empty prompt, or one longer than the model's positions.
         """
         ids = encode_prompt(self.tokenizer, prompt, chat=chat)
         count = self._room([ids], max_new_tokens)
@@ -345,7 +341,7 @@ class Generator:
         A text that ends leaves the batch. The tokens are those that `stream` writes, up to rounding.
         """
         if not prompts:
-            raise LitBinqError("prompts: got none, expected one or more")
+            raise RunError("prompts: got none, expected one or more")
         sampling = sampling or Sampling()
         encoded = [encode_prompt(self.tokenizer, prompt, chat=chat) for prompt in prompts]
         count = self._room(encoded, max_new_tokens)
@@ -378,13 +374,13 @@ class Generator:
         """How many tokens can be written after these prompts.
 
         Raises:
-            LitBinqError: none.
+            RunError: none.
         """
         if max_new_tokens < 1:
-            raise LitBinqError(f"max_new_tokens: got {max_new_tokens}, expected 1 or more")
+            raise RunError(f"max_new_tokens: got {max_new_tokens}, expected 1 or more")
         longest, limit = max(map(len, prompts)), self.onnx_model.facts.get("max_positions")
         if limit is not None and longest >= limit:
-            raise LitBinqError(
+            raise RunError(
                 f"prompt: got {longest} tokens, expected fewer than the model's {limit} positions: shorten `prompt`"
             )
         if limit is not None and longest + max_new_tokens > limit:
@@ -417,7 +413,7 @@ class Generator:
 
 def generate(
     onnx_model: OnnxModel,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: TextTokenizer,
     prompt: str,
     max_new_tokens: int = 128,
     *,

@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lit_binq.errors import LitBinqError
+from lit_binq_onnx.runtime.errors import RunError
 
 if TYPE_CHECKING:
     from onnxruntime import SessionOptions
@@ -50,13 +50,13 @@ def library_path() -> Path | None:
     """The native library on this machine, or None where there is none.
 
     Raises:
-        LitBinqError: the environment variable LIT_BINQ_OPS names a file that does not exist.
+        RunError: the environment variable LIT_BINQ_OPS names a file that does not exist.
     """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
         path = Path(named)
         if not path.is_file():
-            raise LitBinqError(
+            raise RunError(
                 f"{ENVIRONMENT_VARIABLE}: got {named}, which is no file; expected the path of a built "
                 f"liblit_binq_ops.so: correct or unset {ENVIRONMENT_VARIABLE}"
             )
@@ -72,12 +72,12 @@ def required_library_path() -> Path:
     """The native library on this machine.
 
     Raises:
-        LitBinqError: there is none.
+        RunError: there is none.
     """
     path = library_path()
     if path is None:
         searched = ", ".join(str(folder) for folder in _folders())
-        raise LitBinqError(f"native operators: found no {LIBRARY_NAMES[0]} in {searched}; {HOW_TO_BUILD}")
+        raise RunError(f"native operators: found no {LIBRARY_NAMES[0]} in {searched}; {HOW_TO_BUILD}")
     return path
 
 
@@ -95,10 +95,10 @@ def register(session_options: "SessionOptions", *, required: bool = True, mode: 
         Whether the native operators are registered.
 
     Raises:
-        LitBinqError: the mode is unknown; the library is required and missing, or it refuses this ONNX Runtime.
+        RunError: the mode is unknown; the library is required and missing, or it refuses this ONNX Runtime.
     """
     if mode not in (None, "lut", "exact"):
-        raise LitBinqError(f"mode: got {mode!r}, expected 'lut', 'exact' or None")
+        raise RunError(f"mode: got {mode!r}, expected 'lut', 'exact' or None")
     path = required_library_path() if required else library_path()
     if path is None:
         return False
@@ -108,7 +108,7 @@ def register(session_options: "SessionOptions", *, required: bool = True, mode: 
         session_options.register_custom_ops_library(str(path))
     except Exception as error:  # onnxruntime raises its own, undocumented exception types
         reason = " ".join(str(error).split())
-        raise LitBinqError(f"native operators: {path} could not be registered ({reason}); {HOW_TO_BUILD}") from error
+        raise RunError(f"native operators: {path} could not be registered ({reason}); {HOW_TO_BUILD}") from error
     return True
 
 
@@ -122,7 +122,7 @@ class NativeLibrary:
         path: the library file; default the one `library_path` finds.
 
     Raises:
-        LitBinqError: the file is missing or is no such library.
+        RunError: the file is missing or is no such library.
     """
 
     def __init__(self, path: Path | str | None = None) -> None:
@@ -136,7 +136,7 @@ class NativeLibrary:
             self.handle.lit_binq_force_isa.argtypes = [ctypes.c_char_p]
             self.handle.lit_binq_force_isa.restype = ctypes.c_int
         except (OSError, AttributeError) as error:
-            raise LitBinqError(f"native operators: {self.path} cannot be loaded ({error}); {HOW_TO_BUILD}") from error
+            raise RunError(f"native operators: {self.path} cannot be loaded ({error}); {HOW_TO_BUILD}") from error
 
     def calls(self) -> int:
         """Multiplications and attentions that native operators have done since the library was loaded."""
@@ -160,10 +160,10 @@ class NativeLibrary:
             name: one of `isas`.
 
         Raises:
-            LitBinqError: the name is unknown or this machine lacks it.
+            RunError: the name is unknown or this machine lacks it.
         """
         if self.handle.lit_binq_force_isa(name.encode()) != 0:
-            raise LitBinqError(
+            raise RunError(
                 f"force_isa: got {name!r}, expected an instruction set that this machine has, "
                 f"one of {', '.join(self.isas())}; the choice stays {self.isa()!r}"
             )

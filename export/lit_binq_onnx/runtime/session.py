@@ -11,7 +11,6 @@ Knows ONNX Runtime and the files of an export; torch is not needed to run one.
 Legend: b batch, s new tokens, p tokens in the cache, V vocabulary.
 """
 
-import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -21,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 
-from lit_binq.errors import LitBinqError
 from lit_binq_onnx.runtime.cache import FIRST_CAPACITY, StaticCache, row_lengths
+from lit_binq_onnx.runtime.errors import RunError
+from lit_binq_onnx.runtime.graph_bytes import with_float_activations
 from lit_binq_onnx.runtime.library import HOW_TO_BUILD, Mode, register
 from lit_binq_onnx.runtime.step import TokenStep
 
@@ -78,15 +78,15 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     None), versions.
 
     Raises:
-        LitBinqError: no such folder, not one of ours, or a file is missing or too short.
+        RunError: no such folder, not one of ours, or a file is missing or too short.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise LitBinqError(f"exported folder {str(folder)!r}: no such folder; expected what `litbinq export` wrote")
+        raise RunError(f"exported folder {str(folder)!r}: no such folder; expected what `litbinq export` wrote")
     if not (folder / MODEL).is_file():
-        raise LitBinqError(f"exported folder {str(folder)!r}: no {MODEL} in it; expected what `litbinq export` wrote")
+        raise RunError(f"exported folder {str(folder)!r}: no {MODEL} in it; expected what `litbinq export` wrote")
     if not (folder / FACTS).is_file():
-        raise LitBinqError(
+        raise RunError(
             f"exported folder {str(folder)!r}: no {FACTS} in it, so it is not one of ours; "
             "expected what `litbinq export` wrote"
         )
@@ -94,20 +94,20 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         version, data_bytes = facts["version"], int(facts["data_bytes"])
     except (ValueError, KeyError, TypeError) as error:
-        raise LitBinqError(f"exported folder {str(folder)!r}: {FACTS} is damaged ({error!r}); export again") from error
+        raise RunError(f"exported folder {str(folder)!r}: {FACTS} is damaged ({error!r}); export again") from error
     if version != FACTS_VERSION:
-        raise LitBinqError(
+        raise RunError(
             f"exported folder {str(folder)!r}: version {version!r}, expected {FACTS_VERSION}; "
             "it was written by another version of this program: export again"
         )
     data = folder / DATA
     if not data.is_file():
-        raise LitBinqError(
+        raise RunError(
             f"exported folder {str(folder)!r}: {DATA} is missing, expected {data_bytes} bytes; "
             f"it belongs beside {MODEL}: copy it there or export again"
         )
     if data.stat().st_size < data_bytes:
-        raise LitBinqError(
+        raise RunError(
             f"exported folder {str(folder)!r}: {DATA} is truncated to {data.stat().st_size} bytes, "
             f"expected {data_bytes}: copy it again or export again"
         )
@@ -137,7 +137,7 @@ class OnnxModel:
         cache_shapes: (heads, head_dim) of every cache tensor.
 
     Raises:
-        LitBinqError: see `read_facts`; the library is required and missing; there is no fused graph and it is
+        RunError: see `read_facts`; the library is required and missing; there is no fused graph and it is
             required; ONNX Runtime refuses the file.
     """
 
@@ -151,16 +151,16 @@ class OnnxModel:
         route: Route = "auto",
     ) -> None:
         if mode not in ("lut", "exact"):
-            raise LitBinqError(f"mode: got {mode!r}, expected 'lut' or 'exact'")
+            raise RunError(f"mode: got {mode!r}, expected 'lut' or 'exact'")
         if route not in ("auto", "fused", "generic"):
-            raise LitBinqError(f"route: got {route!r}, expected 'auto', 'fused' or 'generic'")
+            raise RunError(f"route: got {route!r}, expected 'auto', 'fused' or 'generic'")
         if threads < 0:
-            raise LitBinqError(f"threads: got {threads}, expected a number from 0 (ONNX Runtime chooses)")
+            raise RunError(f"threads: got {threads}, expected a number from 0 (ONNX Runtime chooses)")
         self.folder = Path(folder)
         self.facts = read_facts(folder)
         fused = bool(self.facts.get("fused")) and (self.folder / FUSED).is_file()
         if route == "fused" and not fused:
-            raise LitBinqError(
+            raise RunError(
                 f"exported folder {str(folder)!r}: no {FUSED} in it, expected one: export again with `--fused auto`, "
                 "or use the generic route"
             )
@@ -189,7 +189,7 @@ class OnnxModel:
                 f"prompts in parts), expected {since} or newer, or the native library"
             )
             if route == "fused":
-                raise LitBinqError(f"route: got 'fused', but {told}: leave `route` at 'auto'")
+                raise RunError(f"route: got 'fused', but {told}: leave `route` at 'auto'")
             self.route = "generic"
             if "bodies" not in _warned:
                 _warned.add("bodies")
@@ -198,11 +198,12 @@ class OnnxModel:
         try:
             source: Path | bytes = self.folder / name
             if mode == "exact" and not self.native and self.facts.get("head_bits"):
-                source = _with_float_activations(self.folder / name)
+                # Our NBitsMatMul takes the session's mode; in its body, a MatMulNBits, it is an attribute.
+                source = with_float_activations((self.folder / name).read_bytes())
                 options.add_session_config_entry(_DATA_FOLDER, str(self.folder.resolve()))
             self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own, undocumented exception types
-            raise LitBinqError(
+            raise RunError(
                 f"exported folder {str(folder)!r}: ONNX Runtime {ort.__version__} refuses {name} "
                 f"({' '.join(str(error).split())[:300]}); expected an undamaged export: export again"
             ) from error
@@ -254,7 +255,7 @@ class OnnxModel:
             the very object that came in, with the new tokens written into it.
 
         Raises:
-            LitBinqError: ONNX Runtime fails, for instance on a token number the model does not have, or the
+            RunError: ONNX Runtime fails, for instance on a token number the model does not have, or the
                 fused route is asked in mid-text for what it cannot express.
         """
         if not isinstance(past, StaticCache):
@@ -264,7 +265,7 @@ class OnnxModel:
         if lengths is not None:
             return self._forward_static(input_ids, lengths, past, last_only), past
         if past.length:
-            raise LitBinqError(
+            raise RunError(
                 f"fused route: got rows of {past.lengths.tolist()} tokens and a mask or positions that do not go on "
                 "from them; expected rows without padding on their left: open the model with route='generic'"
             )
@@ -284,7 +285,7 @@ class OnnxModel:
             logits (b, V) float32; the next call with this cache overwrites them.
 
         Raises:
-            LitBinqError: as `forward`.
+            RunError: as `forward`.
         """
         longest = cache.length + 1
         cache.reserve(longest)
@@ -366,24 +367,8 @@ _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 """Session option: where the data file of a model is that comes as bytes."""
 
 
-def _with_float_activations(path: Path) -> bytes:
-    """A graph whose rounded head reads float32 activations (accuracy_level 1), for comparisons on stock ONNX Runtime.
-
-    Our NBitsMatMul takes the session's mode. Its function body is a MatMulNBits whose accuracy is an attribute, which
-    no option of a session overrides: here the session gets bytes of its own, made of the file and kept by nobody else.
-    """
-    import onnx  # 13 MB resident, which running a model does without
-
-    model = onnx.load(path, load_external_data=False)
-    for node in itertools.chain(model.graph.node, *(body.node for body in model.functions)):
-        for attribute in node.attribute:
-            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
-                attribute.i = 1
-    return bytes(model.SerializeToString())
-
-
-def _failure(input_ids: np.ndarray, total: int, error: Exception) -> LitBinqError:
-    return LitBinqError(
+def _failure(input_ids: np.ndarray, total: int, error: Exception) -> RunError:
+    return RunError(
         f"ONNX Runtime failed on input_ids {tuple(input_ids.shape)} with {total} "
         f"positions ({' '.join(str(error).split())[:300]}); "
         "expected token numbers and lengths the model has"

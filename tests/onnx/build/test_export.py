@@ -27,6 +27,7 @@ from lit_binq_onnx.build.check import check_onnx
 from lit_binq_onnx.build.export import export_onnx
 from lit_binq_onnx.build.graph import require_packed_nodes, store_half
 from lit_binq_onnx.build.tensors import EXTERNAL_BYTES
+from lit_binq_onnx.runtime.errors import RunError
 from lit_binq_onnx.runtime.library import library_path
 from lit_binq_onnx.runtime.session import DATA, FACTS, MODEL, OnnxModel, positions, read_facts
 from native import require_native
@@ -126,7 +127,7 @@ def test_modes_are_what_they_say(llama: Exported) -> None:
 
 
 def test_tokens_unknown_to_the_model(llama: Exported) -> None:
-    with pytest.raises(LitBinqError, match=r"ONNX Runtime failed on input_ids \(1, 1\)"):
+    with pytest.raises(RunError, match=r"ONNX Runtime failed on input_ids \(1, 1\)"):
         run(OnnxModel(llama.folder, native=False), np.array([[9999]]))
 
 
@@ -359,15 +360,15 @@ def _truncate(folder: Path) -> None:
 )
 def test_damaged_folders(copy: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(copy)
-    with pytest.raises(LitBinqError, match=message) as caught:
+    with pytest.raises(RunError, match=message) as caught:
         OnnxModel(copy, native=False)
     assert "\n" not in str(caught.value)
 
 
 def test_bad_session_options(llama: Exported) -> None:
-    with pytest.raises(LitBinqError, match="mode: got 'fast'"):
+    with pytest.raises(RunError, match="mode: got 'fast'"):
         OnnxModel(llama.folder, mode="fast")  # type: ignore[arg-type]  # the point of the test
-    with pytest.raises(LitBinqError, match="threads: got -1"):
+    with pytest.raises(RunError, match="threads: got -1"):
         OnnxModel(llama.folder, threads=-1)
 
 
@@ -378,5 +379,5 @@ def test_missing_library(llama: Exported, monkeypatch: pytest.MonkeyPatch, caplo
         onnx_model = OnnxModel(llama.folder)
         assert (onnx_model.native, onnx_model.mode) == (False, "exact")
     assert caplog.text.count("running the stock ONNX function bodies") == 1
-    with pytest.raises(LitBinqError, match="native operators: found no"):
+    with pytest.raises(RunError, match="native operators: found no"):
         OnnxModel(llama.folder, native=True)

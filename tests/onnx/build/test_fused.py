@@ -24,6 +24,7 @@ from lit_binq_onnx.build.export import export_onnx
 from lit_binq_onnx.build.fused import build_fused, misfit
 from lit_binq_onnx.build.tensors import DataFile
 from lit_binq_onnx.runtime.cache import StaticCache
+from lit_binq_onnx.runtime.errors import RunError
 from lit_binq_onnx.runtime.session import DATA, FUSED, OnnxModel, cache_arrays, positions, read_facts
 from native import require_native
 
@@ -150,7 +151,7 @@ def test_a_cache_does_not_change_its_kind_in_mid_text(llama: Exported) -> None:
     cache = model.empty_past()
     feed(model, IDS[:1], 0, 4, cache)
     for mask, where in ((np.array([[0, 1, 1, 1, 1]]), 3), (np.ones((1, 5)), 7), (np.ones((1, 7)), 6)):
-        with pytest.raises(LitBinqError, match="fused route: got rows of"):
+        with pytest.raises(RunError, match="fused route: got rows of"):
             model.forward(IDS[:1, 4:5], mask, np.array([[where]]), cache)
     assert cache.length == 4
 
@@ -158,7 +159,7 @@ def test_a_cache_does_not_change_its_kind_in_mid_text(llama: Exported) -> None:
 def test_positions_end(llama: Exported) -> None:
     model = llama.open()
     ids = np.zeros((1, 129), np.int64)
-    with pytest.raises(LitBinqError, match="got 129 tokens, expected at most the model's 128"):
+    with pytest.raises(RunError, match="got 129 tokens, expected at most the model's 128"):
         feed(model, ids, 0, 129, model.empty_past())
 
 
@@ -278,7 +279,7 @@ def test_other_models_keep_the_traced_graph(tmp_path: Path, caplog: pytest.LogCa
     assert "no fused graph (OPTForCausalLM is none of" in caplog.text
     assert not (tmp_path / "opt" / FUSED).exists()
     assert OnnxModel(tmp_path / "opt", native=False).route == "generic"
-    with pytest.raises(LitBinqError, match=r"no model_fused.onnx in it.*--fused auto"):
+    with pytest.raises(RunError, match=r"no model_fused.onnx in it.*--fused auto"):
         OnnxModel(tmp_path / "opt", route="fused")
 
 

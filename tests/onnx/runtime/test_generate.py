@@ -18,8 +18,8 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 import lit_binq_onnx.runtime.generate as generate_module
 import lit_binq_onnx.runtime.perplexity as perplexity_module
 from exporting import export
-from lit_binq.errors import LitBinqError
 from lit_binq.evaluation.perplexity import TokenPerplexity
+from lit_binq_onnx.runtime.errors import RunError
 from lit_binq_onnx.runtime.generate import (
     Generation,
     GenerationStats,
@@ -161,7 +161,7 @@ def test_positions_run_out(qwen: tuple[PreTrainedModel, OnnxModel], caplog: pyte
     list(generation)
     assert generation.stats.new_tokens == 3
     assert "max_new_tokens: 10 cut to 3" in caplog.text
-    with pytest.raises(LitBinqError, match="prompt: got 128 tokens, expected fewer than the model's 128"):
+    with pytest.raises(RunError, match="prompt: got 128 tokens, expected fewer than the model's 128"):
         generate(qwen[1], TOKENIZER, "x" * 128, 1)
 
 
@@ -178,7 +178,7 @@ def test_positions_run_out(qwen: tuple[PreTrainedModel, OnnxModel], caplog: pyte
     ],
 )
 def test_bad_options(qwen: tuple[PreTrainedModel, OnnxModel], options: dict[str, object], message: str) -> None:
-    with pytest.raises(LitBinqError, match=message):
+    with pytest.raises(RunError, match=message):
         generate(qwen[1], TOKENIZER, **{"prompt": PROMPT, **options})  # type: ignore[arg-type]  # of mixed types
 
 
@@ -236,7 +236,7 @@ def test_likelihood_at_any_size_of_logits(seed: int, size: float) -> None:
     ],
 )
 def test_bad_windows(qwen: tuple[PreTrainedModel, OnnxModel], bad: np.ndarray, message: str) -> None:
-    with pytest.raises(LitBinqError, match=message):
+    with pytest.raises(RunError, match=message):
         onnx_perplexity(qwen[1], bad)
 
 
@@ -255,7 +255,7 @@ def test_a_models_own_settings_are_the_defaults_and_options_win(tmp_path):
     assert own_sampling(_state(tmp_path, temperature=0.6, top_p=0.9)) == Sampling()
     odd = _state(tmp_path, do_sample=True, temperature=None, top_k=0, top_p=0, repetition_penalty=None)
     assert own_sampling(odd) == Sampling(1.0, 0)
-    with pytest.raises(LitBinqError, match="repetition_penalty"):
+    with pytest.raises(RunError, match="repetition_penalty"):
         own_sampling(tmp_path, repetition_penalty=0.0)
 
 
@@ -290,5 +290,5 @@ def test_text_with_a_penalty_is_what_transformers_would_write(qwen: tuple[PreTra
 def test_a_prompt_that_is_not_utf8_is_one_line():
     broken = os.fsdecode(b"caf\xe9")  # as a shell hands it over
     for prompt, chat in ((broken, False), ([{"role": "user", "content": broken}], True)):
-        with pytest.raises(LitBinqError, match=r"^prompt: .*UTF-8"):
+        with pytest.raises(RunError, match=r"^prompt: .*UTF-8"):
             encode_prompt(TOKENIZER, prompt, chat=chat)

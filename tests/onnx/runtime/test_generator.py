@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 import lit_binq_onnx.runtime.generate as generate_module
 from exporting import fusable_model
-from lit_binq.errors import LitBinqError
 from lit_binq_onnx.build.export import export_onnx
+from lit_binq_onnx.runtime.errors import RunError
 from lit_binq_onnx.runtime.generate import Generator, Sampling, encode_prompt
 from lit_binq_onnx.runtime.session import OnnxModel
 
@@ -132,15 +132,15 @@ def test_bad_options(generator: Generator) -> None:
         ({"top_p": 0.0}, "top_p: got 0.0"),
         ({"seed": -1}, "seed: got -1"),
     ):
-        with pytest.raises(LitBinqError, match=message):
+        with pytest.raises(RunError, match=message):
             Sampling(**options)  # type: ignore[arg-type]  # of mixed types
-    with pytest.raises(LitBinqError, match="prompts: got none"):
+    with pytest.raises(RunError, match="prompts: got none"):
         generator.batch([])
-    with pytest.raises(LitBinqError, match="prompt: got an empty one"):
+    with pytest.raises(RunError, match="prompt: got an empty one"):
         generator.batch(["a", ""])
-    with pytest.raises(LitBinqError, match="prompt: got 128 tokens"):
+    with pytest.raises(RunError, match="prompt: got 128 tokens"):
         generator.batch(["a", "x" * 128], 1)
-    with pytest.raises(LitBinqError, match="max_new_tokens: got 0"):
+    with pytest.raises(RunError, match="max_new_tokens: got 0"):
         generator.stream("a", 0)
 
 

@@ -16,8 +16,8 @@ from conftest import HELPERS, byte_tokenizer
 import lit_binq_onnx.runtime.session as session_module
 from exporting import fusable_model
 from length_models import plain_logits, plain_twin
-from lit_binq.errors import LitBinqError
 from lit_binq_onnx.build.export import export_onnx
+from lit_binq_onnx.runtime.errors import RunError
 from lit_binq_onnx.runtime.library import library_path
 from lit_binq_onnx.runtime.session import OnnxModel
 
@@ -94,7 +94,7 @@ def test_old_runtimes_take_the_generic_graph(
     for _ in range(2):
         assert OnnxModel(tmp_path / "out", native=False).route == "generic"
     assert caplog.text.count("ONNX Runtime 1.23.2 runs the fused graph's function bodies otherwise") == 1
-    with pytest.raises(LitBinqError, match=r"route: got 'fused', but ONNX Runtime 1\.23\.2"):
+    with pytest.raises(RunError, match=r"route: got 'fused', but ONNX Runtime 1\.23\.2"):
         OnnxModel(tmp_path / "out", native=False, route="fused")
     if library_path() is not None:
         assert OnnxModel(tmp_path / "out", native=True).route == "fused"
