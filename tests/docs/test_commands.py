@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +26,7 @@ CANNOT = {
     "git clone": "fetches the project itself",
     "make ": "installs into .venv, fetches, or runs these tests; the target is looked up in the Makefile",
     ".venv/bin/python -m pip": "builds the project again",
-    "pip install": "fetches packages",
+    "pip install": "fetches packages; its extras are looked up in pyproject.toml",
     "--trainer.devices 2": "needs two GPUs; its options are parsed",
     "import onnxruntime_genai": "not installed here",
 }
@@ -40,6 +41,8 @@ SMALLER = {
     "bench perplexity": ["--windows", "2", "--length", "48"],
 }
 """What a command of ours that holds these words gets as its last options: sizes for a tiny model."""
+
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 BEFORE = {"several-gpus": "litbinq fit --config configs/smollm2-135m-l.yaml"}
 """What a reader of a document has done already."""
@@ -105,6 +108,8 @@ def run_bash(text: str) -> None:
         elif refused(line):
             for target in re.findall(r"^make ([\w-]+)", line):
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"no target {target}"
+            for extra in re.findall(r"\w+", "".join(re.findall(r"^pip install.*\.\[(.*?)\]", line))):
+                assert extra in EXTRAS, f"no extra {extra}"
         else:
             others.append(line)
     flush()
