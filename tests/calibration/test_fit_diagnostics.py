@@ -215,7 +215,6 @@ def test_fit_and_report_from_the_command_line(make_source, text_file, tmp_path, 
         (["--model.diagnostics.probe", "true"], ["diagnostics.probe", "diagnostics.windows"]),
         (["--model.closed_form.amp", "true", "--model.closed_form.objective", "weight"], ["amp", "true_target"]),
         (["--model.closed_form.bits", "1.5"], ["closed_form.bits", "RowColumnSolver", "fixed size"]),
-        (["--model.tuning.lr_embeddings", "0.1"], ["tuning.lr_embeddings", "finish.lr_embeddings"]),
     ],
 )
 def test_options_that_cannot_work_are_one_line(arguments, words, text_file, tmp_path, capsys):
