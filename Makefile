@@ -1,6 +1,7 @@
 # make demo    everything once, on a real model: fetch, calibrate (three planes; one bit beside), export, check,
 #              write text, measure
-# make test    the tests;  make lint   ruff, mypy and the layers;  make docs   the documentation into build/docs
+# make test    every behaviour once, in minutes;  make test-all   and the tables of shapes, kernels and kinds
+# make lint    ruff, mypy and the layers;  make docs   the documentation into build/docs
 # make fuzz    the native operators built with sanitizers: the kernels' own test, then random and broken nodes, in a
 #              runtime of ours and through ONNX Runtime's sessions. FUZZ and SESSIONS say how many, SEED where they begin
 #
@@ -19,7 +20,7 @@ SESSIONS ?= 1000
 SEED ?= 1
 SANITIZED := build/sanitized
 
-.PHONY: demo test lint docs fuzz install clean
+.PHONY: demo test test-all lint docs fuzz install clean
 install: $(READY)
 
 # torch first: with the constraints file the machine's own choice of build is kept.
@@ -43,7 +44,10 @@ demo: $(READY)
 	$(BIN)/litbinq demo summarize --recipe $(CONFIG) --beside $(ONE_BIT) --onnx $(DEMO)/onnx --out $(DEMO)/summary.json
 
 test: $(READY)
-	LIT_BINQ_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n 2
+	LIT_BINQ_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-all: test
+	LIT_BINQ_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 docs: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]'

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 # Before torch is imported: tiny tensors gain nothing from threads, and threads that wait for a busy core cost minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore:.*does not have many workers.*",
     ):
         config.addinivalue_line("filterwarnings", rule)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest asks for marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `grid(n)` the first n cases show the behaviour; the others are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        if grid := item.get_closest_marker("grid"):
+            seen[name := item.nodeid.partition("[")[0]] += 1
+            if seen[name] > grid.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 ROOT = Path(__file__).parents[1]

@@ -67,6 +67,7 @@ def test_a_stage_keeps_at_least_the_closed_form(make_source, text_file, tmp_path
     assert_same(tmp_path / "wild", tmp_path / "closed")
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resuming_at_a_stage_boundary_gives_the_same_bits(stage, make_source, text_file, tmp_path):
     source = make_source("opt")  # dropout, biases and LayerNorm
@@ -170,6 +171,7 @@ class Drifting(Solver):
         return self.inner.spend({k: self.drift(W) for k, W in weights.items()}, moments, bits)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     ("form", "epochs"),
     [

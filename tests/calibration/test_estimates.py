@@ -53,6 +53,7 @@ def test_a_step_of_a_product_is_what_arithmetic_says() -> None:
         assert pass_bytes(lambda: x @ W.T) == 4 * n * m
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("kind", ["gemma3", "bloom", "mamba"])
 def test_counted_bytes_are_those_of_a_real_step(kind: str) -> None:
     """The same step with real tensors, its storages followed by the test itself."""

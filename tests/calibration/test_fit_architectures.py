@@ -13,6 +13,7 @@ from lit_binq.calibration.preflight.checks import PreflightOptions
 from lit_binq.hub.save_load import load_packed
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("kind", [k for k in architectures.CONFIGS if k != "rwkv"])
 def test_the_fit_is_what_transformers_computes_with_its_weights(
     kind: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path

@@ -44,6 +44,7 @@ def record(model: PreTrainedModel, windows: Tensor, layers: list[str]) -> dict[s
     return seen
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_figures_are_those_of_the_packed_model_and_its_teacher(kind, make_source, text_file, tmp_path):
     """Recomputed from two whole models, as they are on disk, by the definitions."""
@@ -102,6 +103,7 @@ def test_the_loss_before_tuning_is_that_of_the_closed_form(make_source, text_fil
     assert tuned.records[0].after == pytest.approx(b.after.token, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_resuming_keeps_the_measures_of_earlier_blocks(make_source, text_file, tmp_path):
     """Bit for bit, the probe's too; measuring changes nothing of the model."""
     source, keep, options = make_source(), KeepEach(str(tmp_path / "kept")), DiagnosticsOptions(windows=2, probe=True)

@@ -26,6 +26,7 @@ def matrices(folder) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("lr", [0.0, 0.02])
@@ -57,6 +58,7 @@ def test_embeddings_move_only_if_they_have_a_rate(kind, tied, lr, make_source, t
     assert all(torch.equal(p, original[name]) for name, p in module.work.teacher.state_dict().items())
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_resuming_before_and_behind_the_model_stage(tied, stage, make_source, text_file, tmp_path):

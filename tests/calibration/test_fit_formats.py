@@ -50,6 +50,7 @@ def test_every_exported_solver_is_here():
     assert len(SOLVERS) >= 10
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     ("solver", "tuned"),
     [*((s, False) for s in SOLVERS), *((s, True) for s in SOLVERS if s.deployable)],
@@ -83,6 +84,7 @@ def test_every_solver_runs_through_a_fit(solver, tuned, make_source, text_file, 
 # ---- bit budgets ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("bits", [2.5, 2.9])
 def test_a_budget_is_kept_and_nearly_spent(bits, make_source, text_file, tmp_path):
     remember = Remember()
@@ -104,6 +106,7 @@ def test_a_budget_of_ranks_is_kept(make_source, text_file, tmp_path):
     assert 1.5 < counted_bits(tmp_path / "packed") <= 2.5
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     ("solver", "stage"),
     [(PlanesSolver(), 1), (PlanesSolver(), 2), (GroupedSolver(group=16), 1), (LowRankSolver(rounds=1), 2)],
@@ -120,6 +123,7 @@ def test_resuming_brings_back_formats_and_layouts(solver, stage, make_source, te
     assert whole == resumed
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     "other",
     [
@@ -201,6 +205,7 @@ def test_the_objective_may_be_for_the_last_layer_only(make_source, text_file, tm
         assert not torch.equal(W, everywhere[name]), name
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("scope", ["last", "all"])
 def test_amp_runs_through_a_fit(scope, make_source, text_file, tmp_path):
     """It changes what is solved, and only where the objective applies."""

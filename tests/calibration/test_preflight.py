@@ -61,6 +61,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return err.strip().splitlines()[-1]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -85,6 +86,7 @@ def test_what_the_evaluation_cannot_do_is_refused_before_the_first_block(
     assert begin(llama, *arguments, "--evaluate", "false") == 9
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("kind", ["lfm2", "mamba", "recurrent_gemma"])
 def test_what_the_export_cannot_carry_is_refused_unless_torch_is_enough(
     kind: str, begin: Callable[..., int], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
@@ -98,6 +100,7 @@ def test_what_the_export_cannot_carry_is_refused_unless_torch_is_enough(
     assert "`litbinq export` will refuse this model" in caplog.text
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("kind", ["bloom", "falcon", "gpt_neo", "dynamic", "gemma3"])
 def test_what_can_be_done_begins(kind: str, begin: Callable[..., int]) -> None:
     assert begin(architectures.make(kind)) == 9
@@ -136,6 +139,7 @@ def test_a_tokenizer_that_cannot_be_written_again_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("what", ["host", "disk"])
 def test_too_little_memory_or_disk_is_refused_with_the_option_that_goes_on(
     what: str,

@@ -103,6 +103,7 @@ def test_nothing_heavy_is_imported_before_a_command_is_known():
     assert ran.stdout == "set()\n"
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

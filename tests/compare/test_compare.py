@@ -261,6 +261,7 @@ def test_names_cannot_break_the_table(place, fits):
 # ---- with real fits -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_real_fits(place, tokenizer, text_file, capsys):
     """Two methods and one that cannot work, each a process; then the same command again."""
     tiny_model("llama", tied=False).save_pretrained("model")

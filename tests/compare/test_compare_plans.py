@@ -187,6 +187,7 @@ def fit_accepts(options: dict) -> None:
     instantiate(parser.parse_object({"model": options["model"], "data": data}))
 
 
+@pytest.mark.slow
 def test_plans_in_the_repository_can_be_read(monkeypatch):
     monkeypatch.chdir(ROOT)
     paths = sorted(Path("configs").glob("compare-*.yaml"))

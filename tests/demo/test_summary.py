@@ -55,6 +55,7 @@ def test_text_is_greedy(penalty: float, tmp_path: Path) -> None:
     assert torch_text(str(tmp_path / "packed"), "ab", 5) == tokenizer.decode(ids[0, 2:], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [0, 3])
 def test_perplexities_in_two_parts_are_those_of_the_whole(extra: int, tmp_path: Path) -> None:
     require_native()
@@ -190,11 +191,13 @@ def summarized(run: dict[str, Any], folder: Path, beside: dict[str, Any] | None 
     summarize(path, str(folder / "onnx"), str(folder / "summary.json"), other)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_piece_is_measured(run: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Measured):
         summarized(run, tmp_path, run["results"])
 
 
+@pytest.mark.slow
 def test_other_windows_than_the_fits_are_refused(run: dict[str, Any], tmp_path: Path) -> None:
     """Perplexities of the fit would stand beside those of another text, or of more of it."""
     older = {**run["results"], "data": run["results"]["data"].replace("fingerprint ", "fingerprint 0")}
@@ -211,6 +214,7 @@ def test_other_windows_than_the_fits_are_refused(run: dict[str, Any], tmp_path: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_export_of_another_fit_is_refused(run: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(LitBinqError, match=r"true bits, and the fit of .* reported 9\.000000"):
         summarized({**run, "results": {**run["results"], "true_bits": 9.0}}, tmp_path)
@@ -219,6 +223,7 @@ def test_an_export_of_another_fit_is_refused(run: dict[str, Any], tmp_path: Path
         summarized({**run, "options": moved}, tmp_path)
 
 
+@pytest.mark.slow
 def test_speeds_are_taken_with_the_threads_the_table_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     require_native()
     export("llama", tmp_path / "onnx")

@@ -124,6 +124,7 @@ def run(block: Block) -> None:
         exec(compile(block.text, block.title or "<block>", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 def test_blocks_run(document, workspace, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", "")  # a block may set it: put back afterwards

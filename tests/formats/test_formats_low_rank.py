@@ -193,6 +193,7 @@ def test_no_step_raises_the_objective(N: int, K: int, k: int, panels: int, seed:
         f = after
 
 
+@pytest.mark.slow
 def test_the_right_factor_moves() -> None:
     """A bound that is too wide would freeze every code and still never raise f."""
     (T, H), s = problem(40, 60, 0), random_weight(40, 60, 16, 0)

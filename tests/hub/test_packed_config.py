@@ -205,6 +205,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("imports", ["", "import lit_binq", "import lit_binq.hub.save_load"])
 @pytest.mark.parametrize("kind", ["AutoModelForCausalLM", "LlamaForCausalLM"])
 def test_plain_transformers_refuses_a_packed_folder(kind, imports, llama, tokenizer, tmp_path):

@@ -195,6 +195,7 @@ def test_a_reader_that_panics_is_one_line(packed, monkeypatch):
     refused(packed, r"tokenizer is damaged or missing \(index out of range\)")
 
 
+@pytest.mark.slow
 def test_random_damage(tmp_path):
     """The fuzzer, briefly; it runs by itself, since it limits its process's memory."""
     fuzzer = HELPERS / "packed_fuzz.py"

@@ -69,6 +69,7 @@ def test_a_file_cut_anywhere_is_refused(head):
         refused(head)
 
 
+@pytest.mark.slow
 def test_bytes_overwritten_anywhere_cost_no_memory_and_no_traceback(head):
     """Lengths, counts, types and names in turn become as large as they can be."""
     whole = head.read_bytes()

@@ -165,6 +165,7 @@ def test_a_fit_with_four_bits(model_folder: Path, text_file: Path, tmp_path: Pat
     assert not torch.equal(logits(model, ids), logits(load_packed(tmp_path / "full")[0], ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_exported_graphs_quantize_too(kind: str, tmp_path: Path) -> None:
     """In standard operators; a step through the cache agrees with torch as a whole window does."""

@@ -93,11 +93,8 @@ def onnx_logits(
     return np.concatenate(found, axis=1)
 
 
-QUICK = ("phi3-longrope", "llama-dynamic", "gpt-neo", "falcon-alibi")
-"""Those that needed something; the others are `slow`."""
-
-
-@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in LENGTH_KINDS])
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("kind", LENGTH_KINDS)
 def test_every_length_equals_transformers(kind: str, tmp_path: Path) -> None:
     """In one pass, in parts, token by token over every border, and a short row beside a long one."""
     model = length_model(kind)

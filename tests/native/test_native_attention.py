@@ -297,6 +297,7 @@ print("within bounds")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is protected through mprotect")
 def test_nothing_behind_a_buffer_is_touched(native: NativeLibrary) -> None:
     """In a process of its own, which would die of it."""

@@ -45,6 +45,7 @@ def sets_compared(*command: str | Path) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the test program is linked statically")
 def test_all_sets_of_this_machine_agree(tmp_path: Path) -> None:
     if shutil.which("c++") is None and shutil.which("g++") is None:

@@ -39,6 +39,7 @@ def logits(folder: Path, mode: Mode) -> np.ndarray:
     return model.forward(np.arange(9)[None] + 60, np.ones((1, 9)), np.arange(9)[None], model.empty_past())[0]
 
 
+@pytest.mark.slow
 def test_threads_that_open_sessions_get_their_own_mode(native: NativeLibrary, exported: Path) -> None:
     """Two threads, each 25 sessions of its mode, opened in the same moments: told apart by what they compute."""
     want = {mode: logits(exported, mode) for mode in MODES}
@@ -60,6 +61,7 @@ def test_threads_that_open_sessions_get_their_own_mode(native: NativeLibrary, ex
     assert wrong == {"lut": [], "exact": []}
 
 
+@pytest.mark.slow
 def test_a_native_session_reads_the_file_itself(
     native: NativeLibrary, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,6 +232,7 @@ def test_the_page_stands_alone(make_run: Make, capsys: pytest.CaptureFixture[str
     assert "Interactions between tokens: " in out
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes_and_replaces_the_older_report(make_run: Make, tmp_path: Path) -> None:
     run = make_run("run", FALLING)
     report(str(run))

@@ -77,6 +77,7 @@ def test_the_optimum_is_that_of_brute_force() -> None:
         assert float(optimum(w[i : i + 1], h[i : i + 1])) == pytest.approx(best, rel=1e-9)
 
 
+@pytest.mark.grid(8)
 @pytest.mark.parametrize("n", [64, 128])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("values", VALUES)

@@ -113,6 +113,7 @@ def test_on_four_columns_most_rows_reach_the_global_optimum() -> None:
     assert sum(gap) / len(gap) < 1.1
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("widths", [(1, 1), (1, 7), (3, 8), (16, 128), (40, 40), (64, 16)])
 def test_panel_widths_do_not_matter(widths: tuple[int, int]) -> None:
     N, K = 6, 40

@@ -80,6 +80,7 @@ def test_arb_rc_is_the_row_column_solver_before_its_rounds() -> None:
     assert torch.equal(full.B * full.r.sign()[:, None] * full.c.sign(), torch.where(T >= 0, 1.0, -1.0))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(**shapes)
 def test_arb_x_ends_at_the_least_squares_mean_and_size(N: int, K: int, seed: int) -> None:

@@ -135,6 +135,7 @@ def test_options_on_the_command_line() -> None:
     assert form.solver == RowColumnSolver(rounds=3)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("name", ["CGB", "ARBX", "PBLLM"])
 def test_a_fit_keeps_dense_weights_and_says_so(name: str, tokenizer, text_file, tmp_path, caplog, capsys) -> None:
     tiny_model("llama", blocks=1).save_pretrained(tmp_path / "model")

@@ -115,6 +115,7 @@ def test_renaming_keeps_the_weight(levels: int) -> None:
     torch.testing.assert_close(dense(new, renamed, 8), dense(p, ranks, 8))
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("levels", [2, 3, 4])
 def test_every_part_lowers_the_objective(levels: int, seed: int) -> None:
@@ -245,6 +246,7 @@ def test_wrong_systems_are_refused() -> None:
         TwoPlaneSolver().solve(T, H, inputs=InputFormat(4, torch.arange(3)))
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("options", [{}, {"levels": 3, "group": 8}, {"feedback": False, "hessian": False, "refine": 0}])
 def test_a_fit_of_a_tiny_model(options: dict[str, object], make_source, text_file, tmp_path) -> None:
     """Solved, tuned block by block and as a whole, packed; what it computes with is what is stored."""

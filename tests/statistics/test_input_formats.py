@@ -307,6 +307,7 @@ def test_tuning_sees_quantized_inputs_and_lowers_the_loss() -> None:
     assert all(m.activation_bits == 4 and m.outliers == 8 for m in packed)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("solver", [TwoPlaneSolver(16), UniformTwoBitSolver(16)])
 @pytest.mark.parametrize("activations", [Activations(4, 8), Activations(8, static=True)])
 def test_a_fit_reloads_bit_identically(
@@ -323,6 +324,7 @@ def test_a_fit_reloads_bit_identically(
     assert module.records[0].activation_bits["mlp.up_proj"] == (8.0 if activations.bits == 8 else 5.0)
 
 
+@pytest.mark.slow
 def test_interrupted_fits_go_on_to_the_same_bits(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     keep = KeepEach(str(tmp_path / "kept"))
     options: dict[str, Any] = {"closed_form": QUANTIZED, "kv_bits": 4}
@@ -333,6 +335,7 @@ def test_interrupted_fits_go_on_to_the_same_bits(model_folder: Path, text_file: 
         assert_same(tmp_path / "whole", tmp_path / f"resumed-{i}")
 
 
+@pytest.mark.slow
 def test_two_processes_agree(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Both ranks end with the same bits; the format is chosen by the first."""
     digests = tmp_path / "digests"

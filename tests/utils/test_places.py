@@ -273,6 +273,7 @@ def test_a_fit_asks_all_places_before_it_reads_a_word(option, where, config, dis
     assert where in line
 
 
+@pytest.mark.slow
 def test_a_fit_into_a_mounted_folder_and_again(config, disk, tmp_path, capsys):
     target = disk("mounted")
     common = ["fit", "--config", str(config), "--checkpoint.dirpath", str(tmp_path / "ckpt"), "--model.packed"]
@@ -283,6 +284,7 @@ def test_a_fit_into_a_mounted_folder_and_again(config, disk, tmp_path, capsys):
     assert (tmp_path / "onnx" / "model.onnx").is_file()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_at_the_end_costs_nothing_but_the_writing(config, disk, tmp_path, capsys, monkeypatch):
     small = disk("small", size="32k")
     common = ["fit", "--config", str(config), "--checkpoint.dirpath", str(tmp_path / "ckpt"), "--model.packed"]

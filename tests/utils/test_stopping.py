@@ -89,6 +89,7 @@ PLACES = {
 }
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_fit_without_tuning_ends_where_it_stands(place, config, tmp_path):
     where, at, done, words = PLACES[place]
@@ -224,6 +225,7 @@ def test_what_libraries_do_at_the_end_changes_no_exit_code(ends, code, tmp_path)
     assert (tmp_path / "tidied").exists()
 
 
+@pytest.mark.slow
 def test_a_comparison_ends_its_fit_first(config, tmp_path):
     """`litbinq compare` told to stop: the fit it runs is told too, and has the time to put its things away."""
     from lit_binq.compare.runner import fit
@@ -275,6 +277,7 @@ def test_all_processes_of_a_run_end_together(to, strategy, config, tmp_path):
     assert sum("stopped by SIGTERM" in line for line in lines) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["block", "model"])
 def test_slurm_starts_a_run_again_from_the_last_finished_stage(stage, config, tmp_path, monkeypatch):
     """Lightning answers SLURM's signals: a checkpoint in the middle of a stage, and it asks for the next run."""

@@ -192,6 +192,7 @@ def test_copies_are_enough_and_not_too_many(size: int, cache: int, M: int) -> No
 # --- the run
 
 
+@pytest.mark.slow
 def test_a_small_run_times_everyone_with_every_number_of_threads(monkeypatch):
     monkeypatch.setattr(ops, "PAUSE", 0.0)
     require_native()
@@ -284,6 +285,7 @@ def test_what_is_absent_is_a_dash():
 # --- the command
 
 
+@pytest.mark.slow
 def test_bench_ops_prints_a_table_and_writes_records(tmp_path, capsys):
     out = tmp_path / "ops.json"
     arguments = ["--shapes", "512x1024", "--M", "1,2", "--rounds", "1", "--cache_mb", "1", "--json", str(out)]

@@ -65,6 +65,7 @@ def tokens_of(engine: Engine, ids: list[int], steps: int) -> list[list[int]]:
     return [*found, engine.decode(steps)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_stock_engine_gives_torchs_tokens_again_and_again(fused, exported, monkeypatch):
     folder, model = exported
@@ -129,7 +130,7 @@ def test_a_process_that_is_gone_is_an_error(exported):
     with pytest.raises(WorkerFailed, match="its process ended with -9"):
         worker.ask(do="decode", steps=1)
     worker.close()
-    with pytest.raises(WorkerFailed, match="LitBinqError: exported folder 'nowhere': no such folder"):
+    with pytest.raises(WorkerFailed, match="RunError: exported folder 'nowhere': no such folder"):
         Worker(Setting("stock", "nowhere", 1, 20))
 
 
@@ -296,7 +297,7 @@ def test_bench_decode_and_prefill_end_to_end(exported, tmp_path, capsys):
 def test_wrong_options_of_decode_are_one_line(arguments, words, exported, capsys):
     assert cli.main(["bench", "decode", str(exported[0]), *arguments]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("litbinq bench: error: ")
+    assert err.startswith("litbinq bench decode: error: ")
     assert err.count("\n") == 1
     assert [word for word in words if word not in err] == []
 

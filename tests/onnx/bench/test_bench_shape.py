@@ -85,7 +85,7 @@ def test_wrong_options_are_one_line_and_leave_nothing(arguments, words, folder, 
     place = tmp_path / "place"
     assert cli.main(["bench", "shape", folder, "--folder", str(place), *arguments]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("litbinq bench: error: ")
+    assert err.startswith("litbinq bench shape: error: ")
     assert err.count("\n") == 1
     assert [word for word in words if word not in err] == []
     assert not place.exists()

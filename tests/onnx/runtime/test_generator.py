@@ -44,6 +44,7 @@ def torch_greedy(model: PreTrainedModel, prompt: str, count: int) -> list[int]:
     return ids[-count:]
 
 
+@pytest.mark.grid(1)
 def test_streamed_and_batched_tokens_equal_torch(
     generator: Generator, folder: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

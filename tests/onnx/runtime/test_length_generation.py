@@ -19,6 +19,7 @@ def close(got: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("kind", ["phi3-longrope", "llama-dynamic"])
 def test_prompts_and_batches_beyond_the_first_angles(kind: str, tmp_path: Path) -> None:
     model = length_model(kind)

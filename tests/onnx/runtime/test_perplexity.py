@@ -26,6 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [root / "one", root / "two"]
 
 
+@pytest.mark.slow
 def test_perplexities_are_those_of_torch(folders: list[Path], text_file: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "figures.json"
     words = ["--beside", str(folders[1]), str(text_file), "--windows", "3", "--length", "16"]

@@ -67,6 +67,7 @@ def run(runtime: Path, folder: Path, *arguments: str) -> tuple[dict[str, object]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+@pytest.mark.grid(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_runtime_computes_the_same(exported: Path, runtime: Path, kind: str) -> None:
@@ -84,6 +85,7 @@ def test_every_runtime_computes_the_same(exported: Path, runtime: Path, kind: st
                 assert float(str(report[reading])) < TOLERANCE, (kind, way, route, report)
 
 
+@pytest.mark.slow
 def test_old_runtimes_take_the_generic_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

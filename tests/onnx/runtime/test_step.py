@@ -38,6 +38,7 @@ def by_forward(model: OnnxModel, tokens: np.ndarray, cache: StaticCache) -> np.n
     return model.forward(tokens[:, None], mask, lengths[:, None] - 1, cache)[0][:, -1]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_steps_equal_whole_passes(model: OnnxModel, rows: int) -> None:
     """Bit for bit; the cache too. Rows of different lengths, and more tokens than the first buffers hold."""
@@ -54,6 +55,7 @@ def test_steps_equal_whole_passes(model: OnnxModel, rows: int) -> None:
             np.testing.assert_array_equal(mine[i, :, :length], theirs[i, :, :length])
 
 
+@pytest.mark.slow
 def test_a_cache_that_others_change_too(model: OnnxModel) -> None:
     """A rewind, another pass between two steps, a row that leaves, a failed step: the next step is right."""
     rng = np.random.default_rng(5)
