@@ -1,5 +1,5 @@
-# make demo    everything once, on a real model: fetch, calibrate (three planes; one bit beside), export, check,
-#              write text, measure
+# make demo    everything once, on a real model: fetch, calibrate (three planes, one bit beside; with a GPU one bit with
+#              the full recipe), export, check, write text, measure
 # make test    every behaviour once, in minutes;  make test-all   and the tables of shapes, kernels and kinds
 # make lint    ruff, mypy and the layers;  make docs   the documentation into build/docs
 # make fuzz    the native operators built with sanitizers: the kernels' own test, then random and broken nodes, in a
@@ -13,6 +13,7 @@ DEMO := runs/demo
 MODEL := $(DEMO)/source/SmolLM2-135M-Instruct
 CONFIG := configs/smollm2-135m-demo.yaml
 ONE_BIT := configs/smollm2-135m-demo-1bit.yaml
+GPU := configs/smollm2-135m-demo-gpu.yaml
 READY := .venv/ready
 
 FUZZ ?= 30000
@@ -20,7 +21,7 @@ SESSIONS ?= 1000
 SEED ?= 1
 SANITIZED := build/sanitized
 
-.PHONY: demo test test-all lint docs fuzz install clean
+.PHONY: demo demo-cpu demo-gpu demo-source demo-run test test-all lint docs fuzz install clean
 install: $(READY)
 
 # torch first: with the constraints file the machine's own choice of build is kept.
@@ -32,16 +33,30 @@ $(READY): pyproject.toml constraints.txt $(shell find export/csrc -type f)
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/litbinq demo fetch --out $(DEMO)/source
-	$(BIN)/litbinq demo convert --model $(MODEL).Q4_1.gguf --out $(MODEL)
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+	  echo "A GPU is here: one bit with the full recipe ($(GPU)); make demo-cpu makes three planes"; $(MAKE) demo-gpu; \
+	else $(MAKE) demo-cpu; fi
+
+demo-cpu: demo-source
 	$(BIN)/litbinq fit --config $(CONFIG)
 	$(BIN)/litbinq fit --config $(ONE_BIT)
+	$(MAKE) demo-run RECIPE="--recipe $(CONFIG) --beside $(ONE_BIT)"
+
+demo-gpu: demo-source
+	$(BIN)/litbinq fit --config $(GPU)
+	$(MAKE) demo-run RECIPE="--recipe $(GPU)"
+
+demo-source: $(READY)
+	$(BIN)/litbinq demo fetch --out $(DEMO)/source
+	$(BIN)/litbinq demo convert --model $(MODEL).Q4_1.gguf --out $(MODEL)
+
+demo-run:
 	rm -rf $(DEMO)/onnx
 	$(BIN)/litbinq export $(DEMO)/packed $(DEMO)/onnx
 	$(BIN)/litbinq generate $(DEMO)/onnx --prompt "The history of the city begins" --max_new_tokens 32
 	$(BIN)/litbinq generate $(DEMO)/onnx --prompt "The capital of France is" --max_new_tokens 32
 	$(BIN)/litbinq generate $(DEMO)/onnx --prompt "In mathematics, a prime number is" --max_new_tokens 32
-	$(BIN)/litbinq demo summarize --recipe $(CONFIG) --beside $(ONE_BIT) --onnx $(DEMO)/onnx --out $(DEMO)/summary.json
+	$(BIN)/litbinq demo summarize $(RECIPE) --onnx $(DEMO)/onnx --out $(DEMO)/summary.json
 
 test: $(READY)
 	LIT_BINQ_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
