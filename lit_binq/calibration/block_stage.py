@@ -15,6 +15,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from lit_binq.calibration.as_stored import score_as_stored
 from lit_binq.calibration.block_diagnostics import BlockDiagnostics
 from lit_binq.calibration.block_loss import BlockCriterion
 from lit_binq.calibration.cuda_graphs import GraphedLoss
@@ -218,10 +219,14 @@ class BlockStage(Stage):
         return self._loss(s.x_tilde[rows].to(device), s.y[rows].to(device))
 
     def evaluate(self, *, held_out: bool) -> Tensor:
-        """The two sums of the block's relative error."""
+        """The two sums of the block's relative error, as it will be stored."""
         s = self.work.streams
         rows = slice(s.train, s.train + s.held_out) if held_out else slice(0, s.train)
-        return s.block_error(self.module, self.call, rows, self._criterion.sums)
+
+        def sums() -> Tensor:
+            return s.block_error(self.module, self.call, rows, self._criterion.sums)
+
+        return score_as_stored(self.module, self.work.rest_dtype, self.work.device, sums)
 
     def leave(self) -> None:
         """Pack the block, put it into the student, advance both streams with exactly what is stored."""

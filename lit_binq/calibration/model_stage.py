@@ -3,11 +3,12 @@
 Knows nothing of Lightning.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from lit_binq.calibration.as_stored import score_as_stored
 from lit_binq.calibration.cuda_graphs import GraphedLoss
 from lit_binq.calibration.distributed import take_module_from_first
 from lit_binq.calibration.kl import kl_divergence
@@ -51,10 +52,19 @@ class ModelStage(Stage):
 
     def loss(self, rows: Tensor) -> Tensor:
         """Mean KL(teacher || student) over the tokens of windows `rows` (b,)."""
+        return self._of(self._prepared(), rows)
+
+    def _of(self, loss: Callable[..., Tensor], rows: Tensor) -> Tensor:
+        windows = self._windows[rows.to(self._windows.device)]
+        if self._cache is None:
+            return loss(windows)
+        hidden = self._cache.hidden(rows)
+        return loss(windows, hidden if self._autocast == autocast_dtype(self.work.device) else hidden.float())
+
+    def _prepared(self) -> GraphedLoss:
         if self._loss is None or self._autocast != autocast_dtype(self.work.device):
             self._loss = self._prepare()
-        windows = self._windows[rows.to(self._windows.device)]
-        return self._loss(windows) if self._cache is None else self._loss(windows, self._cache.hidden(rows))
+        return self._loss
 
     def _prepare(self) -> GraphedLoss:
         w = self.work
@@ -72,17 +82,23 @@ class ModelStage(Stage):
     def _batch(self) -> int:
         return min(self.work.streams.options.batch_windows, 8)  # logits of a large vocabulary take the memory
 
-    @torch.no_grad()
     def evaluate(self, *, held_out: bool) -> Tensor:
-        """Summed KL over windows, and the number of windows."""
+        """Summed KL over windows, and the number of windows, of the student as it will be stored."""
         s = self.work.streams
         first, last = (s.train, s.train + s.held_out) if held_out else (0, s.train)
-        total = torch.zeros(2, dtype=torch.float64, device=self.work.device)
+        # Kept hidden states of the teacher are those of the steps, under their autocast: the rounding of a target is
+        # the same in every epoch, that of the student is what would mix up two of them.
+        loss = self._prepared().module
         step = self._batch
-        for i in range(first, last, step):
-            rows = torch.arange(i, min(i + step, last))
-            total += torch.stack((self.loss(rows).double() * len(rows), torch.full_like(total[0], len(rows))))
-        return total
+
+        def sums() -> Tensor:
+            total = torch.zeros(2, dtype=torch.float64, device=self.work.device)
+            for i in range(first, last, step):
+                rows = torch.arange(i, min(i + step, last))
+                total += torch.stack((self._of(loss, rows).double() * len(rows), torch.full_like(total[0], len(rows))))
+            return total
+
+        return score_as_stored(self.module, self.work.rest_dtype, self.work.device, sums)
 
     def rates(self) -> Iterator[tuple[nn.Parameter, float]]:
         """As of every stage, and the student's embeddings, with its head where that is not the same tensor."""

@@ -423,6 +423,9 @@ class BinQCalibration(PackedEvaluation):
     @torch.no_grad()
     def _score(self, stage: Stage) -> float:
         """Held-out loss over all ranks (training loss if nothing is held out); NaN counts as infinite."""
+        # Not through Lightning's validation loop: a score is also needed before the first epoch and where no epoch is
+        # (a closed form alone), a stage without held-out windows scores its training windows, and `validate` measures
+        # other data with other models.
         with self.trainer.precision_plugin.train_step_context():
             sums = stage.evaluate(held_out=self.work.streams.held_out > 0)
         if self.trainer.world_size > 1:

@@ -49,7 +49,11 @@ class Stage(ABC):
 
     @abstractmethod
     def evaluate(self, *, held_out: bool) -> Tensor:
-        """(2,) float64 on the device: summed loss and its weight over training or held-out windows of this rank."""
+        """(2,) float64 on the device: summed loss and its weight over training or held-out windows of this rank.
+
+        Of what would be stored if the stage ended now (lit_binq.calibration.as_stored). Called under the autocast of
+        steps.
+        """
 
     @abstractmethod
     def leave(self) -> None:

@@ -233,7 +233,7 @@ def test_held_out_windows_are_what_is_evaluated() -> None:
     for held_out, rows in ((True, slice(TRAIN, None)), (False, slice(0, TRAIN))):
         error, norm = (t[rows].square().double() for t in (y_hat - s.y, s.y))
         expected = [float((error.sum(-1) / norm.sum(-1)).sum()), norm[..., 0].numel()]
-        assert stage.evaluate(held_out=held_out).tolist() == pytest.approx(expected, rel=1e-5)
+        assert stage.evaluate(held_out=held_out).tolist() == pytest.approx(expected, rel=1e-4)  # norms are rounded
 
 
 # ---- the workspace -------------------------------------------------------------------------------------------------

