@@ -10,7 +10,7 @@ from lit_binq.calibration.workspace import Workspace
 from lit_binq.diagnostics.measure import DiagnosticsOptions, block_losses, measure_block
 from lit_binq.diagnostics.probe import Method, probe
 from lit_binq.models.blocks import linear_input
-from lit_binq.solvers import RowColumnSolver
+from lit_binq.solvers import Problem, RowColumnSolver
 from lit_binq.statistics.objectives import GramAccumulator, Objective, Statistics, target_and_metric
 from lit_binq.utils.json_records import BlockMeasures
 
@@ -69,7 +69,7 @@ class BlockDiagnostics:
 
         def fit(name: str, linear: nn.Linear) -> Tensor:
             T, H = target_and_metric(linear.weight, self._grams(name), objective=objective, shrinkage=shrinkage)
-            return RowColumnSolver().solve(T, H).dense()
+            return RowColumnSolver().solve(Problem(T, H)).dense()
 
         return fit
 

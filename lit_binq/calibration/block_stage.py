@@ -20,20 +20,19 @@ from lit_binq.calibration.block_diagnostics import BlockDiagnostics
 from lit_binq.calibration.block_loss import BlockCriterion
 from lit_binq.calibration.cuda_graphs import GraphedLoss
 from lit_binq.calibration.distributed import take_from_first, take_module_from_first
-from lit_binq.calibration.options import QUANTIZING, BlockTuning, ClosedForm
+from lit_binq.calibration.options import BlockTuning, ClosedForm
 from lit_binq.calibration.stage import Stage
 from lit_binq.calibration.workspace import Workspace
 from lit_binq.diagnostics.measure import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import LatentLinear, PackedLinear, Solution
+from lit_binq.formats import LatentLinear, PackedLinear
 from lit_binq.formats.activations import mean_bits
 from lit_binq.formats.two_plane.linear import InputFormat
 from lit_binq.formats.unquantized import round_rest
 from lit_binq.models.blocks import BlockCall, find_layers, linear_groups, linear_input, replace_module, run_block
-from lit_binq.solvers import RowColumnSolver
-from lit_binq.solvers.baselines.amp import amp_metric
+from lit_binq.solvers import Origin, Problem
 from lit_binq.statistics.activation_format import choose_input_format, output_error, quantized_input
-from lit_binq.statistics.objectives import GramAccumulator, Objective, Statistics, target_and_metric
+from lit_binq.statistics.objectives import GramAccumulator, Statistics, target_and_metric
 from lit_binq.utils.json_records import BlockMeasures
 
 log = logging.getLogger(__name__)
@@ -83,13 +82,10 @@ class BlockStage(Stage):
         groups = linear_groups(reference, w.streams.x[:1].to(w.device), self.call)
         for names in groups:
             self.ask()
-            objective = self.closed_form.objective
-            if self.closed_form.scope == "last" and names is not groups[-1]:
-                objective = "weight"
             self._inputs = self._input_format(names)
-            stats = self._statistics(reference, names[0], objective)
+            stats = self._statistics(reference, names[0])
             for name in names:
-                self._solve(name, stats, objective)
+                self._solve(name, stats, last=names is groups[-1])
         self._diagnostics = None
         if self.diagnostics.windows and w.rank == 0:
             self._diagnostics = BlockDiagnostics(
@@ -154,11 +150,11 @@ class BlockStage(Stage):
         total = torch.cat(weights)
         return torch.cat(samples), total if self.closed_form.clip_tokens else torch.ones_like(total)
 
-    def _statistics(self, reference: nn.Module, name: str, objective: Objective) -> Statistics | None:
+    def _statistics(self, reference: nn.Module, name: str) -> Statistics | None:
         """Grams of the input that a group of layers, `name` the first, share; over all training windows."""
+        objective, w = self.closed_form.objective, self.work
         if objective == "weight":
             return None
-        w = self.work
         grams = GramAccumulator(self._linear(name).in_features, w.device, objective)
         for rows in w.streams.batches(w.streams.train):
             # Only the true target needs both streams: S of the quantized one, C between the two.
@@ -192,19 +188,13 @@ class BlockStage(Stage):
         median = norms.median(1, keepdim=True).values.clamp_min(torch.finfo(torch.float32).tiny)
         return (median / norms.maximum(median)).flatten()
 
-    def _solve(self, name: str, stats: Statistics | None, objective: Objective) -> None:
-        form, weight = self.closed_form, self._linear(name).weight
+    def _solve(self, name: str, stats: Statistics | None, *, last: bool) -> None:
+        form, linear = self.closed_form, self._linear(name)
+        origin = Origin(linear.weight, None if stats is None else stats.C, last)
         try:
-            T, H = target_and_metric(weight, stats, objective=objective, shrinkage=form.shrinkage)
+            T, H = target_and_metric(linear.weight, stats, objective=form.objective, shrinkage=form.shrinkage)
             bits = self.work.bits.get(f"{self.index}.{name}")
-            solution: Solution
-            if form.amp and stats is not None and isinstance(form.solver, RowColumnSolver):
-                solution = form.solver.solve(T, H, amp=amp_metric(weight, stats.C))
-            elif isinstance(form.solver, QUANTIZING):
-                solution = form.solver.solve(T, H, bits=bits, inputs=self._inputs)
-            else:
-                solution = form.solver.solve(T, H, bits=bits)
-            packed = solution.pack(self._linear(name).bias)
+            packed = form.solver.solve(Problem(T, H, bits, self._inputs, origin)).pack(linear.bias)
         except LitBinqError as error:
             raise LitBinqError(f"block {self.index}, {name}: {error}") from None
         if self.tuning.epochs and self.tuning.lr_codes:

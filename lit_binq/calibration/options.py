@@ -2,17 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lit_binq.errors import LitBinqError
-from lit_binq.solvers import RowColumnSolver, Solver, TwoPlaneSolver
-from lit_binq.solvers.gptq2 import UniformTwoBitSolver
+from lit_binq.solvers import RowColumnSolver, Solver
 from lit_binq.statistics.activation_format import Activations
 from lit_binq.statistics.objectives import Objective, check_options
-
-QUANTIZING = (TwoPlaneSolver, UniformTwoBitSolver)
-"""Solvers whose format can quantize its input."""
-
 
 @dataclass
 class ClosedForm:
@@ -23,11 +18,7 @@ class ClosedForm:
             `weight`.
         shrinkage: lambda, pull of the objective towards the full-precision weight; raise it for little data.
         clip_tokens: weigh tokens in the statistics so that none counts more than its window's median token (ours).
-        scope: which linear layers the objective is for: `all`, or `last`, only the last of each block as in the
-            paper, all others then taking `weight`.
         solver: the method and with it the format, for example `RowColumnSolver` or `PlanesSolver`.
-        amp: gate updates of the row x column solver so that none lowers the similarity of token interactions
-            (attention matrix preservation); `true_target` only.
         bits: most true bits a weight over all layers, spent where they lower the objective most; 0 leaves the size of
             each layer to the solver.
         activations: whether and how inputs of the layers are quantized; for `TwoPlaneSolver` and `UniformTwoBitSolver`.
@@ -37,25 +28,16 @@ class ClosedForm:
     objective: Objective = "true_target"
     shrinkage: float = 0.1
     clip_tokens: bool = True
-    scope: Literal["all", "last"] = "all"
     solver: Solver = field(default_factory=RowColumnSolver)
-    amp: bool = False
     bits: float = 0.0
     activations: Activations = field(default_factory=Activations)
 
     def __post_init__(self) -> None:
         check_options(self.objective, self.shrinkage)
-        if self.scope not in ("all", "last"):
-            raise LitBinqError(f"closed_form.scope: got {self.scope!r}, expected `all` or `last`")
-        if self.amp and not (self.objective == "true_target" and isinstance(self.solver, RowColumnSolver)):
-            raise LitBinqError(
-                f"closed_form.amp: got true with {self.objective} and {type(self.solver).__name__}, expected "
-                "true_target and RowColumnSolver"
-            )
-        if self.activations.bits and not isinstance(self.solver, QUANTIZING):
+        if self.activations.bits and not self.solver.quantizes_inputs:
             raise LitBinqError(
                 f"closed_form.activations: got {self.activations.bits} bits with {type(self.solver).__name__}, whose "
-                f"format takes inputs as they are; expected `bits: 0`, or {' or '.join(s.__name__ for s in QUANTIZING)}"
+                "format takes inputs as they are; expected `bits: 0`, or a solver such as TwoPlaneSolver"
             )
         if not 0 <= self.bits < math.inf:
             raise LitBinqError(f"closed_form.bits: got {self.bits}, expected a number >= 0")

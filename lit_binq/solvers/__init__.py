@@ -1,15 +1,15 @@
-"""Solvers: (T, H) to a format; one method a file.
+"""Solvers: from a problem, T and H, to a format; one method a file.
 
 Every solver is known to the command line by its class name: `closed_form.solver: PlanesSolver`.
 """
 
-from lit_binq.solvers.base import Solver, objective_value
-from lit_binq.solvers.baselines.amp import amp_metric
+from lit_binq.solvers.base import Origin, Problem, Solver, objective_value
 from lit_binq.solvers.baselines.arb import ARB
 from lit_binq.solvers.baselines.arb_rc import ARBRC
 from lit_binq.solvers.baselines.arb_x import ARBX
 from lit_binq.solvers.baselines.billm import BiLLM
 from lit_binq.solvers.baselines.cgb import CGB
+from lit_binq.solvers.baselines.output_alignment import OutputAlignment
 from lit_binq.solvers.baselines.pb_llm import PBLLM
 from lit_binq.solvers.gptq2 import UniformTwoBitSolver
 from lit_binq.solvers.grouped import GroupedSolver
@@ -27,11 +27,13 @@ __all__ = [
     "BiLLM",
     "GroupedSolver",
     "LowRankSolver",
+    "Origin",
+    "OutputAlignment",
     "PlanesSolver",
+    "Problem",
     "RowColumnSolver",
     "Solver",
     "TwoPlaneSolver",
     "UniformTwoBitSolver",
-    "amp_metric",
     "objective_value",
 ]

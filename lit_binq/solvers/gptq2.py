@@ -14,18 +14,18 @@ they take 2 + 48 / g bits, where a scale of 16 and a zero point of 2 bits would 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lit_binq.errors import LitBinqError
 from lit_binq.formats.grouped import check_group
 from lit_binq.formats.two_plane.solution import InputFormat, TwoPlane, stored_order, swapped
-from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.base import Problem, Solver
 from lit_binq.statistics.error_feedback import columns_and_errors, inverse_factor
 
 SHARES = tuple(1 - i / 20 for i in range(15))
-"""What parts of a group's range are tried as the grid's, where it may be clipped."""
+"""What parts of a group's range are tried as the grid's: clipped, it may have a lower squared error."""
 
 
 @dataclass
@@ -34,42 +34,27 @@ class UniformTwoBitSolver(Solver):
 
     Attributes:
         group: g, columns that share a grid; a multiple of 8.
-        clip: search each grid's range for the lowest squared error; false takes least and greatest weight.
-        damping: share of the mean of H's diagonal that is added to it; `closed_form.shrinkage` does the same before.
 
     Raises:
         LitBinqError: a value outside its range.
     """
 
+    quantizes_inputs: ClassVar[bool] = True
+
     group: int = 64
-    clip: bool = True
-    damping: float = 0.0
 
     def __post_init__(self) -> None:
         check_group(self.group)
-        if not 0 <= self.damping < float("inf"):
-            raise LitBinqError(f"solver.damping: got {self.damping}, expected a finite number >= 0")
 
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None, inputs: InputFormat | None = None) -> TwoPlane:
-        """Fit a weight; see the base class.
-
-        Args:
-            T: (N, K) float32 target.
-            H: (K, K) float32 metric.
-            bits: not read: the format has a fixed size.
-            inputs: how the layer's input is quantized; None leaves it as it is.
-
-        Raises:
-            LitBinqError: T or H holds NaN or inf, or H cannot be inverted.
-        """
-        require_finite(T, H)
-        inputs = InputFormat() if inputs is None else inputs
+    def solve(self, problem: Problem) -> TwoPlane:
+        """Fit a weight; see the base class. LitBinqError too if H cannot be inverted."""
+        (T, H), inputs = problem.finite(), problem.inputs
         order = stored_order(inputs.outliers.to(T.device), T.shape[1])
-        T, U = T[:, order], inverse_factor(H[order][:, order], self.damping)
+        T, U = T[:, order], inverse_factor(H[order][:, order])
         ranks, levels = [], []
         for begin in range(0, T.shape[1], self.group):
             end = min(begin + self.group, T.shape[1])
-            lo, s = self._grid(T[:, begin:end])
+            lo, s = _grid(T[:, begin:end])
             rank = torch.empty(end - begin, len(T), dtype=torch.uint8, device=T.device)
 
             def quantize(w: Tensor, j: int, lo: Tensor = lo, s: Tensor = s, rank: Tensor = rank) -> Tensor:
@@ -83,17 +68,18 @@ class UniformTwoBitSolver(Solver):
             levels.append(torch.stack((lo + 1.5 * s, s, s / 2), -1))
         return TwoPlane(torch.stack(levels, 1), swapped(torch.cat(ranks, 1)), self.group, inputs)
 
-    def _grid(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """lo and s (N,) of a group's weights (N, g), rounded so that float16 stores what is computed with."""
-        least, greatest = W.amin(1), W.amax(1)
-        best = torch.full_like(least, torch.inf)
-        lo, s = torch.zeros_like(least), torch.zeros_like(least)
-        for share in SHARES if self.clip else SHARES[:1]:
-            step = ((greatest - least) * share / 3).half().to(W.dtype)
-            # The middle is what is stored.
-            start = ((greatest + least) / 2).half().to(W.dtype) - 1.5 * step
-            steps = torch.where(step[:, None] > 0, (W - start[:, None]) / step[:, None], 0.0).round().clamp(0, 3)
-            error = (W - start[:, None] - step[:, None] * steps).square().sum(1)
-            better = error < best
-            best, lo, s = (torch.where(better, new, old) for new, old in ((error, best), (start, lo), (step, s)))
-        return lo, s
+
+def _grid(W: Tensor) -> tuple[Tensor, Tensor]:
+    """lo and s (N,) of a group's weights (N, g), rounded so that float16 stores what is computed with."""
+    least, greatest = W.amin(1), W.amax(1)
+    best = torch.full_like(least, torch.inf)
+    lo, s = torch.zeros_like(least), torch.zeros_like(least)
+    for share in SHARES:
+        step = ((greatest - least) * share / 3).half().to(W.dtype)
+        # The middle is what is stored.
+        start = ((greatest + least) / 2).half().to(W.dtype) - 1.5 * step
+        steps = torch.where(step[:, None] > 0, (W - start[:, None]) / step[:, None], 0.0).round().clamp(0, 3)
+        error = (W - start[:, None] - step[:, None] * steps).square().sum(1)
+        better = error < best
+        best, lo, s = (torch.where(better, new, old) for new, old in ((error, best), (start, lo), (step, s)))
+    return lo, s

@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.grouped import Grouped, check_group, group_count, spread
 from lit_binq.formats.latent import signs
-from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.row_column import descend_codes
 
 WORKING_BYTES = 1 << 28
@@ -30,26 +30,23 @@ class GroupedSolver(Solver):
     Attributes:
         group: columns that share a scale within a row: a multiple of 8 from 8 to 1024. Costs 16 / group bits.
         rounds: how often codes and scales take turns.
-        sweeps: passes over all columns in one code update.
     """
 
     group: int = 128
     rounds: int = 2
-    sweeps: int = 1
 
     def __post_init__(self) -> None:
         check_group(self.group, "solver.group")
-        for name in ("rounds", "sweeps"):
-            if getattr(self, name) < 0:
-                raise LitBinqError(f"solver.{name}: got {getattr(self, name)}, expected a number >= 0")
+        if self.rounds < 0:
+            raise LitBinqError(f"solver.rounds: got {self.rounds}, expected a number >= 0")
 
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> Grouped:
-        """Fit a grouped weight, float32; see the base class. Its size is fixed: `bits` says nothing here."""
-        require_finite(T, H)
+    def solve(self, problem: Problem) -> Grouped:
+        """Fit a grouped weight; see the base class."""
+        T, H = problem.finite()
         solution, TH = start(T, self.group), T @ H
         for _ in range(self.rounds):
             scale = spread(solution.s, T.shape[1], self.group).T
-            B = descend_codes(solution.B, scale, TH, H, sweeps=self.sweeps)
+            B = descend_codes(solution.B, scale, TH, H)
             solution = update_scales(Grouped(solution.s, B, self.group), TH, H)
         return solution
 

@@ -34,8 +34,15 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats.latent import signs
 from lit_binq.formats.low_rank import LowRank, stored_bits
 from lit_binq.formats.row_column import RowColumn
-from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.row_column import descend_codes, start, update_codes, update_column_scales, update_row_scales
+
+
+ROTATIONS = 10
+"""Steps of the search for the rotation of the start."""
+
+PANELS = 8
+"""Parts of the rows of B, updated one after the other: more follow the objective more closely."""
 
 
 @dataclass
@@ -45,42 +52,33 @@ class LowRankSolver(Solver):
     Attributes:
         rank: rank k, a multiple of 8, where no bit budget says how large; 0 takes the largest with at most one bit.
         rounds: how often the two factors take turns.
-        sweeps: passes over all columns in one code update.
-        rotations: steps of the search for the rotation of the start.
-        panels: parts of the rows of B, updated one after the other: more follow the objective more closely.
-        seed: of the first rotation.
     """
 
     takes_bits: ClassVar[bool] = True
 
     rank: int = 0
     rounds: int = 4
-    sweeps: int = 1
-    rotations: int = 10
-    panels: int = 8
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.rank % 8:
             raise LitBinqError(f"solver.rank: got {self.rank}, expected a multiple of 8, or 0 for one bit a weight")
-        for name, least in (("rounds", 0), ("sweeps", 0), ("rotations", 0), ("panels", 1)):
-            if getattr(self, name) < least:
-                raise LitBinqError(f"solver.{name}: got {getattr(self, name)}, expected a number >= {least}")
+        if self.rounds < 0:
+            raise LitBinqError(f"solver.rounds: got {self.rounds}, expected a number >= 0")
 
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> LowRank:
-        """Fit both factors, float32; see the base class."""
-        require_finite(T, H)
+    def solve(self, problem: Problem) -> LowRank:
+        """Fit both factors; see the base class."""
+        (T, H), bits = problem.finite(), problem.bits
         N, K = T.shape
         if bits is not None:
             k = most_rank(N, K, bits)
         else:
             k = self.rank or most_rank(N, K, max(1.0, stored_bits(N, K, 8) / (N * K)))
-        solution = svd_start(T, H, k, rotations=self.rotations, seed=self.seed)
+        solution = svd_start(T, H, k, rotations=ROTATIONS)
         TH = T @ H
         solution = update_scales(solution, TH, H)
         for _ in range(self.rounds):
-            solution = update_left(solution, TH, H, sweeps=self.sweeps)
-            solution = update_right(solution, TH, H, sweeps=self.sweeps, panels=self.panels)
+            solution = update_left(solution, TH, H)
+            solution = update_right(solution, TH, H)
             solution = update_scales(solution, TH, H)
         return solution
 
@@ -149,7 +147,7 @@ def _factors(T: Tensor, H: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return X.to(T.dtype), Y.to(T.dtype)
 
 
-def update_left(s: LowRank, TH: Tensor, H: Tensor, *, sweeps: int) -> LowRank:
+def update_left(s: LowRank, TH: Tensor, H: Tensor, *, sweeps: int = 1) -> LowRank:
     """Codes and row scales of the left factor, the right one fixed.
 
     Args:
@@ -165,7 +163,7 @@ def update_left(s: LowRank, TH: Tensor, H: Tensor, *, sweeps: int) -> LowRank:
     return replace(s, u=left.r, A=left.B)
 
 
-def update_right(s: LowRank, TH: Tensor, H: Tensor, *, sweeps: int, panels: int) -> LowRank:
+def update_right(s: LowRank, TH: Tensor, H: Tensor, *, sweeps: int = 1, panels: int = PANELS) -> LowRank:
     """Codes of the right factor, the left one and all scales fixed: panel by panel of the rows of B.
 
     Args:

@@ -22,10 +22,10 @@ from torch import Tensor
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.planes import Planes, stored_bits
 from lit_binq.formats.row_column import RowColumn
-from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.descent import INNER, OUTER, descend_columns
 from lit_binq.solvers.planes_init import MOST_PLANES, begin
-from lit_binq.solvers.row_column import RowColumnSolver, start, update_column_scales, update_row_scales
+from lit_binq.solvers.row_column import START_ITERATIONS, RowColumnSolver, start, update_column_scales, update_row_scales
 
 
 @dataclass
@@ -36,14 +36,12 @@ class PlanesSolver(Solver):
         shares: share of the columns that each further plane is on, where no bit budget says it: `[0.1]` for a second
             plane on a tenth of them, `[1, 1]` for three full planes.
         rounds: how often codes and scales take turns after the start.
-        sweeps: passes over all columns in one code update.
     """
 
     takes_bits: ClassVar[bool] = True
 
     shares: list[float] = field(default_factory=lambda: [0.1])
     rounds: int = 1
-    sweeps: int = 1
 
     def __post_init__(self) -> None:
         if len(self.shares) >= MOST_PLANES or any(
@@ -53,22 +51,21 @@ class PlanesSolver(Solver):
                 f"solver.shares: got {self.shares}, expected at most {MOST_PLANES - 1} shares from 0 to 1 that do "
                 "not rise"
             )
-        for name in ("rounds", "sweeps"):
-            if getattr(self, name) < 0:
-                raise LitBinqError(f"solver.{name}: got {getattr(self, name)}, expected a number >= 0")
+        if self.rounds < 0:
+            raise LitBinqError(f"solver.rounds: got {self.rounds}, expected a number >= 0")
 
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> Planes | RowColumn:
-        """Fit all planes, float32; without a further plane the result is a plain row x column weight."""
-        require_finite(T, H)
+    def solve(self, problem: Problem) -> Planes | RowColumn:
+        """Fit all planes; without a further plane the result is a plain row x column weight."""
+        (T, H), bits = problem.finite(), problem.bits
         N, K = T.shape
         counts = [round(share * K) for share in self.shares] if bits is None else most_columns(N, K, bits)
         counts = [k for k in counts if k]
         if not counts:
-            return RowColumnSolver(sweeps=self.sweeps).solve(T, H)
+            return RowColumnSolver().solve(problem)
         TH = T @ H
-        solution = update_scales(begin(T, H, counts, self.sweeps), TH, H)
+        solution = update_scales(begin(T, H, counts), TH, H)
         for _ in range(self.rounds):
-            solution = update_codes(solution, TH, H, sweeps=self.sweeps)
+            solution = update_codes(solution, TH, H)
             solution = update_scales(solution, TH, H)
         return solution
 
@@ -138,7 +135,7 @@ def _plane_gains(W: Tensor, moment: Tensor) -> list[Tensor]:
     energy = (moment * W.square().sum(0)).sum().clamp_min(1e-30)
     gains, R = [], W
     for _ in range(MOST_PLANES - 1):
-        R = R - start(R, 10).dense()
+        R = R - start(R, START_ITERATIONS).dense()
         gains.append(moment * R.abs().sum(0).square() / len(W) / energy)
     return gains
 

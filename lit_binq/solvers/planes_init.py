@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lit_binq.formats.planes import Planes
 from lit_binq.formats.row_column import RowColumn
-from lit_binq.solvers.row_column import RowColumnSolver, start
+from lit_binq.solvers.base import Problem
+from lit_binq.solvers.row_column import START_ITERATIONS, RowColumnSolver, start
 from lit_binq.statistics.error_feedback import column_by_column, inverse_factor
 
 MOST_PLANES = 4
@@ -38,31 +39,30 @@ DAMPING = 0.01
 """Share of H's mean diagonal added to it for the feedback, as is usual."""
 
 
-def begin(T: Tensor, H: Tensor, counts: list[int], sweeps: int) -> Planes:
+def begin(T: Tensor, H: Tensor, counts: list[int]) -> Planes:
     """Steps 1 to 3.
 
     Args:
         T: (N, K) target.
         H: (K, K) metric.
         counts: k_p of the further planes.
-        sweeps: of the row x column fit that columns are chosen by.
     """
-    sets = choose_columns(T, H, counts, sweeps)
+    sets = choose_columns(T, H, counts)
     return feedback_codes(start_scales(T, H.diagonal(), sets), T, H)
 
 
-def choose_columns(T: Tensor, H: Tensor, counts: list[int], sweeps: int) -> list[Tensor]:
+def choose_columns(T: Tensor, H: Tensor, counts: list[int]) -> list[Tensor]:
     """Step 1: S_p of all planes, int64, ascending; the first has every column."""
     K = T.shape[1]
     every = torch.arange(K, device=T.device)
     if all(k == K for k in counts):
         return [every] * (1 + len(counts))
     sets = [every]
-    R = T - RowColumnSolver(rounds=1, sweeps=sweeps).solve(T, H).dense()
+    R = T - RowColumnSolver(rounds=1).solve(Problem(T, H)).dense()
     for k in counts:
         gain = column_gains((R @ H)[:, sets[-1]], H.diagonal()[sets[-1]])
         sets.append(sets[-1][gain.topk(k).indices].sort().values)
-        R = R.index_add(1, sets[-1], start(R[:, sets[-1]], 10).dense(), alpha=-1)
+        R = R.index_add(1, sets[-1], start(R[:, sets[-1]], START_ITERATIONS).dense(), alpha=-1)
     return sets
 
 
@@ -90,7 +90,7 @@ def start_scales(T: Tensor, h: Tensor, sets: list[Tensor]) -> Planes:
         number[columns] += 1
     table = torch.tensor([[*row, *[0.0] * (MOST_PLANES - len(row))] for row in GAUSSIAN], device=T.device)
     factors = table[number].T[: len(sets)]  # (Q, K)
-    rank_one = start(T, 10)
+    rank_one = start(T, START_ITERATIONS)
     even = RowColumn(T.abs().mean(1), torch.ones(K, device=T.device), rank_one.B)
     best, least = rank_one, torch.inf
     for size in (even, rank_one):

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.row_column import RowColumn
-from lit_binq.solvers.base import Solver, require_finite
-from lit_binq.solvers.baselines.amp import gate_columns, gate_rows, gated_codes
+from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.descent import INNER, OUTER, descend_columns
+
+
+START_ITERATIONS = 10
+"""Alternating least-squares steps of the rank-one start on |T|."""
 
 
 @dataclass
@@ -30,54 +33,23 @@ class RowColumnSolver(Solver):
 
     Attributes:
         rounds: how often codes and scales take turns; two suffice before tuning.
-        sweeps: passes over all columns in one code update.
-        start_iterations: alternating least-squares steps of the rank-one start on |T|.
     """
 
     rounds: int = 2
-    sweeps: int = 1
-    start_iterations: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "sweeps", "start_iterations"):
-            if getattr(self, name) < 0:
-                raise LitBinqError(f"solver.{name}: got {getattr(self, name)}, expected a number >= 0")
+        if self.rounds < 0:
+            raise LitBinqError(f"solver.rounds: got {self.rounds}, expected a number >= 0")
 
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None, amp: Tensor | None = None) -> RowColumn:
-        """Fit a row x column weight, float32; see the base class. Its size is fixed: `bits` says nothing here.
-
-        Args:
-            T: (N, K) target.
-            H: (K, K) metric.
-            bits: not used.
-            amp: (K, K), `lit_binq.solvers.baselines.amp.amp_metric`: updates that would lower tr(W^ amp W^^T) are not
-                made.
-
-        Raises:
-            LitBinqError: T or H holds NaN or inf.
-        """
-        require_finite(T, H)
-        return self.fit(T, H, None, amp)
-
-    def fit(self, T: Tensor, H: Tensor, begin: RowColumn | None, amp: Tensor | None = None) -> RowColumn:
-        """Rounds of code and scale updates from `begin`, or from the start of the options; the rest as in `solve`."""
-        TH = T @ H
-        solution = begin or start(T, self.start_iterations)
-        if amp is not None:
-            return self._fit_gated(solution, TH, H, amp)
+    def solve(self, problem: Problem) -> RowColumn:
+        """Fit a row x column weight; see the base class."""
+        T, H = problem.finite()
+        TH, solution = T @ H, start(T, START_ITERATIONS)
         for _ in range(self.rounds):
-            solution = update_codes(solution, TH, H, sweeps=self.sweeps)
+            solution = update_codes(solution, TH, H)
             solution = update_row_scales(solution, TH, H)
             solution = update_column_scales(solution, TH, H)
         return update_row_scales(solution, TH, H) if self.rounds else solution
-
-    def _fit_gated(self, solution: RowColumn, TH: Tensor, H: Tensor, M: Tensor) -> RowColumn:
-        """The same rounds, each update through the gate of `lit_binq.solvers.baselines.amp`."""
-        for _ in range(self.rounds):
-            solution = gated_codes(solution, TH, H, M, sweeps=self.sweeps)
-            solution = gate_rows(solution, update_row_scales(solution, TH, H), M)
-            solution = gate_columns(solution, update_column_scales(solution, TH, H), TH, H, M)
-        return gate_rows(solution, update_row_scales(solution, TH, H), M) if self.rounds else solution
 
 
 def start(T: Tensor, iterations: int) -> RowColumn:

@@ -17,6 +17,7 @@ means and step 2 are ours. Any pair (T, H) will do, the true target's too.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,13 +25,20 @@ from torch import Tensor
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.grouped import check_group, spread
 from lit_binq.formats.two_plane.solution import RANK, InputFormat, TwoPlane, stored_order, swapped
-from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.descent import INNER, OUTER, descend_columns
 from lit_binq.solvers.four_means import by_rank, four_means
 from lit_binq.statistics.error_feedback import column_by_column, inverse_factor
 
 WORKING_BYTES = 1 << 28
 """Most memory that the systems of one chunk of rows may take."""
+
+
+DAMPING = 0.01
+"""Share of the metric's mean diagonal that is added to it before it is inverted for the feedback."""
+
+EM_STEPS = 12
+"""EM steps from every start."""
 
 
 @dataclass
@@ -42,45 +50,30 @@ class TwoPlaneSolver(Solver):
         levels: numbers that make the four levels: 4 (free), 3 (tied: m -+ a1 -+ a2) or 2 (tied, m = 0). Each costs
             16 / group bits.
         hessian: weigh the weights of a group by H's diagonal where its levels are found; false counts them alike.
-        feedback: compensate errors on columns to come.
-        damping: share of the metric's mean diagonal added to it before it is inverted for `feedback`.
-        rounds: EM steps from every start.
         refine: how often ranks and levels take turns afterwards.
     """
+
+    quantizes_inputs: ClassVar[bool] = True
 
     group: int = 128
     levels: int = 4
     hessian: bool = True
-    feedback: bool = True
-    damping: float = 0.01
-    rounds: int = 12
     refine: int = 2
 
     def __post_init__(self) -> None:
         check_group(self.group, "solver.group")
         if self.levels not in (2, 3, 4):
             raise LitBinqError(f"solver.levels: got {self.levels}, expected 4 (free), 3 (tied) or 2 (tied, no mean)")
-        if not self.damping >= 0:
-            raise LitBinqError(f"solver.damping: got {self.damping}, expected a number >= 0")
-        for name in ("rounds", "refine"):
-            if getattr(self, name) < 0:
-                raise LitBinqError(f"solver.{name}: got {getattr(self, name)}, expected a number >= 0")
+        if self.refine < 0:
+            raise LitBinqError(f"solver.refine: got {self.refine}, expected a number >= 0")
 
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None, inputs: InputFormat | None = None) -> TwoPlane:
-        """Fit a two-plane weight, float32; see the base class. Its size is fixed: `bits` says nothing here.
+    def solve(self, problem: Problem) -> TwoPlane:
+        """Fit a two-plane weight; see the base class.
 
-        Args:
-            T: (N, K) target.
-            H: (K, K) metric.
-            bits: not used.
-            inputs: how the input will be quantized. Its outliers come first in the stored order, which groups follow;
-                all else is only noted in the result. None: not at all.
-
-        Raises:
-            LitBinqError: T or H holds NaN or inf, or `inputs` cannot be stored.
+        Outliers of the input come first in the stored order, which groups follow; all else that `inputs` says is only
+        noted in the result.
         """
-        require_finite(T, H)
-        inputs = inputs or InputFormat()
+        (T, H), inputs = problem.finite(), problem.inputs
         inputs.check(T.shape[1])
         if len(inputs.outliers):
             order = stored_order(inputs.outliers.to(T.device), T.shape[1])
@@ -97,16 +90,14 @@ class TwoPlaneSolver(Solver):
         """Step 1: p (N, G, L) and ranks (N, K)."""
         W, K = T.clone(), T.shape[1]
         h = H.diagonal() if self.hessian else torch.ones_like(T[0])
-        U = inverse_factor(H, self.damping) if self.feedback else None
+        U = inverse_factor(H, DAMPING)
         numbers, ranks = [], []
         for begin in range(0, K, self.group):
             end = min(begin + self.group, K)
             w = W[:, begin:end]
-            p, rank = four_means(w, h[begin:end], self.levels, self.rounds)
-            if U is not None:
-                rank = _with_feedback(W, begin, end, by_rank(p), U)
+            p, _ = four_means(w, h[begin:end], self.levels, EM_STEPS)
             numbers.append(p)
-            ranks.append(rank)
+            ranks.append(_with_feedback(W, begin, end, by_rank(p), U))
         return torch.stack(numbers, 1), torch.cat(ranks, 1)
 
 

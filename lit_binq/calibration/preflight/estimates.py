@@ -291,7 +291,7 @@ def format_sizes(form: ClosedForm) -> tuple[float, float]:
     """Latents, and bits in a file, a weight of what the solver makes, by a small weight; one each if it cannot."""
     T = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0))
     try:
-        solution: Solution = form.solver.solve(T, torch.eye(SAMPLE[1]), bits=form.bits or None)
+        solution: Solution = form.solver.solve(problem)
         packed = solution.pack()
         latents = sum(p.numel() for p in packed.latent(True).code_parameters()) if packed.deployable else 0
     except (LitBinqError, ValueError, RuntimeError):

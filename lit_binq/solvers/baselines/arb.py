@@ -6,8 +6,7 @@ Legend: T (N, K) target; W^ = m + a B, m (N,) means, a (N,) scales, B (N, K) sig
 
 Start: m = mean_j T, B = sign(T - m), a = mean_j |T - m| (XNOR). Source: arXiv 2410.03129. Weight alignment: the metric
 H says nothing here, as in the paper; with `objective: weight` nothing is lost by that. Deviation: one mean and scale
-for the whole row, not for blocks of it within BiLLM's zones; those are lit_binq.solvers.baselines.cgb with `scales:
-row`.
+for the whole row, not for blocks of it within BiLLM's zones; those are BiLLM's.
 """
 
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lit_binq.errors import LitBinqError
 from lit_binq.formats.base import half_scales
 from lit_binq.formats.dense_only import CountedSolution
 from lit_binq.formats.packing import packed_width
-from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.base import Problem, Solver
 
 
 @dataclass
@@ -51,30 +49,20 @@ class RowMean(CountedSolution):
         return N * (8 * packed_width(K) + 32)
 
 
+ITERATIONS = 15
+"""Rounds of the alternation, as the paper has it."""
+
+
 @dataclass
 class ARB(Solver):
-    """Options of ARB.
-
-    Attributes:
-        iterations: rounds of the alternation; 0 leaves the start (XNOR).
-    """
+    """ARB, which has no options."""
 
     deployable: ClassVar[bool] = False
-    iterations: int = 15
 
-    def __post_init__(self) -> None:
-        check_iterations(self.iterations)
-
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> RowMean:
-        """Fit row means, scales and codes, float32; see the base class. `bits` says nothing here."""
-        require_finite(T, H)
-        return alternate(T, self.iterations)
-
-
-def check_iterations(iterations: int) -> None:
-    """Raise LitBinqError for a negative number."""
-    if iterations < 0:
-        raise LitBinqError(f"solver.iterations: got {iterations}, expected a number >= 0")
+    def solve(self, problem: Problem) -> RowMean:
+        """Fit row means, scales and codes; see the base class."""
+        T, _ = problem.finite()
+        return alternate(T, ITERATIONS)
 
 
 def start(T: Tensor) -> RowMean:

@@ -15,25 +15,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lit_binq.formats.row_column import RowColumn
-from lit_binq.solvers.base import Solver, require_finite
-from lit_binq.solvers.baselines.arb import check_iterations
+from lit_binq.solvers.base import Problem, Solver
+from lit_binq.solvers.baselines.arb import ITERATIONS
 from lit_binq.solvers.row_column import start
 
 
 @dataclass
 class ARBRC(Solver):
-    """Options of ARB-RC.
+    """ARB-RC, which has no options."""
 
-    Attributes:
-        iterations: rounds of the alternation.
-    """
-
-    iterations: int = 15
-
-    def __post_init__(self) -> None:
-        check_iterations(self.iterations)
-
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> RowColumn:
-        """Fit row and column scales, float32; see the base class. `bits` says nothing here."""
-        require_finite(T, H)
-        return start(T, self.iterations)
+    def solve(self, problem: Problem) -> RowColumn:
+        """Fit row and column scales; see the base class."""
+        T, _ = problem.finite()
+        return start(T, ITERATIONS)

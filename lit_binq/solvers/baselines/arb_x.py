@@ -15,31 +15,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lit_binq.solvers.base import Solver, require_finite
-from lit_binq.solvers.baselines.arb import RowMean, alternate, check_iterations
+from lit_binq.solvers.base import Problem, Solver
+from lit_binq.solvers.baselines.arb import ITERATIONS, RowMean, alternate
 
 
 @dataclass
 class ARBX(Solver):
-    """Options of ARB-X.
-
-    Attributes:
-        iterations: rounds of the weight solution, which gives the codes.
-        output_iterations: rounds of mean and scale under the metric.
-    """
+    """ARB-X, which has no options."""
 
     deployable: ClassVar[bool] = False
-    iterations: int = 15
-    output_iterations: int = 15
 
-    def __post_init__(self) -> None:
-        check_iterations(self.iterations)
-        check_iterations(self.output_iterations)
-
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> RowMean:
-        """Fit row means and scales under H, float32; see the base class. `bits` says nothing here."""
-        require_finite(T, H)
-        return align(alternate(T, self.iterations), T, H, self.output_iterations)
+    def solve(self, problem: Problem) -> RowMean:
+        """Fit row means and scales under H; see the base class."""
+        T, H = problem.finite()
+        return align(alternate(T, ITERATIONS), T, H, ITERATIONS)
 
 
 def align(s: RowMean, T: Tensor, H: Tensor, iterations: int) -> RowMean:

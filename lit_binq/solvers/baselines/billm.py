@@ -22,15 +22,19 @@ are quoted for it count neither the group bits nor the scales.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lit_binq.errors import LitBinqError
-from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.baselines.zones import Levels, fit_parts, large_weights, salient_columns
 from lit_binq.statistics.error_feedback import inverse_factor
+
+
+DAMPING = 0.01
+"""Share of the metric's mean diagonal that is added to it before it is inverted."""
 
 
 @dataclass
@@ -39,57 +43,44 @@ class BiLLM(Solver):
 
     Attributes:
         block: columns a block, and a group of levels.
-        damping: share of the metric's mean diagonal added to it before it is inverted.
-        saliency: `hessian` (w^2 / U_jj^2) or `magnitude` (w^2).
-        feedback: whether a block's error is compensated on later blocks.
     """
 
     deployable: ClassVar[bool] = False
     block: int = 128
-    damping: float = 0.01
-    saliency: Literal["hessian", "magnitude"] = "hessian"
-    feedback: bool = True
 
     def __post_init__(self) -> None:
-        check_block_options(self.block, self.damping)
-        if self.saliency not in ("hessian", "magnitude"):
-            raise LitBinqError(f"solver.saliency: got {self.saliency!r}, expected `hessian` or `magnitude`")
+        if self.block < 1:
+            raise LitBinqError(f"solver.block: got {self.block}, expected at least 1 column")
 
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> Levels:
-        """Fit levels with two zones, float32; see the base class. Its size is fixed: `bits` says nothing here."""
-        require_finite(T, H)
-        return block_by_block(T, inverse_factor(H, self.damping), self._fit, width=self.block, feedback=self.feedback)
-
-    def _zones(self, w: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
-        """Salient columns (b,) and large weights (N, b) of a block."""
-        P = w.square() if self.saliency == "magnitude" else w.square() * price
-        salient = salient_columns(P)
-        return salient, large_weights(P, salient)
+    def solve(self, problem: Problem) -> Levels:
+        """Fit levels with two zones; see the base class."""
+        T, H = problem.finite()
+        return block_by_block(T, inverse_factor(H, DAMPING), self._fit, width=self.block)
 
     def _fit(self, w: Tensor, price: Tensor) -> Levels:
-        salient, large = self._zones(w, price)
+        return self._fit_zones(w, *zones(w.square() * price))
+
+    def _fit_zones(self, w: Tensor, salient: Tensor, large: Tensor) -> Levels:
+        """Levels of a block w (N, b) with salient columns (b,) and large weights (N, b)."""
         return fit_parts(w, salient, large, iterations=0, means=True, column_scales=False)
 
 
-def check_block_options(block: int, damping: float) -> None:
-    """Raise LitBinqError for a block without columns or a negative damping."""
-    if block < 1:
-        raise LitBinqError(f"solver.block: got {block}, expected at least 1 column")
-    if not damping >= 0:
-        raise LitBinqError(f"solver.damping: got {damping}, expected a number >= 0")
+def zones(P: Tensor) -> tuple[Tensor, Tensor]:
+    """Salient columns (b,) and large weights (N, b) of a block with saliency P (N, b)."""
+    salient = salient_columns(P)
+    return salient, large_weights(P, salient)
 
 
-def block_by_block(
-    T: Tensor, U: Tensor, fit: Callable[[Tensor, Tensor], Levels], *, width: int, feedback: bool
-) -> Levels:
+def block_by_block(T: Tensor, U: Tensor, fit: Callable[[Tensor, Tensor], Levels], *, width: int) -> Levels:
     """Quantize blocks of columns from left to right; a block's error is compensated on the blocks after it.
+
+    As the authors' code does it: see the head of this file.
 
     Args:
         T: (N, K).
         U: (K, K), see `lit_binq.statistics.error_feedback`.
         fit: from a block w (N, b) and 1 / U_jj^2 (b,) to its levels, one group of two zones.
         width: columns a block.
-        feedback: whether errors are compensated, as the authors' code does it: see the head of this file.
 
     Returns:
         Levels with two zones and groups of `width` columns.
@@ -100,7 +91,7 @@ def block_by_block(
         end = min(begin + width, K)
         w = W[:, begin:end]
         parts.append(fit(w, price[begin:end]))
-        if feedback and end < K:
+        if end < K:
             errors = (w - parts[-1].dense()) / U.diagonal()[begin:end]
             W[:, end:].addmm_(errors, U[begin:end, end:], alpha=-1)
     scales = [part.c for part in parts if part.c is not None]

@@ -3,10 +3,10 @@
 Legend: T (N, K) target, H (K, K) metric; U the upper Cholesky factor of the damped H's inverse; r, B, s, Q and the mask
 as in `Sparse8`.
 
-    1. P = T^2 / U_jj^2 (or |T|); the `share` of the weights with the largest P is chosen.
+    1. P = T^2 / U_jj^2; the `share` of the weights with the largest P is chosen.
     2. s_i = max_j |T_ij| / 127 over the row's chosen weights, Q the nearest whole numbers.
     3. r_i = mean |T_ij| over the row's other weights, B = sign(T).
-    4. With feedback, columns go from left to right with scales and mask fixed, and each one's error is compensated on
+    4. Columns go from left to right with scales and mask fixed, and each one's error is compensated on
        those to come (lit_binq.statistics.error_feedback).
 
 Source: arXiv 2310.00034. Deviations: the signs have a row scale and no mean, the 8-bit values are symmetric and their
@@ -16,7 +16,7 @@ True bits: 1 (signs) + 1 (mask) + 8 share + 32 / K: 2.8 for a tenth, where paper
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats.base import half_scales
 from lit_binq.formats.dense_only import CountedSolution
 from lit_binq.formats.packing import packed_width
-from lit_binq.solvers.base import Solver, require_finite
+from lit_binq.solvers.base import Problem, Solver
 from lit_binq.statistics.error_feedback import column_by_column, inverse_factor
 
 
@@ -62,36 +62,30 @@ class Sparse8(CountedSolution):
         return N * (16 * packed_width(K) + 32) + 8 * int(self.mask.sum())
 
 
+DAMPING = 0.01
+"""Share of the metric's mean diagonal that is added to it before it is inverted."""
+
+
 @dataclass
 class PBLLM(Solver):
     """Options of PB-LLM.
 
     Attributes:
         share: share of the weights kept at 8 bits.
-        saliency: `hessian` (w^2 / U_jj^2) or `magnitude` (|w|).
-        feedback: whether a column's error is compensated on later columns.
-        damping: share of the metric's mean diagonal added to it before it is inverted.
     """
 
     deployable: ClassVar[bool] = False
     share: float = 0.1
-    saliency: Literal["hessian", "magnitude"] = "hessian"
-    feedback: bool = True
-    damping: float = 0.01
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise LitBinqError(f"solver.share: got {self.share}, expected a share from 0 to 1")
-        if self.saliency not in ("hessian", "magnitude"):
-            raise LitBinqError(f"solver.saliency: got {self.saliency!r}, expected `hessian` or `magnitude`")
-        if not self.damping >= 0:
-            raise LitBinqError(f"solver.damping: got {self.damping}, expected a number >= 0")
 
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> Sparse8:
-        """Fit chosen values and signs, float32; see the base class. `bits` says nothing here."""
-        require_finite(T, H)
-        U = inverse_factor(H, self.damping)
-        P = T.abs() if self.saliency == "magnitude" else T.square() / U.diagonal().square()
+    def solve(self, problem: Problem) -> Sparse8:
+        """Fit chosen values and signs; see the base class."""
+        T, H = problem.finite()
+        U = inverse_factor(H, DAMPING)
+        P = T.square() / U.diagonal().square()
         mask = torch.zeros(T.numel(), dtype=torch.bool, device=T.device)
         mask[P.flatten().topk(round(self.share * T.numel())).indices] = True
         mask = mask.reshape(T.shape)
@@ -105,9 +99,7 @@ class PBLLM(Solver):
             sign = torch.where(w >= 0, 1.0, -1.0)
             return torch.where(mask[:, j], s * values(w), r * sign)
 
-        W = T
-        if self.feedback:
-            # What is stored follows from the quantized values: their signs, or whole numbers of steps.
-            W = column_by_column(T, U, quantize)
+        # What is stored follows from the quantized values: their signs, or whole numbers of steps.
+        W = column_by_column(T, U, quantize)
         Q = torch.where(mask, values(W.T).T, 0.0)
         return Sparse8(r, torch.where(W >= 0, 1.0, -1.0).to(T.dtype), s, Q, mask)
