@@ -9,6 +9,7 @@ from lit_binq.solvers import RowColumnSolver, Solver
 from lit_binq.statistics.activation_format import Activations
 from lit_binq.statistics.objectives import Objective, check_options
 
+
 @dataclass
 class ClosedForm:
     """How a block's linear layers are solved.

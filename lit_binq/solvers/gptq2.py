@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_binq.formats.grouped import check_group
-from lit_binq.formats.two_plane.solution import InputFormat, TwoPlane, stored_order, swapped
+from lit_binq.formats.two_plane.solution import TwoPlane, stored_order, swapped
 from lit_binq.solvers.base import Problem, Solver
 from lit_binq.statistics.error_feedback import columns_and_errors, inverse_factor
 

@@ -37,7 +37,6 @@ from lit_binq.formats.row_column import RowColumn
 from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.row_column import descend_codes, start, update_codes, update_column_scales, update_row_scales
 
-
 ROTATIONS = 10
 """Steps of the search for the rotation of the start."""
 

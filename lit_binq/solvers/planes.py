@@ -25,7 +25,13 @@ from lit_binq.formats.row_column import RowColumn
 from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.descent import INNER, OUTER, descend_columns
 from lit_binq.solvers.planes_init import MOST_PLANES, begin
-from lit_binq.solvers.row_column import START_ITERATIONS, RowColumnSolver, start, update_column_scales, update_row_scales
+from lit_binq.solvers.row_column import (
+    START_ITERATIONS,
+    RowColumnSolver,
+    start,
+    update_column_scales,
+    update_row_scales,
+)
 
 
 @dataclass

@@ -22,7 +22,6 @@ from lit_binq.formats.row_column import RowColumn
 from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.descent import INNER, OUTER, descend_columns
 
-
 START_ITERATIONS = 10
 """Alternating least-squares steps of the rank-one start on |T|."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.grouped import check_group, spread
-from lit_binq.formats.two_plane.solution import RANK, InputFormat, TwoPlane, stored_order, swapped
+from lit_binq.formats.two_plane.solution import RANK, TwoPlane, stored_order, swapped
 from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.descent import INNER, OUTER, descend_columns
 from lit_binq.solvers.four_means import by_rank, four_means

@@ -1,10 +1,17 @@
 """Command lines whose errors are one line: what was wrong and where help is."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, ClassVar, NoReturn
+
+# Options that are no longer where they were, by the end of their names.
+_GONE = {
+    "closed_form.amp": "a baseline has it now: closed_form.solver: OutputAlignment, with its option `amp`",
+    "closed_form.scope": "a baseline has it now: closed_form.solver: OutputAlignment, with its option `scope`",
+}
 
 
 class OneLine:
@@ -16,6 +23,7 @@ class OneLine:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and end the program with code 2."""
         line, program = " ".join(message.split()), (OneLine.program or self.prog).replace(" [options]", "")
+        line += "".join(f"; {where}" for name, where in _GONE.items() if re.search(rf"{re.escape(name)}\b", line))
         print(f"{program}: error: {line} ({program} --help explains every option)", file=sys.stderr)
         sys.exit(2)
 

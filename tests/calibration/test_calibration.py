@@ -1,7 +1,7 @@
 """The whole calibration on tiny models: one fit, resumed, on two processes, and with input that cannot work."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,7 +25,17 @@ from lit_binq.formats.manifest import read_marker
 from lit_binq.formats.registry import packed_linears
 from lit_binq.hub.bits import true_bits
 from lit_binq.hub.save_load import load_packed
-from lit_binq.solvers import ARBX, CGB, PBLLM, GroupedSolver, LowRankSolver, PlanesSolver, RowColumnSolver, Solver
+from lit_binq.solvers import (
+    ARBX,
+    CGB,
+    PBLLM,
+    GroupedSolver,
+    LowRankSolver,
+    PlanesSolver,
+    Problem,
+    RowColumnSolver,
+    Solver,
+)
 from lit_binq.utils.json_records import read_diagnostics
 
 
@@ -164,8 +174,8 @@ class Drifting(Solver):
         noise = torch.randn(t.shape, generator=torch.Generator().manual_seed(1))
         return t + 0.3 * rank * t.abs().mean() * noise.to(t)
 
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> Solution:
-        return self.inner.solve(self.drift(T), H, bits=bits)
+    def solve(self, problem: Problem) -> Solution:
+        return self.inner.solve(replace(problem, T=self.drift(problem.T)))
 
     def spend(self, weights: dict[str, Tensor], moments: dict[str, Tensor], bits: float) -> dict[str, float]:
         return self.inner.spend({k: self.drift(W) for k, W in weights.items()}, moments, bits)

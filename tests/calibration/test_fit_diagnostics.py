@@ -215,7 +215,6 @@ def test_fit_and_report_from_the_command_line(make_source, text_file, tmp_path, 
     [
         (["--model.diagnostics.windows", "-1"], ["diagnostics.windows", "-1"]),
         (["--model.diagnostics.probe", "true"], ["diagnostics.probe", "diagnostics.windows"]),
-        (["--model.closed_form.amp", "true", "--model.closed_form.objective", "weight"], ["amp", "true_target"]),
         (["--model.closed_form.bits", "1.5"], ["closed_form.bits", "RowColumnSolver", "fixed size"]),
     ],
 )
@@ -227,3 +226,15 @@ def test_options_that_cannot_work_are_one_line(arguments, words, text_file, tmp_
     assert line.startswith("litbinq fit: error: ")
     assert [w for w in words if w not in line] == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["amp", "scope"])
+def test_options_that_moved_say_where_to(option, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"model": {"closed_form": {option: "last"}}}))
+    for arguments in ([f"--model.closed_form.{option}=last"], ["--config", str(config)]):
+        with pytest.raises(SystemExit):
+            cli.main(["fit", *arguments, "--model.model", "nowhere"])
+        line = one_line(capsys)
+        assert f"closed_form.{option}" in line
+        assert f"OutputAlignment, with its option `{option}`" in line

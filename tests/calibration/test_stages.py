@@ -20,6 +20,7 @@ from lit_binq.calibration.workspace import Workspace
 from lit_binq.formats import BinaryLinear, LatentBinaryLinear, RowColumn
 from lit_binq.hub.save_load import round_rest
 from lit_binq.models.blocks import find_blocks, norm_parameters
+from lit_binq.solvers import Problem
 from lit_binq.solvers.row_column import RowColumnSolver
 from staging import (
     CPU,
@@ -84,8 +85,8 @@ class Recorder(RowColumnSolver):
 
     seen: list[tuple[Tensor, Tensor, RowColumn]] = field(default_factory=list)
 
-    def solve(self, T: Tensor, H: Tensor, *, bits: float | None = None) -> RowColumn:
-        self.seen.append((T, H, super().solve(T, H)))
+    def solve(self, problem: Problem) -> RowColumn:
+        self.seen.append((problem.T, problem.H, super().solve(problem)))
         return self.seen[-1][2]
 
 
@@ -162,7 +163,7 @@ def test_block_stages_equal_a_plain_recomputation(kind: str, objective: Any, cli
         assert relative(T, expected[name][0]) < 1e-4, name
         assert relative(H, expected[name][1]) < 1e-5, name
         original = teacher.get_submodule(name)
-        layer = BinaryLinear.from_solution(RowColumnSolver().solve(T, H), original.bias)
+        layer = BinaryLinear.from_solution(RowColumnSolver().solve(Problem(T, H)), original.bias)
         assert torch.equal(found[name].codes, layer.codes)
         assert torch.equal(found[name].dequantize(), layer.dequantize())
         assert torch.equal(layer.dequantize(), BinaryLinear.from_solution(solution).dequantize())

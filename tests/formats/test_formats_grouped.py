@@ -12,7 +12,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import Grouped, GroupedLinear, grouped_binary_matmul
 from lit_binq.formats.grouped import group_count, spread
 from lit_binq.formats.registry import describe_layer, empty_layer
-from lit_binq.solvers import GroupedSolver, RowColumnSolver, objective_value
+from lit_binq.solvers import GroupedSolver, Problem, RowColumnSolver, objective_value
 from lit_binq.solvers import grouped as module
 from lit_binq.solvers.grouped import start, update_scales
 from lit_binq.solvers.row_column import descend_codes
@@ -199,7 +199,7 @@ def test_after_enough_sweeps_no_single_flip_helps(N: int, K: int, group: int, se
 @given(N=st.integers(1, 12), K=st.integers(1, 60), group=groups, seed=st.integers(0, 10_000))
 def test_the_objective_never_rises(N: int, K: int, group: int, seed: int) -> None:
     T, H = problem(N, K, seed)
-    values = [objective_value(GroupedSolver(group, rounds).solve(T, H), T, H) for rounds in range(5)]
+    values = [objective_value(GroupedSolver(group, rounds).solve(Problem(T, H)), T, H) for rounds in range(5)]
     assert values[0] == objective_value(start(T, group), T, H)
     for before, after in itertools.pairwise(values):
         assert after <= before * (1 + 1e-10) + 1e-12 * float(((T @ H) * T).sum())
@@ -207,10 +207,10 @@ def test_the_objective_never_rises(N: int, K: int, group: int, seed: int) -> Non
 
 def test_smaller_groups_fit_better() -> None:
     T, H = (t.float() for t in problem(40, 256, 0))
-    values = [objective_value(GroupedSolver(group, rounds=3).solve(T, H), T, H) for group in (256, 64, 16, 8)]
+    values = [objective_value(GroupedSolver(group, rounds=3).solve(Problem(T, H)), T, H) for group in (256, 64, 16, 8)]
     assert values == sorted(values, reverse=True)
     assert values[-1] < 0.9 * values[0]
-    assert values[2] < objective_value(RowColumnSolver(rounds=3).solve(T, H), T, H)
+    assert values[2] < objective_value(RowColumnSolver(rounds=3).solve(Problem(T, H)), T, H)
 
 
 @pytest.mark.parametrize("dead", [1, 8, 31])
@@ -221,17 +221,17 @@ def test_singular_metrics_and_dead_columns(dead: int) -> None:
     X[:, :dead], T[:, :dead], T[3] = 0, 0, 0
     H = X.T @ X
     before = objective_value(start(T, 8), T, H)
-    s = GroupedSolver(8).solve(T, H)
+    s = GroupedSolver(8).solve(Problem(T, H))
     assert torch.isfinite(s.pack().dequantize()).all()
     assert objective_value(s, T, H) <= before
 
 
 def test_a_weight_of_zeros_and_bad_input() -> None:
-    zero = GroupedSolver(8).solve(torch.zeros(3, 20), torch.eye(20))
+    zero = GroupedSolver(8).solve(Problem(torch.zeros(3, 20), torch.eye(20)))
     assert float(zero.pack().dequantize().abs().max()) == 0
     T = torch.ones(3, 20)
     T[0, 0] = float("nan")
     with pytest.raises(LitBinqError, match="NaN or inf"):
-        GroupedSolver(8).solve(T, torch.eye(20))
+        GroupedSolver(8).solve(Problem(T, torch.eye(20)))
     with pytest.raises(LitBinqError, match=r"solver\.rounds: got -1"):
         GroupedSolver(rounds=-1)

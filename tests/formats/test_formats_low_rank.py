@@ -12,7 +12,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import LowRank, LowRankLinear
 from lit_binq.formats.low_rank import stored_bits
 from lit_binq.formats.registry import describe_layer, empty_layer
-from lit_binq.solvers import LowRankSolver, objective_value
+from lit_binq.solvers import LowRankSolver, Problem, objective_value
 from lit_binq.solvers.low_rank import most_rank, rotate_to_signs, svd_start, update_left, update_right, update_scales
 
 ranks = st.integers(1, 4).map(lambda i: 8 * i)
@@ -164,14 +164,14 @@ def test_ranks_use_a_budget_up(N: int, K: int, bits: float) -> None:
 def test_weights_keep_to_their_budget(bits: float, shape: tuple[int, int]) -> None:
     """Above one bit the rank passes min(N, K)."""
     T, H = (t.float() for t in problem(*shape, 0))
-    s = LowRankSolver(rounds=1).solve(T, H, bits=bits)
+    s = LowRankSolver(rounds=1).solve(Problem(T, H, bits=bits))
     assert bits - 0.25 < s.pack().true_bits() <= bits
     assert torch.isfinite(s.dense()).all()
 
 
 def test_more_bits_fit_better() -> None:
     T, H = problem(64, 96, 0)
-    values = [objective_value(LowRankSolver().solve(T, H, bits=bits), T, H) for bits in (0.7, 1.0, 1.5, 2.0)]
+    values = [objective_value(LowRankSolver().solve(Problem(T, H, bits=bits)), T, H) for bits in (0.7, 1.0, 1.5, 2.0)]
     assert values == sorted(values, reverse=True)
     assert values[-1] < 0.6 * values[0]
 
@@ -253,9 +253,7 @@ def test_a_low_rank_binary_weight_is_nearly_recovered() -> None:
     s = random_weight(64, 96, 8, 0)
     T = LowRank(s.u.abs() + 0.5, s.A, torch.ones(8).double(), s.B, s.w.abs() + 0.5).dense()
     _, H = problem(64, 96, 1)
-    relative = objective_value(LowRankSolver(rank=8, rounds=10, panels=8).solve(T, H), T, H) / float(
-        ((T @ H) * T).sum()
-    )
+    relative = objective_value(LowRankSolver(rank=8, rounds=10).solve(Problem(T, H)), T, H) / float(((T @ H) * T).sum())
     assert relative < 0.25
 
 
@@ -270,7 +268,7 @@ def test_poor_systems(kind: str) -> None:
         H = X.T @ X
     else:
         T[:, :9], H[:9, :9], T[3] = 0, 1e-12 * torch.eye(9), 0
-    W = LowRankSolver(rank=16).solve(T, H).pack().dequantize()
+    W = LowRankSolver(rank=16).solve(Problem(T, H)).pack().dequantize()
     assert torch.isfinite(W).all()
     R = T - W
     assert float(((R @ H) * R).sum()) <= 1.001 * float(((T @ H) * T).sum())
@@ -278,15 +276,15 @@ def test_poor_systems(kind: str) -> None:
 
 def test_options() -> None:
     T, H = problem(64, 64, 0)
-    assert LowRankSolver(rounds=0).solve(T, H).pack().true_bits() <= 1.0
-    assert len(LowRankSolver(rank=24, rounds=0).solve(T, H).v) == 24
-    assert len(LowRankSolver(rank=24, rounds=0).solve(T, H, bits=1.2).v) == most_rank(64, 64, 1.2)
+    assert LowRankSolver(rounds=0).solve(Problem(T, H)).pack().true_bits() <= 1.0
+    assert len(LowRankSolver(rank=24, rounds=0).solve(Problem(T, H)).v) == 24
+    assert len(LowRankSolver(rank=24, rounds=0).solve(Problem(T, H, bits=1.2)).v) == most_rank(64, 64, 1.2)
     with pytest.raises(LitBinqError, match=r"solver\.rank: got 12, expected a multiple of 8"):
         LowRankSolver(rank=12)
-    with pytest.raises(LitBinqError, match=r"solver\.panels: got 0, expected a number >= 1"):
-        LowRankSolver(panels=0)
+    with pytest.raises(LitBinqError, match=r"solver\.rounds: got -1, expected a number >= 0"):
+        LowRankSolver(rounds=-1)
     with pytest.raises(LitBinqError, match=r"got 0\.1000 for a 64 x 64 layer, expected at least 0\.7812"):
-        LowRankSolver().solve(T, H, bits=0.1)
+        LowRankSolver().solve(Problem(T, H, bits=0.1))
     T[0, 0] = float("inf")
     with pytest.raises(LitBinqError, match="NaN or inf"):
-        LowRankSolver().solve(T, H)
+        LowRankSolver().solve(Problem(T, H))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear, LatentBinaryLinear, RowColumn
+from lit_binq.solvers import Problem
 from lit_binq.solvers.row_column import RowColumnSolver
 
 N, K = 5, 11
@@ -173,7 +174,7 @@ def test_dead_columns_cost_the_others_nothing(dead: int) -> None:
     W = 0.02 * torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
     W[:, :dead] = 0
     W[3] = 0
-    s = RowColumnSolver().solve(W, torch.eye(32)).balanced()
+    s = RowColumnSolver().solve(Problem(W, torch.eye(32))).balanced()
     dense = BinaryLinear.from_solution(s).dequantize()
     torch.testing.assert_close(dense, s.dense(), rtol=1.1e-3, atol=0)
     assert float(dense[:, :dead].abs().max()) == float(dense[3].abs().max()) == 0
@@ -181,5 +182,5 @@ def test_dead_columns_cost_the_others_nothing(dead: int) -> None:
 
 
 def test_a_weight_of_zeros_packs() -> None:
-    s = RowColumnSolver().solve(torch.zeros(3, 4), torch.eye(4)).balanced()
+    s = RowColumnSolver().solve(Problem(torch.zeros(3, 4), torch.eye(4))).balanced()
     assert float(LatentBinaryLinear(s, None, False).pack().dequantize().abs().max()) == 0

@@ -12,7 +12,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import Planes, PlanesLinear, RowColumn, planes_matmul
 from lit_binq.formats.planes import stored_bits
 from lit_binq.formats.registry import describe_layer, empty_layer
-from lit_binq.solvers import PlanesSolver, RowColumnSolver, objective_value
+from lit_binq.solvers import PlanesSolver, Problem, RowColumnSolver, objective_value
 from lit_binq.solvers.planes import most_columns, update_codes, update_scales
 from lit_binq.solvers.planes_init import GAUSSIAN, begin, column_gains, feedback_codes, start_scales
 from lit_binq.solvers.row_column import start
@@ -156,9 +156,9 @@ def test_impossible_counts_are_refused(counts: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_further_planes_and_turns_lower_the_objective(shares: list[float], seed: int) -> None:
     T, H = problem(24, 40, seed)
-    values = [objective_value(RowColumnSolver().solve(T, H), T, H)]
+    values = [objective_value(RowColumnSolver().solve(Problem(T, H)), T, H)]
     for rounds in (1, 2, 3):
-        values.append(objective_value(PlanesSolver(shares=shares, rounds=rounds).solve(T, H), T, H))
+        values.append(objective_value(PlanesSolver(shares=shares, rounds=rounds).solve(Problem(T, H)), T, H))
     assert values[1] < values[0]
     assert values[2] <= values[1] * (1 + 1e-4)
     assert values[3] <= values[2] * (1 + 1e-4)
@@ -190,7 +190,7 @@ def test_blocks_do_not_matter(inner: int, outer: int) -> None:
 def test_codes_end_where_no_single_weight_can_do_better() -> None:
     """Brute force over all levels of every single weight, scales of falling size."""
     T, H = problem(5, 8)
-    s = PlanesSolver(shares=[1.0, 1.0]).solve(T, H)
+    s = PlanesSolver(shares=[1.0, 1.0]).solve(Problem(T, H))
     s = update_codes(s, T @ H, H, sweeps=40)
     f = objective_value(s, T, H)
     sizes = [plane.r[:, None] * plane.c[None, :] for plane in s.planes]
@@ -206,7 +206,7 @@ def test_codes_end_where_no_single_weight_can_do_better() -> None:
 def test_each_plane_is_worth_its_bits() -> None:
     """On a Gaussian weight and white inputs every plane takes about two thirds of the error that is left."""
     T, H = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)), torch.eye(128)
-    values = [objective_value(PlanesSolver(shares=[1.0] * p).solve(T, H), T, H) for p in range(4)]
+    values = [objective_value(PlanesSolver(shares=[1.0] * p).solve(Problem(T, H)), T, H) for p in range(4)]
     for worse, better in itertools.pairwise(values):
         assert better < 0.36 * worse
 
@@ -214,7 +214,7 @@ def test_each_plane_is_worth_its_bits() -> None:
 def test_the_columns_with_the_largest_gain_are_chosen() -> None:
     """Brute force: the gain of one column with one size for all rows, by trying sizes."""
     T, H = problem(6, 8)
-    R = T - RowColumnSolver(rounds=1).solve(T, H).dense()
+    R = T - RowColumnSolver(rounds=1).solve(Problem(T, H)).dense()
     f = float(((R @ H) * R).sum())
     gains = []
     for j in range(8):
@@ -226,7 +226,7 @@ def test_the_columns_with_the_largest_gain_are_chosen() -> None:
         gains.append(best)
     order = torch.tensor(gains).argsort(descending=True)
     assert set(column_gains(R @ H, H.diagonal()).topk(3).indices.tolist()) == set(order[:3].tolist())
-    solution = PlanesSolver(shares=[3 / 8]).solve(T, H)
+    solution = PlanesSolver(shares=[3 / 8]).solve(Problem(T, H))
     assert set(solution.columns[0].tolist()) == set(order[:3].tolist())
 
 
@@ -264,7 +264,7 @@ def test_a_budget_is_kept_and_spent_where_it_gains(bits: float) -> None:
         assert spent["peaked"] > spent["even"]
     T, H = problem(96, 128)
     for value in spent.values():
-        assert PlanesSolver(rounds=0).solve(T, H, bits=value).pack().true_bits() <= value + 1e-9
+        assert PlanesSolver(rounds=0).solve(Problem(T, H, bits=value)).pack().true_bits() <= value + 1e-9
 
 
 def test_a_budget_below_the_signs_is_refused() -> None:
@@ -283,9 +283,9 @@ def test_wrong_options_are_refused(wrong: dict[str, object]) -> None:
 
 def test_no_share_is_the_plain_format() -> None:
     T, H = problem(8, 16)
-    assert isinstance(PlanesSolver(shares=[0.0]).solve(T, H), RowColumn)
-    assert isinstance(PlanesSolver(shares=[]).solve(T, H), RowColumn)
-    assert isinstance(PlanesSolver(shares=[1.0, 0.0]).solve(T, H).pack(), PlanesLinear)
+    assert isinstance(PlanesSolver(shares=[0.0]).solve(Problem(T, H)), RowColumn)
+    assert isinstance(PlanesSolver(shares=[]).solve(Problem(T, H)), RowColumn)
+    assert isinstance(PlanesSolver(shares=[1.0, 0.0]).solve(Problem(T, H)).pack(), PlanesLinear)
 
 
 @pytest.mark.parametrize("planes", [2, 3, 4])
@@ -315,7 +315,7 @@ def test_the_start_is_better_with_each_of_its_parts(planes: int) -> None:
     fed = feedback_codes(stretched, T, H)
     assert error(fed.dense()) < 0.7 * error(plain.dense())
     assert error(fed.dense()) < error(feedback_codes(unstretched, T, H).dense())
-    assert torch.equal(begin(T, H, [64] * (planes - 1), 1).dense(), fed.dense())
+    assert torch.equal(begin(T, H, [64] * (planes - 1)).dense(), fed.dense())
 
 
 def signs_of(T: Tensor, s: Planes) -> list[Tensor]:
@@ -331,5 +331,5 @@ def signs_of(T: Tensor, s: Planes) -> list[Tensor]:
 def test_a_start_of_zeros_and_of_one_column() -> None:
     for T in (torch.zeros(3, 8), torch.full((3, 1), -2.0)):
         K = T.shape[1]
-        solution = PlanesSolver(shares=[1.0]).solve(T, torch.eye(K))
+        solution = PlanesSolver(shares=[1.0]).solve(Problem(T, torch.eye(K)))
         torch.testing.assert_close(solution.dense(), T)

@@ -11,12 +11,14 @@ from torch import Tensor
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import RowColumn
 from lit_binq.solvers import (
+    OutputAlignment,
+    Problem,
     RowColumnSolver,
-    amp_metric,
     objective_value,
     row_column,
 )
 from lit_binq.solvers.baselines import amp as amp_gate
+from lit_binq.solvers.baselines.amp import amp_metric
 from problems import f
 
 # ---- AMP -----------------------------------------------------------------------------------------------------------
@@ -93,9 +95,8 @@ def test_gated_codes_are_those_of_brute_force(N: int, K: int, seed: int, width: 
 
 def test_the_gate_stands_open_where_nothing_is_aligned() -> None:
     T, H = (t.float() for t in amp_problem(8, 12, 0)[:2])
-    nothing = torch.zeros(12, 12)
-    gated = RowColumnSolver().solve(T, H, amp=nothing)
-    torch.testing.assert_close(gated.dense(), RowColumnSolver().solve(T, H).dense())
+    gated = OutputAlignment()._gated(T, H, torch.zeros(12, 12))
+    torch.testing.assert_close(gated.dense(), RowColumnSolver().solve(Problem(T, H)).dense())
 
 
 def test_the_gate_closes() -> None:
@@ -103,9 +104,9 @@ def test_the_gate_closes() -> None:
     closed = 0
     for seed in range(10):
         T, H, M = (t.float() for t in amp_problem(8, 12, seed))
-        begin = aligned(RowColumnSolver(rounds=0).solve(T, H), M)
-        free, gated = RowColumnSolver().solve(T, H), RowColumnSolver().solve(T, H, amp=M)
+        begin = aligned(RowColumnSolver(rounds=0).solve(Problem(T, H)), M)
+        free, gated = RowColumnSolver().solve(Problem(T, H)), OutputAlignment()._gated(T, H, M)
         assert aligned(gated, M) >= begin * (1 - 1e-6)
-        assert objective_value(gated, T, H) <= objective_value(RowColumnSolver(rounds=0).solve(T, H), T, H)
+        assert objective_value(gated, T, H) <= objective_value(RowColumnSolver(rounds=0).solve(Problem(T, H)), T, H)
         closed += not torch.equal(free.dense(), gated.dense())
     assert closed > 5

@@ -15,7 +15,7 @@ from lit_binq.formats import InputFormat, TwoPlane, TwoPlaneLinear
 from lit_binq.formats.registry import packed_linears
 from lit_binq.formats.two_plane.solution import RANK, stored_order, swapped
 from lit_binq.hub.save_load import load_packed
-from lit_binq.solvers import PlanesSolver, TwoPlaneSolver, objective_value
+from lit_binq.solvers import PlanesSolver, Problem, TwoPlaneSolver, objective_value
 from lit_binq.solvers.four_means import by_rank, canonical
 from lit_binq.solvers.two_plane import descend_ranks, reordered, update_levels
 from problems import f, problem, shapes
@@ -119,18 +119,14 @@ def test_renaming_keeps_the_weight(levels: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("levels", [2, 3, 4])
 def test_every_part_lowers_the_objective(levels: int, seed: int) -> None:
-    """Hessian weights beat none, feedback beats none, refinement beats both, more of it is never worse."""
+    """Hessian weights beat none, refinement beats both, more of it is never worse."""
     T, H = anisotropic(48, 80, seed)
 
     def value(**options: object) -> float:
-        return objective_value(TwoPlaneSolver(group=40, levels=levels, **options).solve(T, H), T, H)
+        return objective_value(TwoPlaneSolver(group=40, levels=levels, **options).solve(Problem(T, H)), T, H)
 
-    plain = value(hessian=False, feedback=False, refine=0)
-    weighted = value(feedback=False, refine=0)
     both = value(refine=0)
-    assert weighted < 0.95 * plain
-    assert both < 0.9 * weighted
-    assert value(hessian=False, refine=0) < 0.95 * plain
+    assert both < value(hessian=False, refine=0)
     refined = [value(refine=rounds) for rounds in (1, 2, 4)]
     assert refined[0] < 0.95 * both
     assert refined[0] * (1 + 1e-5) >= refined[1]
@@ -143,7 +139,7 @@ def test_hessian_weighting_beats_none_in_its_own_metric(levels: int) -> None:
     T, H = anisotropic(32, 64)
     D = torch.diag(H.diagonal())
     values = [
-        objective_value(TwoPlaneSolver(levels=levels, group=64, hessian=h, feedback=False, refine=0).solve(T, D), T, D)
+        objective_value(TwoPlaneSolver(levels=levels, group=64, hessian=h, refine=0).solve(Problem(T, D)), T, D)
         for h in (True, False)
     ]
     assert values[0] < 0.9 * values[1]
@@ -151,15 +147,16 @@ def test_hessian_weighting_beats_none_in_its_own_metric(levels: int) -> None:
 
 def test_fewer_numbers_cost_error_and_two_free_planes_beat_row_and_column_scales() -> None:
     T, H = anisotropic(64, 96)
-    values = [objective_value(TwoPlaneSolver(group=32, levels=n).solve(T, H), T, H) for n in (4, 3, 2)]
-    values.append(objective_value(PlanesSolver(shares=[1.0]).solve(T, H), T, H))
+    values = [objective_value(TwoPlaneSolver(group=32, levels=n).solve(Problem(T, H)), T, H) for n in (4, 3, 2)]
+    values.append(objective_value(PlanesSolver(shares=[1.0]).solve(Problem(T, H)), T, H))
     assert values == sorted(values)
 
 
 def test_feedback_is_that_of_one_column_after_the_other() -> None:
     """With one level structure given: a plain loop over columns, the errors spread by H's inverse."""
     T, H = problem(4, 21, 3)
-    s = TwoPlaneSolver(group=8, refine=0, damping=0.0).solve(T, H)
+    s = TwoPlaneSolver(group=8, refine=0).solve(Problem(T, H))
+    H = H + 0.01 * H.diagonal().mean() * torch.eye(21)  # what the feedback is damped by
     four = s.levels[..., RANK]
     W = T.clone()
     for j in range(21):
@@ -179,10 +176,10 @@ def test_outliers_come_first_in_the_groups(P: int) -> None:
     T, H = anisotropic(24, 40)
     outliers = H.diagonal().topk(P).indices.sort().values
     inputs = InputFormat(4, outliers)
-    s = TwoPlaneSolver(group=8).solve(T, H, inputs=inputs)
+    s = TwoPlaneSolver(group=8).solve(Problem(T, H, inputs=inputs))
     order = stored_order(outliers, 40)
     assert order[:P].tolist() == outliers.tolist()
-    other = TwoPlaneSolver(group=8).solve(T[:, order], H[order][:, order])
+    other = TwoPlaneSolver(group=8).solve(Problem(T[:, order], H[order][:, order]))
     assert torch.equal(s.stored_dense(), other.dense())
     assert torch.equal(s.dense()[:, order], other.dense())
     assert s.inputs is inputs
@@ -192,7 +189,7 @@ def test_outliers_come_first_in_the_groups(P: int) -> None:
 
 def test_levels_survive_their_rounding() -> None:
     T, H = anisotropic(32, 56)
-    s = TwoPlaneSolver(group=16).solve(T, H)
+    s = TwoPlaneSolver(group=16).solve(Problem(T, H))
     value, rounded = (objective_value(w, T, H) for w in (s, s.pack().solution()))
     assert rounded == pytest.approx(value, rel=1e-3)
 
@@ -206,19 +203,19 @@ def test_extremes(levels: int) -> None:
     x = torch.randn(20, 1, generator=torch.Generator().manual_seed(0))
     singular = x @ x.T + 1e-6 * torch.eye(20)
     for metric in (H, torch.eye(20), singular, 1e-20 * H, 1e20 * H):
-        s = solver.solve(T, metric)
+        s = solver.solve(Problem(T, metric))
         assert torch.isfinite(s.levels).all()
         assert objective_value(s, T, metric) < 0.5 * float(((T @ metric) * T).sum())
         assert s.dense()[0].abs().max() == 0
         if levels > 2 and metric is not singular:  # there float32 cannot tell what is best
             torch.testing.assert_close(s.dense()[1], T[1], rtol=1e-3, atol=1e-3)
         s.pack()
-    one = solver.solve(T[:, :1], H[:1, :1])
+    one = solver.solve(Problem(T[:, :1], H[:1, :1]))
     torch.testing.assert_close(one.dense(), T[:, :1])
     dead = H.clone()
     dead[:, 3] = dead[3] = 0.0
     dead[3, 3] = 1e-12
-    assert torch.isfinite(solver.solve(T, dead).dense()).all()
+    assert torch.isfinite(solver.solve(Problem(T, dead)).dense()).all()
 
 
 @pytest.mark.parametrize(
@@ -226,9 +223,6 @@ def test_extremes(levels: int) -> None:
     [
         ({"group": 12}, r"solver\.group: got 12, expected a multiple of 8"),
         ({"levels": 5}, r"solver\.levels: got 5, expected 4 \(free\)"),
-        ({"damping": -1.0}, r"solver\.damping: got -1\.0"),
-        ({"damping": float("nan")}, r"solver\.damping: got nan"),
-        ({"rounds": -1}, r"solver\.rounds: got -1"),
         ({"refine": -1}, r"solver\.refine: got -1"),
     ],
 )
@@ -241,13 +235,13 @@ def test_wrong_options_are_refused(wrong: dict[str, object], words: str) -> None
 def test_wrong_systems_are_refused() -> None:
     T, H = anisotropic(4, 16)
     with pytest.raises(LitBinqError, match="NaN or inf"):
-        TwoPlaneSolver().solve(T * torch.nan, H)
+        TwoPlaneSolver().solve(Problem(T * torch.nan, H))
     with pytest.raises(LitBinqError, match="outliers: got 3 of 16"):
-        TwoPlaneSolver().solve(T, H, inputs=InputFormat(4, torch.arange(3)))
+        TwoPlaneSolver().solve(Problem(T, H, inputs=InputFormat(4, torch.arange(3))))
 
 
 @pytest.mark.grid(1)
-@pytest.mark.parametrize("options", [{}, {"levels": 3, "group": 8}, {"feedback": False, "hessian": False, "refine": 0}])
+@pytest.mark.parametrize("options", [{}, {"levels": 3, "group": 8}, {"hessian": False, "refine": 0}])
 def test_a_fit_of_a_tiny_model(options: dict[str, object], make_source, text_file, tmp_path) -> None:
     """Solved, tuned block by block and as a whole, packed; what it computes with is what is stored."""
     remember = Remember()

@@ -23,7 +23,7 @@ from lit_binq.formats.registry import packed_linears
 from lit_binq.formats.two_plane.linear import InputFormat, TwoPlaneLinear
 from lit_binq.hub.bits import activation_bits
 from lit_binq.hub.save_load import load_packed
-from lit_binq.solvers import PlanesSolver, Solver, TwoPlaneSolver
+from lit_binq.solvers import PlanesSolver, Problem, Solver, TwoPlaneSolver
 from lit_binq.solvers.gptq2 import UniformTwoBitSolver
 from lit_binq.statistics.activation_format import (
     Activations,
@@ -185,7 +185,7 @@ def test_what_the_layer_computes_is_what_was_judged() -> None:
     W, H = problem(6, 64, 0)
     for options in (Activations(4, 16), Activations(4, 16, static=True), Activations(8), Activations(4, refit=False)):
         inputs = choose_input_format(options, x, energies)
-        layer = UniformTwoBitSolver(16).solve(W.float(), H.float(), inputs=inputs).pack()
+        layer = UniformTwoBitSolver(16).solve(Problem(W.float(), H.float(), inputs=inputs)).pack()
         expected = quantized_input(x, inputs) @ layer.dequantize().T
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
         assert not torch.allclose(layer(x), x @ layer.dequantize().T, atol=1e-3)
@@ -196,10 +196,14 @@ def test_what_the_layer_computes_is_what_was_judged() -> None:
 
 def test_error_feedback_beats_rounding_and_clipping_beats_none() -> None:
     W, H = (t.float() for t in problem(8, 64, 0))
-    fed = {clip: f(UniformTwoBitSolver(16, clip).solve(W, H).dense(), W, H) for clip in (True, False)}
-    rounded = f(UniformTwoBitSolver(16).solve(W, torch.eye(64)).dense(), W, H)
-    assert fed[True] < 0.8 * rounded
-    assert fed[True] < fed[False]
+    fed = f(UniformTwoBitSolver(16).solve(Problem(W, H)).dense(), W, H)
+    rounded = f(UniformTwoBitSolver(16).solve(Problem(W, torch.eye(64))).dense(), W, H)
+    assert fed < 0.8 * rounded
+    W[:, ::16] *= 6  # one weight a group that is cheaper to clip than to reach
+    lo, hi = W.unflatten(1, (4, 16)).aminmax(dim=2, keepdim=True)
+    grid = lo + (hi - lo) / 3 * ((W.unflatten(1, (4, 16)) - lo) / (hi - lo) * 3).round()
+    clipped = UniformTwoBitSolver(16).solve(Problem(W, torch.eye(64))).dense()
+    assert float((clipped - W).square().sum()) < float((grid.flatten(1) - W).square().sum())
 
 
 @pytest.mark.parametrize("K", [64, 40, 24])
@@ -208,7 +212,7 @@ def test_four_evenly_spaced_levels(K: int) -> None:
     W, H = (t.float() for t in problem(5, K, 1))
     outliers = torch.tensor([1, 2, 5, 7, 8, 11, 20, 23])
     for inputs in (InputFormat(), InputFormat(4, outliers)):
-        s = UniformTwoBitSolver(16).solve(W, H, inputs=inputs)
+        s = UniformTwoBitSolver(16).solve(Problem(W, H, inputs=inputs))
         dense = s.stored_dense()
         for begin in range(0, K, 16):
             for row in dense[:, begin : begin + 16]:
@@ -222,10 +226,11 @@ def test_four_evenly_spaced_levels(K: int) -> None:
 def test_first_column_of_a_group_is_rounded_to_the_nearest() -> None:
     """With H = I nothing is fed back: every weight takes the nearest level of its group."""
     W = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    s = UniformTwoBitSolver(16, clip=False).solve(W, torch.eye(32))
-    lo, hi = W.unflatten(1, (2, 16)).aminmax(dim=2)
-    step = ((hi - lo) / 3).repeat_interleave(16, 1)
-    assert bool(((s.dense() - W).abs() <= step / 2 + 1e-2 * step).all())
+    s = UniformTwoBitSolver(16).solve(Problem(W, torch.eye(32)))
+    m, a1, a2 = s.levels.unbind(-1)
+    levels = torch.stack((m - a1 - a2, m - a1 + a2, m + a1 - a2, m + a1 + a2), -1)
+    distances = (W.unflatten(1, (2, 16))[..., None] - levels[:, :, None]).abs().amin(-1).flatten(1)
+    torch.testing.assert_close((s.dense() - W).abs(), distances, rtol=0, atol=1e-5)
 
 
 # --- whole fits
@@ -269,7 +274,7 @@ def test_statistics_are_of_the_quantized_input() -> None:
     stage.module = stage.work.new_block(0)
     stage._inputs = stage._input_format(["self_attn.q_proj"])
     s.train = 1
-    stats = stage._statistics(block, "self_attn.q_proj", "true_target")
+    stats = stage._statistics(block, "self_attn.q_proj")
     assert stats is not None
     norm = block.get_submodule("input_layernorm")
     with torch.no_grad():

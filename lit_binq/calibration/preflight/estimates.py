@@ -38,6 +38,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import Solution
 from lit_binq.models.block_calls import BlockCall, kind_of
 from lit_binq.models.blocks import find_blocks
+from lit_binq.solvers import Problem
 
 LATENT_STEP = 14
 """Bytes a step holds for each latent beyond one a weight: sign, its product with a scale, the weight in two dtypes."""
@@ -291,7 +292,7 @@ def format_sizes(form: ClosedForm) -> tuple[float, float]:
     """Latents, and bits in a file, a weight of what the solver makes, by a small weight; one each if it cannot."""
     T = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0))
     try:
-        solution: Solution = form.solver.solve(problem)
+        solution: Solution = form.solver.solve(Problem(T, torch.eye(SAMPLE[1]), form.bits or None))
         packed = solution.pack()
         latents = sum(p.numel() for p in packed.latent(True).code_parameters()) if packed.deployable else 0
     except (LitBinqError, ValueError, RuntimeError):

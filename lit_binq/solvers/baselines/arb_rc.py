@@ -12,8 +12,6 @@ a block of it within BiLLM's zones; those are lit_binq.solvers.baselines.cgb.
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from lit_binq.formats.row_column import RowColumn
 from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.baselines.arb import ITERATIONS

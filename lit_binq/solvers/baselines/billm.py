@@ -32,7 +32,6 @@ from lit_binq.solvers.base import Problem, Solver
 from lit_binq.solvers.baselines.zones import Levels, fit_parts, large_weights, salient_columns
 from lit_binq.statistics.error_feedback import inverse_factor
 
-
 DAMPING = 0.01
 """Share of the metric's mean diagonal that is added to it before it is inverted."""
 
