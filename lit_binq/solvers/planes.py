@@ -178,7 +178,8 @@ def update_scales(s: Planes, TH: Tensor, H: Tensor) -> Planes:
         # The plane's own problem has the same form: the product of its target and H is G with the plane taken out.
         right = G[:, columns] + planes[p].dense() @ H_ss
         new = update_column_scales(update_row_scales(planes[p], right, H_ss), right, H_ss)
-        G -= (new.dense() - planes[p].dense()) @ rows
+        if p < len(planes) - 1:
+            G -= (new.dense() - planes[p].dense()) @ rows
         planes[p] = new
     return Planes(planes, s.columns)
 

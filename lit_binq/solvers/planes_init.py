@@ -35,6 +35,9 @@ GAUSSIAN = ((1.0,), (1.229, 0.663), (1.469, 0.734, 0.367), (1.680, 0.840, 0.420,
 STRETCH = (0.7, 0.85, 1.0, 1.2, 1.45, 1.75, 2.1, 2.5, 3.0, 3.6, 4.3)
 """Factors tried on a row's scales."""
 
+PANEL = 64
+"""Rows that are tried at once on a stretch."""
+
 DAMPING = 0.01
 """Share of H's mean diagonal added to it for the feedback, as is usual."""
 
@@ -94,8 +97,8 @@ def start_scales(T: Tensor, h: Tensor, sets: list[Tensor]) -> Planes:
     even = RowColumn(T.abs().mean(1), torch.ones(K, device=T.device), rank_one.B)
     best, least = rank_one, torch.inf
     for size in (even, rank_one):
-        unit = size.r[:, None] * size.c
-        errors = torch.stack([((_nearest(T, factors[:, None] * unit * g) - T).square() @ h) for g in STRETCH])
+        sizes = factors[:, None] * (size.r[:, None] * size.c)  # (Q, N, K)
+        errors = torch.stack([_squared_errors(T, sizes, g) @ h for g in STRETCH])
         error, g = errors.min(0)
         if (total := float(error.sum())) < least:
             stretch = torch.tensor(STRETCH, device=T.device)[g]
@@ -107,12 +110,27 @@ def start_scales(T: Tensor, h: Tensor, sets: list[Tensor]) -> Planes:
     return Planes(planes, sets[1:])
 
 
-def _nearest(T: Tensor, sizes: Tensor) -> Tensor:
-    """(N, K): the level of T's element by signs taken one after the other; sizes (Q, N, K) or broadcastable."""
-    level = torch.zeros_like(T)
-    for size in sizes:
-        level = level + torch.copysign(size, T - level)
-    return level
+def _squared_errors(T: Tensor, sizes: Tensor, g: float) -> Tensor:
+    """(N, K): squared distance of T's elements to their levels by signs taken one after the other.
+
+    Panels of rows that stay in the processor's cache, and two buffers: this is tried for every stretch.
+
+    Args:
+        T: (N, K).
+        sizes: (Q, N, K), not negative.
+        g: what sizes are multiplied by.
+    """
+    errors = torch.empty_like(T)
+    for rows in range(0, len(T), PANEL):
+        target, level = T[rows : rows + PANEL], errors[rows : rows + PANEL]
+        rest, size = torch.empty_like(target), torch.empty_like(target)
+        level.zero_()
+        for whole in sizes[:, rows : rows + PANEL]:
+            torch.mul(whole, g, out=size)
+            torch.sub(target, level, out=rest)
+            level += torch.copysign(size, rest, out=size)
+        level.sub_(target).square_()
+    return errors
 
 
 def feedback_codes(s: Planes, T: Tensor, H: Tensor) -> Planes:
