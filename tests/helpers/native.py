@@ -46,7 +46,7 @@ def instruction_sets(library: NativeLibrary) -> list[str]:
 
 def plain_set(isa: str) -> str:
     """The set in plain C++ whose results those of a set equal bit for bit (Kernels::reference of binary/kernel.h)."""
-    return "scalar-fives" if isa in ("avx512", "scalar-fives") else "scalar"
+    return "scalar-lut5" if isa in ("avx512", "scalar-lut5") else "scalar"
 
 
 def plain_results(results: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -101,7 +101,7 @@ class Problem:
 def largest_error(z: np.ndarray, isa: str) -> np.ndarray:
     """What rounding the tables of one block can cost.
 
-    Half a unit for each group of 4 activations. With fives there are fewer groups and larger units, and each of the 5
+    Half a unit for each group of 4 activations. Five-input tables are fewer and have larger units, and each of the 5
     activations is rounded to 1/256 of a unit before; which ones share a group is not looked at here.
 
     Args:

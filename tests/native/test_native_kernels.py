@@ -180,7 +180,7 @@ def test_worst_sums_do_not_overflow_int16(native: NativeLibrary) -> None:
         for isa in instruction_sets(native):
             for M in (1, 20):
                 y = multiply(native, p, np.ones((M, 256), np.float32), exact=False, isa=isa)
-                # Of 256 columns of fives 16 are in groups of 4, and 4/5 of 127 is not whole.
+                # Of 256 columns of lut5 16 are in groups of 4, and 4/5 of 127 is not whole.
                 whole = M == 1 or plain_set(isa) == "scalar"
                 np.testing.assert_allclose(y, np.full((M, 128), sign * 256), rtol=1e-6 if whole else 3e-4)
 
@@ -219,8 +219,8 @@ def test_tables_follow_their_definition(native: NativeLibrary, K: int, power: in
         assert scale.value == want_scale
 
 
-def fives_by_definition(x: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.float32]:
-    """The byte tables of fives in numpy, from the words of kernel.h: (groups, 16)."""
+def lut5_by_definition(x: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """The byte lut5 tables in numpy, from the words of kernel.h: (groups, 16)."""
     halves = 2 * -(-len(x) // 32)
     z = np.zeros(16 * halves, np.float32)
     z[: len(x)] = x * c
@@ -246,21 +246,21 @@ def fives_by_definition(x: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.fl
 @given(K=st.integers(1, BLOCK), power=st.integers(-30, 30), seed=st.integers(0, 2**31))
 @example(K=256, power=0, seed=0)
 @example(K=128, power=-120, seed=0)  # counts as zero
-def test_fives_follow_their_definition(native: NativeLibrary, K: int, power: int, seed: int) -> None:
+def test_lut5_tables_follow_their_definition(native: NativeLibrary, K: int, power: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal(K) * 2.0**power).astype(np.float32)
     c = rng.choice(np.array([0.0, 0.5, 1.25], np.float32), K)
-    want, want_scale = fives_by_definition(x, c)
+    want, want_scale = lut5_by_definition(x, c)
     best, pointer = native.isa(), ctypes.c_void_p
-    native.handle.lit_binq_build_fives.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]
+    native.handle.lit_binq_build_lut5.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]
     for isa in instruction_sets(native):
         native.force_isa(isa)
         table, scale = np.empty_like(want), ctypes.c_float()
-        status = native.handle.lit_binq_build_fives(
+        status = native.handle.lit_binq_build_lut5(
             x.ctypes.data, c.ctypes.data, K, table.ctypes.data, ctypes.byref(scale)
         )
         native.force_isa(best)
-        assert status == (0 if plain_set(isa) == "scalar-fives" else -1)
+        assert status == (0 if plain_set(isa) == "scalar-lut5" else -1)
         if status == 0:
             np.testing.assert_array_equal(table, want)
             assert scale.value == want_scale
@@ -273,8 +273,8 @@ def test_rows_of_a_call_are_rounded_alike(native: NativeLibrary, M: int) -> None
     y = multiply(native, p, x, exact=False, isa=native.isa())
     for first in range(0, M, 128):
         rows = x[first : first + 128]
-        turned = multiply(native, p, rows[::-1], exact=False, isa=native.isa())[::-1]
-        np.testing.assert_array_equal(y[first : first + 128], turned)
+        reversed_rows = multiply(native, p, rows[::-1], exact=False, isa=native.isa())[::-1]
+        np.testing.assert_array_equal(y[first : first + 128], reversed_rows)
 
 
 def test_float16_conversion_is_exact(native: NativeLibrary) -> None:

@@ -67,7 +67,7 @@ def test_registering() -> None:
 
 def test_steering() -> None:
     native = require_native()
-    assert native.isas()[-2:] == ["scalar", "scalar-fives"]
+    assert native.isas()[-2:] == ["scalar", "scalar-lut5"]
     assert set(native.isas()[:-2]) <= {"avx512", "avx2", "neon"}
     best = native.isa()
     assert best == native.isas()[0]

@@ -34,7 +34,7 @@ def sets(native: NativeLibrary) -> list[str]:
 
 def test_unknown_sets_have_no_kernels(native: NativeLibrary, sets: list[str]) -> None:
     assert "scalar" in sets
-    assert set(native.isas()) - {"neon", "scalar-fives"} <= set(sets)
+    assert set(native.isas()) - {"neon", "scalar-lut5"} <= set(sets)
     assert native.handle.lit_binq_nbits_isa(b"abacus") is None
     assert native.handle.lit_binq_nbits_isa(b"neon") == b"scalar"
 

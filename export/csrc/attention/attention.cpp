@@ -23,7 +23,7 @@ constexpr int64_t kGrain = int64_t{1} << 17;
 
 struct Tasks {
   const AttentionKernels& kernels;
-  const Attending& a;
+  const AttentionArgs& a;
   int64_t tile_tokens;
   int64_t tiles;
   std::atomic<bool> out_of_memory{false};
@@ -51,7 +51,7 @@ void copy(const float* from, int64_t floats, float* to) {
 
 // Past's tokens where they are elsewhere, the new ones, zeros behind them.
 void write_cache(const Tasks& t, int64_t row, int64_t head) {
-  const Attending& a = t.a;
+  const AttentionArgs& a = t.a;
   const int64_t pair = row * a.kv_heads + head, past = t.past(row), count = t.count(row);
   float* const key = a.key + pair * a.room * a.d;
   float* const value = a.value + pair * a.room * a.d;
@@ -73,7 +73,7 @@ void write_cache(const Tasks& t, int64_t row, int64_t head) {
 }
 
 void attend_one(const Tasks& t, int64_t row, int64_t head, float* memory) {
-  const Attending& a = t.a;
+  const AttentionArgs& a = t.a;
   const int64_t position = a.last[row], seen = std::min(position + 1, a.window);
   const int64_t start = ((row * a.kv_heads + head) * a.room + position + 1 - seen) * a.d;
   const float* const query = t.query(row, 0, head);
@@ -83,7 +83,7 @@ void attend_one(const Tasks& t, int64_t row, int64_t head, float* memory) {
 }
 
 void attend_tile(const Tasks& t, int64_t row, int64_t head, int64_t first, float* memory) {
-  const Attending& a = t.a;
+  const AttentionArgs& a = t.a;
   const int64_t all = std::min(t.tile_tokens, a.tokens - first), group = t.group();
   const int64_t tokens = std::clamp(t.count(row) - first, int64_t{0}, all), past = t.past(row);
   for (int64_t j = tokens; j < all; ++j) {
@@ -154,7 +154,7 @@ void run(size_t tasks, int64_t work, void (*task)(void*, size_t), Tasks& t, Exec
 
 }  // namespace
 
-void attend(const AttentionKernels& kernels, const Attending& a, Executor& executor) {
+void attend(const AttentionKernels& kernels, const AttentionArgs& a, Executor& executor) {
   Tasks t{kernels, a, std::clamp(kTileQueries / (a.heads / a.kv_heads), int64_t{1}, kTileTokens), 0};
   t.tile_tokens = std::min(t.tile_tokens, std::max(a.tokens, int64_t{1}));
   t.tiles = (a.tokens + t.tile_tokens - 1) / t.tile_tokens;

@@ -10,7 +10,7 @@
 namespace lit_binq {
 
 // One call. All sizes and positions have been checked: nothing here is.
-struct Attending {
+struct AttentionArgs {
   int64_t batch, tokens;           // new tokens of each row
   int64_t heads, kv_heads, d;      // kv_heads divides heads, kHeadUnit divides d
   int64_t past_room, room;         // capacity of past and of present; room is at least past_room
@@ -29,6 +29,6 @@ struct Attending {
 // Writes key, value and out. A present buffer that is not past's memory takes past's tokens, the new ones and zeros
 // beyond them; one that is takes the new tokens. Tokens that a shorter row does not have get zeros in `out`.
 // Throws std::bad_alloc.
-void attend(const AttentionKernels& kernels, const Attending& a, Executor& executor);
+void attend(const AttentionKernels& kernels, const AttentionArgs& a, Executor& executor);
 
 }  // namespace lit_binq

@@ -23,7 +23,7 @@ constexpr int64_t kOneBlock = 256;
 constexpr int64_t kQueryRows = 6;
 
 // One token, all query heads of a group.
-struct OneToken {
+struct DecodeArgs {
   int64_t d, group;
   const float* queries;  // (group, d)
   const float* keys;     // (n, d): what the token sees
@@ -60,7 +60,7 @@ struct AttentionKernels {
   // y (2 half,) = factor * (x rotated by the angles of cos, sin (half,)): (a, b) -> (a cos - b sin, b cos + a sin), a
   // from the first half of x and b from the second one. May not overlap.
   void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, float factor, float* y);
-  void (*one)(const OneToken& token);
+  void (*one)(const DecodeArgs& token);
   void (*tile)(const TokenTile& tile);
 };
 

@@ -34,7 +34,7 @@ constexpr float kMinusInfinity = -__builtin_inff();
 // Lanes whose number has bit H, or has not, of two vectors: what transposing is made of.
 #define LIT_BINQ_CLEAR(l) (((l) & H) == 0 ? (l) : kWidth + (l) - H)
 #define LIT_BINQ_SET(l) (((l) & H) == 0 ? (l) + H : kWidth + (l))
-#define LIT_BINQ_TURNED(l) ((l) ^ H)
+#define LIT_BINQ_SWAPPED(l) ((l) ^ H)
 
 // Says that a vector is needed in a register here. Without it the compiler loads a vector that R rows of a product use R
 // times, and loading takes longer than multiplying.
@@ -67,8 +67,8 @@ struct Lanes;
       return LIT_BINQ_LANES(a, b, LIT_BINQ_##W(LIT_BINQ_SET, 0));                                  \
     }                                                                                              \
     template <int H>                                                                               \
-    static inline Floats turned(Floats a) {                                                        \
-      return LIT_BINQ_LANES(a, a, LIT_BINQ_##W(LIT_BINQ_TURNED, 0));                               \
+    static inline Floats swapped(Floats a) {                                                       \
+      return LIT_BINQ_LANES(a, a, LIT_BINQ_##W(LIT_BINQ_SWAPPED, 0));                               \
     }                                                                                              \
   }
 
@@ -95,13 +95,13 @@ struct Attention {
 
   template <int H = W / 2>
   static inline float largest(V v) {
-    v = larger(v, L::template turned<H>(v));
+    v = larger(v, L::template swapped<H>(v));
     if constexpr (H > 1) return largest<H / 2>(v);
     else return v[0];
   }
   template <int H = W / 2>
   static inline float total(V v) {
-    v = v + L::template turned<H>(v);
+    v = v + L::template swapped<H>(v);
     if constexpr (H > 1) return total<H / 2>(v);
     else return v[0];
   }
@@ -246,7 +246,7 @@ struct Attention {
   // Scores of W keys for every query of the group, `count` of them keys: the last one stands for those beyond. D is d
   // where it is known, else 0: rows of keys at known distances leave the compiler registers for addresses.
   template <bool kAll, int D>
-  static inline void scores(const OneToken& t, const float* keys, int64_t count, float* out) {
+  static inline void scores(const DecodeArgs& t, const float* keys, int64_t count, float* out) {
     const int64_t d = D != 0 ? D : t.d;
     for (int64_t g = 0; g < t.group; ++g) {
       const float* query = t.queries + g * d;
@@ -265,13 +265,13 @@ struct Attention {
 
   // The same for whole registers of keys of a block. Returns how many keys those are.
   template <int D>
-  static int64_t many_scores(const OneToken& t, const float* keys, int64_t count, float* out) {
+  static int64_t many_scores(const DecodeArgs& t, const float* keys, int64_t count, float* out) {
     int64_t c = 0;
     for (; c + W <= count; c += W) scores<true, D>(t, keys + c * t.d, W, out + c);
     return c;
   }
 
-  static void one(const OneToken& t) {
+  static void one(const DecodeArgs& t) {
     float* const scored = t.workspace;  // (group, kOneBlock)
     float* const most = scored + t.group * kOneBlock;
     float* const sum = most + t.group;
@@ -298,8 +298,8 @@ struct Attention {
     for (int64_t g = 0; g < t.group; ++g) scale(t.out + g * t.d, 1.0f / sum[g], t.out + g * t.d, t.d);
   }
 
-  // turned (d, kKeyBlock) from keys (count, d), zeros beyond them.
-  static inline void turn(const float* keys, int64_t count, int64_t d, float* turned) {
+  // transposed (d, kKeyBlock) from keys (count, d), zeros beyond them.
+  static inline void transpose_keys(const float* keys, int64_t count, int64_t d, float* transposed) {
     for (int64_t c = 0; c < kKeyBlock; c += W) {
       for (int64_t i = 0; i < d; i += W) {
         V v[W];
@@ -307,15 +307,15 @@ struct Attention {
         for (int64_t j = 0; j < W; ++j) v[j] = c + j < count ? load(keys + (c + j) * d + i) : V{};
         transpose(v);
 #pragma GCC unroll 16
-        for (int64_t j = 0; j < W; ++j) store(turned + (i + j) * kKeyBlock + c, v[j]);
+        for (int64_t j = 0; j < W; ++j) store(transposed + (i + j) * kKeyBlock + c, v[j]);
       }
     }
   }
 
   static void tile(const TokenTile& t) {
     const int64_t rows = t.group * t.tokens, end = t.first + t.tokens;
-    float* const turned = t.workspace;                        // (d, kKeyBlock)
-    float* const scored = turned + t.d * kKeyBlock;           // (kQueryRows, kKeyBlock)
+    float* const transposed = t.workspace;                        // (d, kKeyBlock)
+    float* const scored = transposed + t.d * kKeyBlock;           // (kQueryRows, kKeyBlock)
     float* const sums = scored + kQueryRows * kKeyBlock;      // (rows, d)
     float* const most = sums + rows * t.d;
     float* const sum = most + rows;
@@ -324,7 +324,7 @@ struct Attention {
     const int64_t seen = t.first >= t.window ? t.first - t.window + 1 : 0;
     for (int64_t key = seen / kKeyBlock * kKeyBlock; key < end; key += kKeyBlock) {
       const int64_t count = end - key < kKeyBlock ? end - key : kKeyBlock;
-      turn(t.keys + key * t.d, count, t.d, turned);
+      transpose_keys(t.keys + key * t.d, count, t.d, transposed);
       for (int64_t g = 0; g < t.group; ++g) {
         for (int64_t j = 0; j < t.tokens; j += kQueryRows) {
           const int64_t together = t.tokens - j < kQueryRows ? t.tokens - j : kQueryRows;
@@ -334,7 +334,7 @@ struct Attention {
           if (reach <= 0 || start >= count) continue;
           const int64_t used = reach < count ? reach : count, columns = (used + W - 1) / W * W;
           const int64_t row = g * t.tokens + j;
-          multiply(together, t.queries + row * t.d, t.d, turned, kKeyBlock, scored, kKeyBlock, t.d, columns, nullptr);
+          multiply(together, t.queries + row * t.d, t.d, transposed, kKeyBlock, scored, kKeyBlock, t.d, columns, nullptr);
           float older[kQueryRows];
           for (int64_t r = 0; r < together; ++r) {
             const int64_t high = t.first + j + r + 1 - key, low = start + r > 0 ? start + r : 0;

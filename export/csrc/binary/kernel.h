@@ -15,7 +15,7 @@
 // The bytes are biased by 128, hence unsigned: an AVX2 kernel adds them up in 16-bit lanes that hold two bytes each,
 // and splitting such a lane into its even and odd byte is right for unsigned bytes only.
 //
-// Fives (AVX-512, for several rows of activations). A fifth activation costs no lookup where the product that adds up
+// Five-input LUT, lut5 (AVX-512, for several rows of activations). A fifth activation costs no lookup where the product that adds up
 // bytes takes signed ones beside them, as VPDPBUSD does: the 16 sums that have + z4 are stored, and
 //     +-z0 +-z1 +-z2 +-z3 +- z4 = s4 * table[i],  s4 the fifth sign, bit j of i set: z_j has the sign s4
 // A block of Q quads has 2 Q halves (of a quad, the low nibbles of its 4 bytes or the high ones). The last 2 Q / 5 of
@@ -66,12 +66,12 @@ static constexpr int64_t block_bytes(int64_t count) { return (count + 8 * kQuad 
 
 constexpr int64_t kNeverDense = INT64_MAX;  // of Kernels::rows_for_dense
 
-// Fives of a block of so many quads: halves that hold signs, halves that are looked up, and of these the signed ones.
+// Lut5 of a block of so many quads: halves that hold signs, halves that are looked up, and of these the signed ones.
 static constexpr int sign_halves(int64_t quads) { return static_cast<int>(2 * quads / 5); }
 static constexpr int lookups(int64_t quads) { return static_cast<int>(2 * quads) - sign_halves(quads); }
 static constexpr int signed_lookups(int64_t quads) { return 4 * sign_halves(quads); }
-constexpr int64_t kFivesFrom = 2;      // rows of activations: one alone waits for the memory, and signs take time
-constexpr int kFivesFraction = 8;      // bits of q behind the point
+constexpr int64_t kLut5From = 2;      // rows of activations: one alone waits for the memory, and signs take time
+constexpr int kLut5Fraction = 8;      // bits of q behind the point
 
 constexpr int kTableBias = 128;
 constexpr float kTableLimit = 127.0f;
@@ -88,7 +88,7 @@ struct TileBlock {
   const uint8_t* codes;  // see Layout
   int64_t width;         // rows: 32, 64, 96 or 128
   int64_t bytes;         // 4 to kBlockBytes, whole quads
-  int asks;              // times one row of activations asks ahead for these codes (cpu.h); 0: they are in a cache
+  int repeats;           // how often one row of activations prefetches these codes (cpu.h); 0: they are in a cache
 };
 
 // Where the tables and sums of the rows of activations are (Kernels::add_lut).
@@ -129,7 +129,7 @@ struct Kernels {
   const Kernels* reference;
 
   // From so many rows of activations in a panel on, tables are dense: a form of the set's own that takes less of their
-  // place (AVX2: half of each table; AVX-512: fives). Only kernels that say a number here are asked for them.
+  // place (AVX2: half of each table; AVX-512: lut5). Only kernels that say a number here are asked for them.
   int64_t rows_for_dense;
 
   // Tables of one block. `x` and `c` have `count` (1 to kBlock) elements; z = (x * pre) * c, zero beyond `count` and
@@ -156,7 +156,7 @@ struct Kernels {
 };
 
 extern const Kernels kScalarKernels;
-extern const Kernels kScalarFivesKernels;  // with fives: what AVX-512 is compared with
+extern const Kernels kScalarLut5Kernels;  // with lut5: what AVX-512 is compared with
 #if LIT_BINQ_HAVE_AVX2
 extern const Kernels kAvx2Kernels;  // call only where cpu.h says that AVX2 is there
 #endif

@@ -1,4 +1,4 @@
-// What the files of the AVX-512 kernels share: kernels_avx512.cpp, and kernels_avx512_fives.cpp for several rows of
+// What the files of the AVX-512 kernels share: kernels_avx512.cpp, and kernels_avx512_lut5.cpp for several rows of
 // activations. Knows kernel.h and the intrinsics only, for files that are compiled with the flags of these sets.
 #pragma once
 
@@ -52,8 +52,8 @@ static inline void add_units(__m512i units, __m512 scale, const float* factors, 
   _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), value));
 }
 
-// Dense tables, and products with them (kernel.h, fives).
-void build_fives(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale);
-void add_fives(const TileBlock& block, Rows r, const float* factors, int64_t rows);
+// Dense tables, and products with them (kernel.h, lut5).
+void build_lut5(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale);
+void add_lut5(const TileBlock& block, Rows r, const float* factors, int64_t rows);
 
 }  // namespace lit_binq::avx512

@@ -122,7 +122,7 @@ TileBlock PackedMatrix::tile_block(int64_t tile, int64_t block) const {
   const ColumnBlock& b = blocks_[block];
   const int64_t width = tile_width(tile);
   // Every tile before this one is full, so it starts at kTileRows * bytes a tile.
-  return {codes_.get() + tile * kTileRows * bytes_ + b.byte * width, width, b.bytes, times_to_ask()};
+  return {codes_.get() + tile * kTileRows * bytes_ + b.byte * width, width, b.bytes, prefetch_repeats()};
 }
 
 }  // namespace lit_binq

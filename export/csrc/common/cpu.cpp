@@ -71,7 +71,7 @@ constexpr Candidate kCandidates[] = {
     {&kNeonKernels, [] { return true; }},
 #endif
     {&kScalarKernels, [] { return true; }},
-    {&kScalarFivesKernels, [] { return true; }},
+    {&kScalarLut5Kernels, [] { return true; }},
 };
 
 std::atomic<const Kernels*>& choice() {
@@ -79,7 +79,7 @@ std::atomic<const Kernels*>& choice() {
   return kernels;
 }
 
-int find_times_to_ask() {
+int find_prefetch_repeats() {
 #if LIT_BINQ_HAVE_AVX2 || LIT_BINQ_HAVE_AVX512
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kAuth = 0x68747541, kHygo = 0x6f677948;  // the first letters of the vendor's name
@@ -109,8 +109,8 @@ bool force_kernels(const char* name) {
   return false;
 }
 
-int times_to_ask() {
-  static const int times = find_times_to_ask();
+int prefetch_repeats() {
+  static const int times = find_prefetch_repeats();
   return times;
 }
 

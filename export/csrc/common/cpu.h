@@ -11,12 +11,12 @@ const Kernels& current_kernels();
 // Those that this machine can run, the best ones first; nullptr where there are not so many.
 const Kernels* available_kernels(int i);
 
-// Chooses by name ("scalar", "scalar-fives", "avx2", "avx512", "neon"). False, and nothing changed, where the name is
+// Chooses by name ("scalar", "scalar-lut5", "avx2", "avx512", "neon"). False, and nothing changed, where the name is
 // unknown or the machine lacks it.
 bool force_kernels(const char* name);
 
-// How often one row of activations asks for a line that it will read (prefetch.h): 4 times where the processor drops
+// How often one row of activations prefetches a line that it will read (prefetch.h): 4 times where the processor drops
 // lines it has no room to remember, as AMD's do, else once: of two Xeons four times took a fifth longer on one.
-int times_to_ask();
+int prefetch_repeats();
 
 }  // namespace lit_binq

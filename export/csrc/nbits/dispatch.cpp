@@ -31,7 +31,7 @@ const NBitsKernels* nbits_kernels(const char* name) {
     if (__builtin_cpu_supports("f16c")) return &kNBitsAvx2;
   }
 #endif
-  return is("scalar") || is("scalar-fives") || is("avx2") || is("avx512") || is("neon") ? &kNBitsScalar : nullptr;
+  return is("scalar") || is("scalar-lut5") || is("avx2") || is("avx512") || is("neon") ? &kNBitsScalar : nullptr;
 }
 
 }  // namespace lit_binq

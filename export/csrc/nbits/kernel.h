@@ -47,7 +47,7 @@ struct NBitsTile {
   const uint8_t* data;
   int64_t blocks, lines;  // lines of a block: g / 8 or g / 4
   bool halves, zeros;     // scales are float16; there are zero points
-  int64_t ahead;          // bytes from a line that is read to one to ask for (prefetch.h), or 0
+  int64_t ahead;          // bytes from a line that is read to one to prefetch, or 0
 };
 
 // Bytes of a block's scales, and of its zero points. Static: see binary/kernel.h, block_bytes.

@@ -1,5 +1,5 @@
 // Rows of x in panels; of each panel first all rows are prepared, then all tiles of the weights pass over them.
-// Allocates from the workspace pool only. Loops are written so that a compiler turns them into vectors on any machine.
+// Allocates from the workspace pool only. Loops are written so that a compiler makes vectors of them on any machine.
 //
 // Legend: as in nbits/kernel.h; e the exponent of the power of two that a row of x is divided by.
 #include "nbits/multiply.h"
@@ -19,7 +19,7 @@ namespace {
 // and 32 of 8192 in one of the second.
 constexpr int64_t kPanel = 32;
 
-// How many bytes ahead one row of activations asks for its weights. A tile is one stream, which the processor follows
+// How many bytes ahead one row of activations prefetches its weights. A tile is one stream, which the processor follows
 // by itself nearly as well: on a Zen 4, 6 to 10 KB were some percent faster than the 16 KB of prefetch.h or nothing.
 constexpr int64_t kNBitsAhead = 8192;
 

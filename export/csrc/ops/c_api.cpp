@@ -61,10 +61,10 @@ LIT_BINQ_EXPORT void lit_binq_build_lut(const float* x, const float* c, int64_t 
   }
 }
 
-// The fives of one row, K <= 256, as they are: lookups(quads of K) * 64 bytes. -1 where the set has none.
-LIT_BINQ_EXPORT int lit_binq_build_fives(const float* x, const float* c, int64_t K, uint8_t* table, float* scale) {
+// The lut5 tables of one row, K <= 256, as they are: lookups(quads of K) * 64 bytes. -1 where the set has none.
+LIT_BINQ_EXPORT int lit_binq_build_lut5(const float* x, const float* c, int64_t K, uint8_t* table, float* scale) {
   const Kernels& kernels = current_kernels();
-  if (kernels.reference != &kScalarFivesKernels) return -1;
+  if (kernels.reference != &kScalarLut5Kernels) return -1;
   kernels.build_lut(x, c, K, 1.0f, true, table, scale);
   return 0;
 }

@@ -65,7 +65,7 @@ class CachedAttention final : public Operator {
     const Tensor query = read_input(context, 0), past_key = read_input(context, kPastKey);
     const Tensor past_value = read_input(context, kPastValue), last = read_input(context, kLast);
     const Tensor cos = read_input(context, kCos), sin = read_input(context, kSin);
-    Attending a = {};
+    AttentionArgs a = {};
     a.heads = heads_, a.kv_heads = kv_heads_, a.scale = scale_, a.window = window_;
     if (query.rank != 3) fail("query has shape %s, expected 3 dimensions", shape_text(query).c_str());
     a.batch = query.dims[0], a.tokens = query.dims[1];
@@ -146,7 +146,7 @@ class CachedAttention final : public Operator {
     }
   }
 
-  void expect_tokens(const Tensor& t, size_t index, const Attending& a, int64_t width) const {
+  void expect_tokens(const Tensor& t, size_t index, const AttentionArgs& a, int64_t width) const {
     if (t.rank != 3 || t.dims[0] != a.batch || t.dims[1] != a.tokens || t.dims[2] != width) {
       fail("%s has shape %s, expected (%lld, %lld, %lld) for %lld and %lld heads of %lld",
            name_of(index), shape_text(t).c_str(), as_long(a.batch), as_long(a.tokens), as_long(width),
@@ -162,7 +162,7 @@ class CachedAttention final : public Operator {
   }
 
   // A cache grows to it: it must not be beyond what the model has positions for.
-  int64_t read_total(const OrtKernelContext* context, const Attending& a, int64_t positions) const {
+  int64_t read_total(const OrtKernelContext* context, const AttentionArgs& a, int64_t positions) const {
     const Tensor t = read_input(context, kTotal);
     if (t.elements != 1) fail("total_tokens has shape %s, expected one number", shape_text(t).c_str());
     const int64_t total = *t.as<int32_t>(), most = std::max(positions, a.past_room);
@@ -172,7 +172,7 @@ class CachedAttention final : public Operator {
     return total;
   }
 
-  void expect_lengths(Attending& a, int64_t total, int64_t positions) const {
+  void expect_lengths(AttentionArgs& a, int64_t total, int64_t positions) const {
     a.first = total == a.tokens;
     const int64_t least = a.first ? -1 : a.tokens - 1, most = std::min(total, positions) - 1;
     for (int64_t i = 0; i < a.batch; ++i) {

@@ -28,7 +28,7 @@ std::vector<float> numbers(std::mt19937& engine, int64_t count) {
 }
 
 // x (d,) rotated by the angles of a position
-std::vector<double> rotated(const float* x, const Attending& a, int64_t position) {
+std::vector<double> rotated(const float* x, const AttentionArgs& a, int64_t position) {
   const int64_t half = a.d / 2;
   std::vector<double> y(static_cast<size_t>(a.d));
   for (int64_t i = 0; i < half; ++i) {
@@ -40,7 +40,7 @@ std::vector<double> rotated(const float* x, const Attending& a, int64_t position
 }
 
 // The largest difference of a head's output from that of plain loops over the cache that `attend` has written.
-double difference(const Attending& a, int64_t row, int64_t token, int64_t head) {
+double difference(const AttentionArgs& a, int64_t row, int64_t token, int64_t head) {
   const int64_t position = a.last[row] + 1 - a.tokens + token, first = std::max<int64_t>(0, position + 1 - a.window);
   const int64_t start = (row * kKvHeads + head / kGroup) * a.room;
   const auto q = rotated(a.q + (row * a.tokens + token) * a.q_stride + head * a.d, a, position);
@@ -74,7 +74,7 @@ double largest(const AttentionKernels& kernels, const Case& c) {
     sin.push_back(static_cast<float>(std::sin(angle)));
   }
   const int32_t last[kRows] = {static_cast<int32_t>(c.past + c.tokens - 1), static_cast<int32_t>(c.past + c.tokens)};
-  Attending a = {};
+  AttentionArgs a = {};
   a.batch = kRows, a.tokens = c.tokens, a.heads = kHeads, a.kv_heads = kKvHeads, a.d = d;
   a.past_room = a.room = room, a.window = c.window, a.scale = 0.1f;
   a.q = joined.data(), a.k = a.q + kHeads * d, a.v = a.k + kKvHeads * d, a.q_stride = a.kv_stride = width;

@@ -78,21 +78,21 @@ void compare_tables(const Kernels& kernels, Random& random) {
     kernels.reference->build_lut(x.data(), c.data(), count, 0.5f, false, want.data(), &want_scale);
     kernels.build_lut(x.data(), c.data(), count, 0.5f, false, got.data(), &got_scale);
     if (kernels.layout == Layout::kQuads) {
-      std::vector<uint8_t> turned(got.size());
+      std::vector<uint8_t> transposed(got.size());
       for (size_t g = 0; g < 2 * bytes; ++g) {
         const size_t place = g / 8 * 8 + 4 * (g % 2) + g % 8 / 2;
-        std::memcpy(&turned[16 * g], &got[16 * place], 16);
+        std::memcpy(&transposed[16 * g], &got[16 * place], 16);
       }
-      got = turned;
+      got = transposed;
     }
     const std::string what = std::to_string(count) + " columns";
     expect(same_bits(want, got) && want_scale == got_scale, kernels.name, "byte tables of " + what);
-    if (kernels.reference == &kScalarFivesKernels) {  // in one layout for all
+    if (kernels.reference == &kScalarLut5Kernels) {  // in one layout for all
       kernels.reference->build_lut(x.data(), c.data(), count, 0.5f, true, want.data(), &want_scale);
       kernels.build_lut(x.data(), c.data(), count, 0.5f, true, got.data(), &got_scale);
       const size_t size = static_cast<size_t>(lookups(static_cast<int64_t>(bytes) / kQuad)) * 16 * kQuad;
       want.resize(size), got.resize(size);
-      expect(same_bits(want, got) && want_scale == got_scale, kernels.name, "tables of fives of " + what);
+      expect(same_bits(want, got) && want_scale == got_scale, kernels.name, "lut5 tables of " + what);
     }
     // Sums of zeros have either sign: compare values.
     std::vector<float> want_exact(bytes * kExactEntries, 1.0f), got_exact(bytes * kExactEntries, 2.0f);

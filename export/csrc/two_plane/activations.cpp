@@ -1,4 +1,4 @@
-// The preparation of two_plane/activations.h. Loops are written so that a compiler turns them into vectors on any
+// The preparation of two_plane/activations.h. Loops are written so that a compiler makes vectors of them on any
 // machine: 8 independent partial results, no calls, no branches.
 #include "two_plane/activations.h"
 

@@ -1,4 +1,4 @@
-// One row of activations, made ready for the kernels: put in stored order, scaled or quantized, turned into tables or
+// One row of activations, made ready for the kernels: put in stored order, scaled or quantized, made into tables or
 // words. Knows two_plane/matrix.h.
 #pragma once
 

@@ -67,7 +67,7 @@ struct TwoPlaneBlock {
   const uint8_t* codes;
   const uint8_t* levels;
   int64_t chunks;
-  int asks;  // times one row of activations asks ahead for them (cpu.h); 0: they are in a cache
+  int repeats;  // how often one row of activations prefetches them (cpu.h); 0: they are in a cache
 
   const uint16_t* halves() const { return reinterpret_cast<const uint16_t*>(levels); }
 };

@@ -78,7 +78,7 @@ void multiply_tile(void* argument, size_t task) {
   for (int64_t b = 0; b < w.blocks(); ++b) {
     const TwoPlaneColumns& columns = w.block(b);
     TwoPlaneBlock block = w.tile_block(tile, b);
-    block.asks = m1 - m0 == 1 ? times_to_ask() : 0;  // several rows find the weights in a cache
+    block.repeats = m1 - m0 == 1 ? prefetch_repeats() : 0;  // several rows find the weights in a cache
     for (int64_t m = m0; m < m1; ++m) {
       if (!p.row[m].finite) continue;
       const float* unit_and_total = p.prepared.of(b, m);

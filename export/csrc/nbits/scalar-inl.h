@@ -1,12 +1,15 @@
 // Kernels for 4 and 8 bits in plain C++: the reference for every other instruction set, and what machines without one
 // run. Knows nbits/kernel.h only. The inner loops go over the 16 rows of a tile, or 8 bytes of a line, with no calls
-// and no branches in them, so that a compiler turns them into vectors on any machine.
+// and no branches in them, so that a compiler makes vectors of them on any machine.
+#pragma once
+
 #include <cstring>
 
 #include "nbits/kernel.h"
 
 namespace lit_binq {
 namespace {
+namespace nbits_scalar {
 
 constexpr int kRows = static_cast<int>(kNBitsRows), kBytes = static_cast<int>(kNBitsLine);
 
@@ -129,8 +132,8 @@ void exact(const NBitsTile& t, const NBitsActivations* x, int64_t rows, double* 
   }
 }
 
+constexpr NBitsKernels kKernels = {rounded<4>, rounded<8>, exact<4>, exact<8>};
+
+}  // namespace nbits_scalar
 }  // namespace
-
-const NBitsKernels kNBitsScalar = {"scalar", rounded<4>, rounded<8>, exact<4>, exact<8>};
-
 }  // namespace lit_binq

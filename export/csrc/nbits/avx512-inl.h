@@ -4,6 +4,8 @@
 // A register is a line: a word of 4 bytes for each of the 16 rows. VPDPBUSD multiplies the 4 unsigned codes of a word
 // by 4 activations, the same for all rows, and adds up. High halves of bytes stay where they are: their sums are 16
 // times too large, which one shift a block undoes.
+#pragma once
+
 #include <immintrin.h>
 
 #include "common/prefetch.h"
@@ -11,6 +13,7 @@
 
 namespace lit_binq {
 namespace {
+namespace nbits_avx512 {
 
 inline __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
@@ -149,8 +152,8 @@ void exact_rows(const NBitsTile& t, const NBitsActivations* x, int64_t rows, dou
   }
 }
 
+constexpr NBitsKernels kKernels = {rounded_rows<4>, rounded_rows<8>, exact_rows<4>, exact_rows<8>};
+
+}  // namespace nbits_avx512
 }  // namespace
-
-const NBitsKernels kNBitsAvx512 = {"avx512", rounded_rows<4>, rounded_rows<8>, exact_rows<4>, exact_rows<8>};
-
 }  // namespace lit_binq

@@ -5,6 +5,8 @@
 // 1 load and 8 operations (and, shift, 2 x tbl, 4 x uaddw): a shift of bytes needs no mask.
 //
 // No fused multiply-add: results must equal kernels_scalar.cpp bit for bit.
+#pragma once
+
 #include <arm_neon.h>
 
 #include "binary/kernel.h"
@@ -12,6 +14,7 @@
 
 namespace lit_binq {
 namespace {
+namespace binary_neon {
 
 constexpr int64_t kRows = 16;  // of a register of codes
 
@@ -51,11 +54,11 @@ inline int8x16_t four_bytes(float32x4_t a, float32x4_t b, float32x4_t c, float32
   const int16x8_t cd = vcombine_s16(vmovn_s32(vcvtnq_s32_f32(vmulq_f32(c, units))),
                                     vmovn_s32(vcvtnq_s32_f32(vmulq_f32(d, units))));
   // 4 groups of a, then of b, of c, of d. The table is their transpose.
-  static const uint8_t kTurn[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-  return vqtbl1q_s8(vcombine_s8(vmovn_s16(ab), vmovn_s16(cd)), vld1q_u8(kTurn));
+  static const uint8_t kTranspose[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  return vqtbl1q_s8(vcombine_s8(vmovn_s16(ab), vmovn_s16(cd)), vld1q_u8(kTranspose));
 }
 
-// The bytes of a lane turned round and negated: the sums of the inverted indices.
+// The bytes of a lane reversed and negated: the sums of the inverted indices.
 inline int8x16_t mirrored(int8x16_t bytes) { return vnegq_s8(vrev32q_s8(bytes)); }
 
 // The tables of 4 groups. Only 8 of a group's 16 sums are computed: the sum of an inverted index is the negative one,
@@ -215,9 +218,8 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
   }
 }
 
+constexpr BinaryKernels kKernels = {Layout::kBytes, largest, kNeverDense, build_lut, build_exact, add_lut, add_exact, apply_gate};
+
+}  // namespace binary_neon
 }  // namespace
-
-const Kernels kNeonKernels = {"neon",    Layout::kBytes, largest, &kScalarKernels, kNeverDense,
-                              build_lut, build_exact,    add_lut, add_exact,       apply_gate};
-
 }  // namespace lit_binq

@@ -1,12 +1,15 @@
 // The kernels for x86-64 with AVX2: making tables, and the magnitudes that their scale is chosen by. What
 // kernels_avx2.cpp says holds here too: no standard library, no fused multiply-add. Knows kernels_avx2.h and the
 // intrinsics only.
+#pragma once
+
 #include <immintrin.h>
 
 #include "binary/kernels_avx2.h"
 
-namespace lit_binq::avx2 {
+namespace lit_binq {
 namespace {
+namespace binary_avx2 {
 
 inline int32_t largest_lane(__m256i v) {
   const __m128i half = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -63,14 +66,14 @@ inline __m256i four_bytes(__m256 a, __m256 b, __m256 c, __m256 d, __m256 units) 
   const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(c, units)),
                                         _mm256_cvtps_epi32(_mm256_mul_ps(d, units)));
   // In each half: 4 groups of a, then of b, of c, of d. The shuffle is their transpose.
-  const __m256i turn = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  return _mm256_shuffle_epi8(_mm256_packs_epi16(ab, cd), turn);
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  return _mm256_shuffle_epi8(_mm256_packs_epi16(ab, cd), order);
 }
 
-// The bytes of a lane turned round and negated: the sums of the inverted indices.
+// The bytes of a lane reversed and negated: the sums of the inverted indices.
 inline __m256i mirrored(__m256i bytes) {
-  const __m256i turn = _mm256_broadcastsi128_si256(_mm_setr_epi8(3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12));
-  return _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_shuffle_epi8(bytes, turn));
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12));
+  return _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_shuffle_epi8(bytes, order));
 }
 
 // The sums of all groups with + z3: indices 8 to 11 and 12 to 15, whose bits 0, 1, 2 are the signs of z0, z1, z2.
@@ -129,8 +132,6 @@ inline __m256 triple_sums(const float* z) {
   return _mm256_add_ps(pair_sums(z), _mm256_xor_ps(_mm256_broadcast_ss(z + 2), flip_bit2()));
 }
 
-}  // namespace
-
 Magnitudes largest(const float* x, const float* c, int64_t K) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   // Two of each, so that one maximum need not wait for the one before.
@@ -177,4 +178,6 @@ void build_exact(const float* x, const float* c, int64_t count, float pre, float
   }
 }
 
-}  // namespace lit_binq::avx2
+}  // namespace binary_avx2
+}  // namespace
+}  // namespace lit_binq

@@ -1,6 +1,8 @@
 // Two-plane kernels in plain C++: the reference for every other instruction set. Knows two_plane/kernel.h only.
 //
 // Lanes of 8 bytes: the bits of 64 columns are one word.
+#pragma once
+
 #include <cmath>
 #include <cstring>
 
@@ -9,6 +11,7 @@
 
 namespace lit_binq {
 namespace {
+namespace two_plane_scalar {
 
 constexpr int64_t kLane = 8, kColumns = 8 * kLane;
 
@@ -144,9 +147,9 @@ void add_planes(const TwoPlaneBlock& block, int64_t levels, int64_t planes, cons
   }
 }
 
+constexpr TwoPlaneKernels kKernels = {kLane,     32,          1,            false,   build_lut,
+                                      build_exact, build_planes, add_lut, add_exact, add_planes};
+
+}  // namespace two_plane_scalar
 }  // namespace
-
-const TwoPlaneKernels kTwoPlaneScalar = {"scalar",  kLane,       32,           1,       false,
-                                         build_lut, build_exact, build_planes, add_lut, add_exact, add_planes};
-
 }  // namespace lit_binq

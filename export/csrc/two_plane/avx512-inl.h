@@ -8,6 +8,8 @@
 //             one lookup and one addition for 16 columns of 16 rows.
 //     exact   VPERMPS with a table of 16 floats for each nibble of the word
 //     planes  AND with a word of q_k, VPOPCNTD, add
+#pragma once
+
 #include <immintrin.h>
 
 #include "common/prefetch.h"
@@ -15,6 +17,7 @@
 
 namespace lit_binq {
 namespace {
+namespace two_plane_avx512 {
 
 constexpr int64_t kVector = 16;  // rows of a register
 constexpr int64_t kVectors = kTwoPlaneRows / kVector;
@@ -146,7 +149,7 @@ inline void combine_rounded(const uint8_t* levels, int v, __m512i A, __m512i B, 
   _mm512_storeu_ps(sum, _mm512_fmadd_ps(unit, _mm512_cvtepi32_ps(all), _mm512_loadu_ps(sum)));
 }
 
-template <int L, int Asks>
+template <int L, int Repeats>
 void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* sums) {
   constexpr int kPlanes = L == 4 ? 3 : 2;
   constexpr int kLevelLines = L == 4 ? 2 * kPairBytes : 2 * L;
@@ -158,7 +161,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
   }
   const uint8_t* codes = block.codes;
   for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes) {
-    prefetch_again(codes, Asks, 2 * kVectors);
+    prefetch_repeatedly(codes, Repeats, 2 * kVectors);
     const __m512i low = load(x.prepared + c * 2 * kRegister), high = load(x.prepared + c * 2 * kRegister + kRegister);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -179,7 +182,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
       }
     }
   }
-  prefetch_again(block.levels, Asks, kLevelLines);
+  prefetch_repeatedly(block.levels, Repeats, kLevelLines);
   const __m512 unit = _mm512_set1_ps(x.unit), total = _mm512_set1_ps(x.total);
   // 16 times less, as rounded_pairs gives 16 times more. A block that counts as zero has no unit.
   const __m512 sixteenth = _mm512_set1_ps(x.unit * 0.0625f);
@@ -243,11 +246,11 @@ void add_planes(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float*
         for (__m512i& c : plane) c = _mm512_setzero_si512();
       }
     }
-    if (n == 0 && block.asks > 0) prefetch(block.levels, kAhead, 2 * L);
+    if (n == 0 && block.repeats > 0) prefetch(block.levels, kAhead, 2 * L);
     const uint8_t* codes = block.codes + 4 * n;
     const uint8_t* q = x.prepared;
     for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes, q += 4 * Planes) {
-      if (block.asks > 0) prefetch(codes, kAhead, Vectors), prefetch(codes + kPlaneBytes, kAhead, Vectors);
+      if (block.repeats > 0) prefetch(codes, kAhead, Vectors), prefetch(codes + kPlaneBytes, kAhead, Vectors);
       __m512i word[3][Vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v) {
@@ -293,8 +296,8 @@ void add_planes(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float*
 template <int L>
 void add_lut_asking(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* sums) {
   constexpr int kMany = L == 4 ? 3 : 4;  // two words outrun the memory by more than three
-  if (block.asks > 1) return add_lut<L, kMany>(block, x, sums);
-  if (block.asks == 1) return add_lut<L, 1>(block, x, sums);
+  if (block.repeats > 1) return add_lut<L, kMany>(block, x, sums);
+  if (block.repeats == 1) return add_lut<L, 1>(block, x, sums);
   add_lut<L, 0>(block, x, sums);
 }
 
@@ -330,10 +333,9 @@ void add_planes_any(const TwoPlaneBlock& block, int64_t levels, int64_t planes, 
   }
 }
 
+constexpr TwoPlaneKernels kKernels = {4,         128,          1,           true,          build_lut,
+                                      build_exact, build_planes, add_lut_any, add_exact_any, add_planes_any};
+
+}  // namespace two_plane_avx512
 }  // namespace
-
-const TwoPlaneKernels kTwoPlaneAvx512 = {"avx512",  4,           128,          1,           true,
-                                         build_lut, build_exact, build_planes, add_lut_any, add_exact_any,
-                                         add_planes_any};
-
 }  // namespace lit_binq

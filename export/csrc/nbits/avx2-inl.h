@@ -7,6 +7,8 @@
 //     4 bits   codes up to 15: 2 * 15 * 127 = 3810, and 8 of them, 32 columns, are 30480
 //     8 bits   codes less 128, their magnitude as the unsigned factor and their sign given to the activation:
 //              2 * 128 * 127 = 32512; the zero point is less 128 too
+#pragma once
+
 #include <immintrin.h>
 
 #include "common/prefetch.h"
@@ -14,6 +16,7 @@
 
 namespace lit_binq {
 namespace {
+namespace nbits_avx2 {
 
 constexpr int64_t kVector = 8;  // rows of a register
 constexpr int64_t kBytes = 32;
@@ -194,8 +197,8 @@ void exact_rows(const NBitsTile& t, const NBitsActivations* x, int64_t rows, dou
   }
 }
 
+constexpr NBitsKernels kKernels = {rounded_rows<4>, rounded_rows<8>, exact_rows<4>, exact_rows<8>};
+
+}  // namespace nbits_avx2
 }  // namespace
-
-const NBitsKernels kNBitsAvx2 = {"avx2", rounded_rows<4>, rounded_rows<8>, exact_rows<4>, exact_rows<8>};
-
 }  // namespace lit_binq

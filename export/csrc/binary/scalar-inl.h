@@ -1,5 +1,7 @@
 // The kernels in plain C++: the references for every other instruction set, and what runs where there is none.
 // Knows kernel.h only.
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 
@@ -8,6 +10,7 @@
 
 namespace lit_binq {
 namespace {
+namespace binary_scalar {
 
 Magnitudes largest(const float* x, const float* c, int64_t K) {
   return with_rest({0, 0}, x, c, 0, K);
@@ -80,7 +83,7 @@ void add_lut(const TileBlock& block, const uint8_t* tables, bool, int64_t stride
   }
 }
 
-// Fives. Group (j, byte) is nibble j % 2 of byte 4 (j / 2) + byte; its sign is a bit of a nibble of the same byte of a
+// Five-input LUT. Group (j, byte) is nibble j % 2 of byte 4 (j / 2) + byte; its sign is a bit of a nibble of the same byte of a
 // later quad.
 struct Fifth {
   int64_t byte;
@@ -92,8 +95,8 @@ Fifth fifth_of(int64_t quads, int j, int64_t byte) {
   return {kQuad * (half / 2) + byte, 4 * (half % 2) + j % 4};
 }
 
-void build_fives(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale) {
-  float z[kBlock], fives[2 * kBlockBytes][5];
+void build_lut5(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale) {
+  float z[kBlock], groups[2 * kBlockBytes][5];
   scaled_activations(x, c, count, pre, z);
   const int64_t quads = block_bytes(count) / kQuad;
   float largest = 0.0f;
@@ -104,24 +107,24 @@ void build_fives(const float* x, const float* c, int64_t count, float pre, uint8
     const float fifth = j < signed_lookups(quads) ? z[8 * sign.byte + sign.bit] : 0.0f;
     const float four = (std::fabs(v[0]) + std::fabs(v[1])) + (std::fabs(v[2]) + std::fabs(v[3]));
     largest = std::fmax(largest, four + std::fabs(fifth));
-    std::copy_n(v, 4, fives[g]);
-    fives[g][4] = fifth;
+    std::copy_n(v, 4, groups[g]);
+    groups[g][4] = fifth;
   }
   const bool zero = !(largest >= kTiniestSum);
-  const float units = zero ? 0.0f : kTableLimit * (1 << kFivesFraction) / largest;
+  const float units = zero ? 0.0f : kTableLimit * (1 << kLut5Fraction) / largest;
   *scale = zero ? 0.0f : largest / kTableLimit;
   for (int64_t g = 0; g < kQuad * lookups(quads); ++g) {
     long q[5];
-    for (int i = 0; i < 5; ++i) q[i] = std::lrint(fives[g][i] * units);
+    for (int i = 0; i < 5; ++i) q[i] = std::lrint(groups[g][i] * units);
     for (int64_t i = 0; i < 16; ++i) {
-      long sum = q[4] + (1 << (kFivesFraction - 1));
+      long sum = q[4] + (1 << (kLut5Fraction - 1));
       for (int bit = 0; bit < 4; ++bit) sum += i >> bit & 1 ? q[bit] : -q[bit];
-      table[16 * g + i] = static_cast<uint8_t>(kTableBias + (sum >> kFivesFraction));
+      table[16 * g + i] = static_cast<uint8_t>(kTableBias + (sum >> kLut5Fraction));
     }
   }
 }
 
-void add_fives(const TileBlock& block, const uint8_t* tables, int64_t stride, const float* scales,
+void add_lut5(const TileBlock& block, const uint8_t* tables, int64_t stride, const float* scales,
                int64_t scale_stride, const float* factors, int64_t rows, float* sums) {
   const int64_t quads = block.bytes / kQuad;
   for (int64_t m = 0; m < rows; ++m) {
@@ -142,14 +145,14 @@ void add_fives(const TileBlock& block, const uint8_t* tables, int64_t stride, co
   }
 }
 
-void build_lut_or_fives(const float* x, const float* c, int64_t count, float pre, bool fives, uint8_t* table,
+void build_lut_or_lut5(const float* x, const float* c, int64_t count, float pre, bool lut5, uint8_t* table,
                         float* scale) {
-  (fives ? build_fives(x, c, count, pre, table, scale) : build_lut(x, c, count, pre, false, table, scale));
+  (lut5 ? build_lut5(x, c, count, pre, table, scale) : build_lut(x, c, count, pre, false, table, scale));
 }
 
-void add_lut_or_fives(const TileBlock& block, const uint8_t* tables, bool fives, int64_t stride, const float* scales,
+void add_lut_or_lut5(const TileBlock& block, const uint8_t* tables, bool lut5, int64_t stride, const float* scales,
                       int64_t scale_stride, const float* factors, int64_t rows, float* sums) {
-  if (fives) return add_fives(block, tables, stride, scales, scale_stride, factors, rows, sums);
+  if (lut5) return add_lut5(block, tables, stride, scales, scale_stride, factors, rows, sums);
   add_lut(block, tables, false, stride, scales, scale_stride, factors, rows, sums);
 }
 
@@ -174,14 +177,8 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
   }
 }
 
+constexpr BinaryKernels kKernels = {Layout::kBytes, largest, kNeverDense, build_lut, build_exact, add_lut, add_exact, apply_gate};
+
+}  // namespace binary_scalar
 }  // namespace
-
-const Kernels kScalarKernels = {
-    "scalar",  Layout::kBytes, largest, &kScalarKernels, kNeverDense,
-    build_lut, build_exact,    add_lut, add_exact,       apply_gate};
-
-const Kernels kScalarFivesKernels = {
-    "scalar-fives",     Layout::kBytes, largest,           &kScalarFivesKernels, kFivesFrom,
-    build_lut_or_fives, build_exact,    add_lut_or_fives, add_exact,            apply_gate};
-
 }  // namespace lit_binq

@@ -5,10 +5,12 @@
 // rows of 4 weight bytes; byte j of a row looks into the j-th 16 entries of the table, so its index is a nibble and the
 // constant 16 j. The 4 picked bytes of a row lie beside each other: vpdpbusd adds all 4 to the row's 32-bit sum. For
 // 512 weights that is 1 load and 7 operations (2 x index, 1 shift, 2 x vpermb, 2 x vpdpbusd). Several rows of
-// activations are multiplied in kernels_avx512_fives.cpp.
+// activations are multiplied in kernels_avx512_lut5.cpp.
 //
 // As in kernels_avx2.cpp: nothing of the standard library may be instantiated here, and there is no fused
 // multiply-add: results must equal kernels_scalar.cpp bit for bit.
+#pragma once
+
 #include <immintrin.h>
 
 #include "binary/kernels_avx512.h"
@@ -16,10 +18,8 @@
 #include "common/silu.h"
 
 namespace lit_binq {
-
-using namespace avx512;
-
 namespace {
+namespace binary_avx512 {
 
 Magnitudes largest(const float* x, const float* c, int64_t K) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -43,14 +43,14 @@ inline __m512i four_bytes(__m512 a, __m512 b, __m512 c, __m512 d, __m512 units) 
   const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(c, units)),
                                         _mm512_cvtps_epi32(_mm512_mul_ps(d, units)));
   // In each 128-bit lane: 4 groups of a, then of b, of c, of d. The shuffle is their transpose.
-  const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  return _mm512_shuffle_epi8(_mm512_packs_epi16(ab, cd), turn);
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  return _mm512_shuffle_epi8(_mm512_packs_epi16(ab, cd), order);
 }
 
-// The bytes in a lane turned round and negated, with their bias: the sums of the inverted indices.
+// The bytes in a lane reversed and negated, with their bias: the sums of the inverted indices.
 inline __m512i mirrored(__m512i bytes, __m512i bias) {
-  const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12));
-  return _mm512_sub_epi8(bias, _mm512_shuffle_epi8(bytes, turn));
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12));
+  return _mm512_sub_epi8(bias, _mm512_shuffle_epi8(bytes, order));
 }
 
 // The tables of 16 groups, that is of two quads, or of the first only. Of a group's 16 sums only 8 are computed: the sum
@@ -101,8 +101,8 @@ void build_lut_chunks(const float* x, const float* c, int64_t count, float pre, 
   for (int i = 0; i < Chunks; ++i) store_tables(groups[i], units, quads - 2 * i, table + 2 * kTable * i);
 }
 
-void build_lut(const float* x, const float* c, int64_t count, float pre, bool fives, uint8_t* table, float* scale) {
-  if (fives) return build_fives(x, c, count, pre, table, scale);
+void build_lut(const float* x, const float* c, int64_t count, float pre, bool lut5, uint8_t* table, float* scale) {
+  if (lut5) return build_lut5(x, c, count, pre, table, scale);
   static_assert(kBlock == 4 * 64, "as many chunks as there are cases");
   switch ((count + 63) / 64) {
     case 1: return build_lut_chunks<1>(x, c, count, pre, table, scale);
@@ -139,8 +139,8 @@ inline __m512i index_of(__m512i nibbles) {
 }
 
 // One block for one row of activations and `Vectors` * 16 rows of weights, from row `first` of the tile on: 8 registers
-// of sums where it is the whole tile, so that tables are loaded once. `Asks`: see TileBlock.
-template <int Vectors, int Asks>
+// of sums where it is the whole tile, so that tables are loaded once. `Repeats`: see TileBlock.
+template <int Vectors, int Repeats>
 inline void add_lut_part(const TileBlock& block, int64_t first, const uint8_t* tables, float scale,
                          const float* factors, float* sums) {
   const __m512i ones = _mm512_set1_epi8(1);
@@ -161,7 +161,7 @@ inline void add_lut_part(const TileBlock& block, int64_t first, const uint8_t* t
 #pragma GCC unroll 8
     for (int i = 0; i < Vectors; ++i) {
       quads[i] = _mm512_loadu_si512(codes + i * kRows * kQuad);
-      prefetch_again(codes + i * kRows * kQuad, Asks);
+      prefetch_repeatedly(codes + i * kRows * kQuad, Repeats);
       index[i] = index_of(quads[i]);
     }
     add(index, tables);
@@ -176,18 +176,18 @@ inline void add_lut_part(const TileBlock& block, int64_t first, const uint8_t* t
   }
 }
 
-void add_lut(const TileBlock& block, const uint8_t* tables, bool fives, int64_t stride, const float* scales,
+void add_lut(const TileBlock& block, const uint8_t* tables, bool lut5, int64_t stride, const float* scales,
              int64_t scale_stride, const float* factors, int64_t rows, float* sums) {
-  if (fives) return add_fives(block, {tables, stride, scales, scale_stride, sums}, factors, rows);
+  if (lut5) return add_lut5(block, {tables, stride, scales, scale_stride, sums}, factors, rows);
   for (int64_t m = 0; m < rows; ++m) {
     const uint8_t* const table = tables + m * stride;
     const float scale = scales[m * scale_stride];
     float* const sum = sums + m * kTileRows;
     if (block.width < kTileRows) {
       for (int64_t n = 0; n < block.width; n += 2 * kRows) add_lut_part<2, 0>(block, n, table, scale, factors, sum);
-    } else if (block.asks > 1) {
+    } else if (block.repeats > 1) {
       add_lut_part<kVectors, 4>(block, 0, table, scale, factors, sum);
-    } else if (block.asks == 1) {
+    } else if (block.repeats == 1) {
       add_lut_part<kVectors, 1>(block, 0, table, scale, factors, sum);
     } else {
       add_lut_part<kVectors, 0>(block, 0, table, scale, factors, sum);
@@ -243,10 +243,8 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
   }
 }
 
+constexpr BinaryKernels kKernels = {Layout::kQuads, largest, kLut5From, build_lut, build_exact, add_lut, add_exact, apply_gate};
+
+}  // namespace binary_avx512
 }  // namespace
-
-const Kernels kAvx512Kernels = {
-    "avx512",  Layout::kQuads, largest, &kScalarFivesKernels, kFivesFrom,
-    build_lut, build_exact,    add_lut, add_exact,            apply_gate};
-
 }  // namespace lit_binq

@@ -1,14 +1,17 @@
-// LUT mode of AVX-512 for several rows of activations: five weights for each lookup (kernel.h, fives). Knows
+// LUT mode of AVX-512 for several rows of activations: five weights for each lookup (kernel.h, lut5). Knows
 // kernels_avx512.h, prefetch.h and the intrinsics only; of the standard library nothing may be instantiated here.
 //
 // A register of indices is 16 rows of 4 weight bytes, as in kernels_avx512.cpp, and beside it lies a register of signs,
 // +1 and -1. Of 256 columns 13 registers are looked up for 16: as vpermb and vpdpbusd are all that a core has to do for
 // them, a product takes four fifths of the time. Signs come with the indices: they are made once for all rows.
+#pragma once
+
 #include "binary/kernels_avx512.h"
 #include "common/prefetch.h"
 
-namespace lit_binq::avx512 {
+namespace lit_binq {
 namespace {
+namespace binary_avx512 {
 
 constexpr int64_t kMaxQuads = kBlockBytes / kQuad;
 constexpr int kPerChunk = 4;  // registers of indices of 64 columns
@@ -36,7 +39,7 @@ inline __m512 fifths_of(const Groups* chunks, int half) {
 
 // The tables of up to 8 lookups from 16-bit integers, `count` of them. z[0..3] and the fifth: lane b holds those of
 // byte b, first the 4 lookups of a chunk, then those of the next one.
-inline void store_fives(const __m512i* z, __m512i fifth, int count, uint8_t* table) {
+inline void store_lut5(const __m512i* z, __m512i fifth, int count, uint8_t* table) {
   const __m512i same01 = _mm512_add_epi16(z[0], z[1]), differ01 = _mm512_sub_epi16(z[0], z[1]);
   const __m512i same23 = _mm512_add_epi16(z[2], z[3]), differ23 = _mm512_sub_epi16(z[3], z[2]);
   // Of four activations, indices 8 to 15, which have + z3. The others are their negatives.
@@ -45,7 +48,7 @@ inline void store_fives(const __m512i* z, __m512i fifth, int count, uint8_t* tab
                             _mm512_sub_epi16(same23, same01), _mm512_add_epi16(same23, differ01),
                             _mm512_sub_epi16(same23, differ01), _mm512_add_epi16(same23, same01)};
   // vpmulhrsw: (v * factor + 2^14) >> 15
-  const __m512i factor = _mm512_set1_epi16(1 << (15 - kFivesFraction));
+  const __m512i factor = _mm512_set1_epi16(1 << (15 - kLut5Fraction));
   const __m512i bias = _mm512_set1_epi8(static_cast<char>(kTableBias));
   __m512i pair[8];  // [i]: of each group the bytes of indices 2 i and 2 i + 1
 #pragma GCC unroll 8
@@ -101,7 +104,7 @@ void build(const float* x, const float* c, int64_t count, float pre, uint8_t* ta
   }
   const float largest = _mm512_reduce_max_ps(sums);
   const bool zero = !(largest >= kTiniestSum);
-  const __m512 units = _mm512_set1_ps(zero ? 0.0f : kTableLimit * (1 << kFivesFraction) / largest);
+  const __m512 units = _mm512_set1_ps(zero ? 0.0f : kTableLimit * (1 << kLut5Fraction) / largest);
   *scale = zero ? 0.0f : largest / kTableLimit;
   const auto rounded = [&](__m512 v) { return _mm512_cvtps_epi32(_mm512_mul_ps(v, units)); };
 #pragma GCC unroll 2
@@ -110,20 +113,20 @@ void build(const float* x, const float* c, int64_t count, float pre, uint8_t* ta
     __m512i z[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) z[j] = _mm512_packs_epi32(rounded(chunks[i].z[j]), rounded(chunks[next].z[j]));
-    store_fives(z, _mm512_packs_epi32(rounded(fifths[i]), rounded(fifths[next])), kLookups - kPerChunk * i,
+    store_lut5(z, _mm512_packs_epi32(rounded(fifths[i]), rounded(fifths[next])), kLookups - kPerChunk * i,
                 table + kPerChunk * i * kHalf);
   }
 }
 
 // A block's weights, rewritten for all rows of activations: 13 KB at most, in L1 with the tables of 4 rows.
-struct Fives {
+struct Lut5Block {
   __m512i index[lookups(kMaxQuads)][kVectors];
   __m512i sign[signed_lookups(kMaxQuads)][kVectors];
   __m512i start[kVectors];  // what the tables' bias adds up to, negative
 };
 
 template <int Quads>
-void expand(const TileBlock& block, Fives& out) {
+void expand(const TileBlock& block, Lut5Block& out) {
   constexpr int kLookups = lookups(Quads), kSigned = signed_lookups(Quads);
   const __m512i nibble = _mm512_set1_epi8(15), place = _mm512_set1_epi32(0x30201000), plus = _mm512_set1_epi8(1);
   const __m512i bias = _mm512_set1_epi8(static_cast<char>(kTableBias));
@@ -170,17 +173,17 @@ inline void add_two(const __m512i* index, const __m512i* sign, __m512i table, __
 // `Tokens` rows of activations and `Vectors` * 16 rows of weights. 4 x 4 sums, so that an index and its sign serve 4
 // tables and a table 4 registers of indices: with 4 indices, 4 signs, a table and 2 lookups 27 of the 32 registers.
 template <int Quads, int Vectors, int Tokens>
-inline void add_part(const Fives& fives, int64_t place, const Rows& r, const float* factors) {
+inline void add_part(const Lut5Block& weights, int64_t place, const Rows& r, const float* factors) {
   __m512i sums[Tokens][Vectors];
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 4
-    for (int i = 0; i < Vectors; ++i) sums[t][i] = fives.start[place + i];
+    for (int i = 0; i < Vectors; ++i) sums[t][i] = weights.start[place + i];
   }
   const auto look_up = [&](int j, const __m512i* sign) __attribute__((always_inline)) {
     __m512i index[Vectors];
 #pragma GCC unroll 4
-    for (int i = 0; i < Vectors; ++i) index[i] = fives.index[j][place + i];
+    for (int i = 0; i < Vectors; ++i) index[i] = weights.index[j][place + i];
 #pragma GCC unroll 4
     for (int t = 0; t < Tokens; ++t) {
       const __m512i table = _mm512_loadu_si512(r.tables + t * r.stride + j * kHalf);
@@ -191,7 +194,7 @@ inline void add_part(const Fives& fives, int64_t place, const Rows& r, const flo
   __m512i sign[Vectors];
   for (int j = 0; j < signed_lookups(Quads); ++j) {
 #pragma GCC unroll 4
-    for (int i = 0; i < Vectors; ++i) sign[i] = fives.sign[j][place + i];
+    for (int i = 0; i < Vectors; ++i) sign[i] = weights.sign[j][place + i];
     look_up(j, sign);
   }
 #pragma GCC unroll 4
@@ -209,31 +212,29 @@ inline void add_part(const Fives& fives, int64_t place, const Rows& r, const flo
 }
 
 template <int Quads, int Tokens>
-inline void add_tokens(const Fives& fives, int64_t vectors, const Rows& r, const float* factors) {
+inline void add_tokens(const Lut5Block& weights, int64_t vectors, const Rows& r, const float* factors) {
   int64_t place = 0;
-  for (; place + 4 <= vectors; place += 4) add_part<Quads, 4, Tokens>(fives, place, r, factors);
-  if (place < vectors) add_part<Quads, 2, Tokens>(fives, place, r, factors);
+  for (; place + 4 <= vectors; place += 4) add_part<Quads, 4, Tokens>(weights, place, r, factors);
+  if (place < vectors) add_part<Quads, 2, Tokens>(weights, place, r, factors);
 }
 
 template <int Quads>
 void add(const TileBlock& block, Rows r, const float* factors, int64_t rows) {
-  Fives fives;
-  expand<Quads>(block, fives);
+  Lut5Block weights;
+  expand<Quads>(block, weights);
   const int64_t vectors = block.width / kRows;
   for (; rows >= 4; rows -= 4) {
-    add_tokens<Quads, 4>(fives, vectors, r, factors);
+    add_tokens<Quads, 4>(weights, vectors, r, factors);
     r.tables += 4 * r.stride;
     r.scales += 4 * r.scale_stride;
     r.sums += 4 * kTileRows;
   }
-  if (rows == 3) add_tokens<Quads, 3>(fives, vectors, r, factors);
-  if (rows == 2) add_tokens<Quads, 2>(fives, vectors, r, factors);
-  if (rows == 1) add_tokens<Quads, 1>(fives, vectors, r, factors);
+  if (rows == 3) add_tokens<Quads, 3>(weights, vectors, r, factors);
+  if (rows == 2) add_tokens<Quads, 2>(weights, vectors, r, factors);
+  if (rows == 1) add_tokens<Quads, 1>(weights, vectors, r, factors);
 }
 
-}  // namespace
-
-void build_fives(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale) {
+void build_lut5(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale) {
   static_assert(kMaxQuads == 8, "as many as there are cases");
   switch (block_bytes(count) / kQuad) {
     case 1: return build<1>(x, c, count, pre, table, scale);
@@ -247,7 +248,7 @@ void build_fives(const float* x, const float* c, int64_t count, float pre, uint8
   }
 }
 
-void add_fives(const TileBlock& block, Rows r, const float* factors, int64_t rows) {
+void add_lut5(const TileBlock& block, Rows r, const float* factors, int64_t rows) {
   switch (block.bytes / kQuad) {
     case 1: return add<1>(block, r, factors, rows);
     case 2: return add<2>(block, r, factors, rows);
@@ -260,4 +261,6 @@ void add_fives(const TileBlock& block, Rows r, const float* factors, int64_t row
   }
 }
 
-}  // namespace lit_binq::avx512
+}  // namespace binary_avx512
+}  // namespace
+}  // namespace lit_binq

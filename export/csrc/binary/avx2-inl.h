@@ -4,6 +4,8 @@
 // This file is compiled with -mavx2. It must not instantiate anything from the standard library: such a template
 // would be emitted here as AVX2 code under a shared name, and the linker could pick it for a machine without AVX2.
 // No fused multiply-add: results must equal kernels_scalar.cpp bit for bit.
+#pragma once
+
 #include <immintrin.h>
 
 #include "binary/kernels_avx2.h"
@@ -12,6 +14,7 @@
 
 namespace lit_binq {
 namespace {
+namespace binary_avx2 {
 
 // sum[0..7] += scale * units[0..7], times factors[0..7] where there are any
 template <bool Factors>
@@ -185,7 +188,7 @@ __attribute__((noinline)) void add_signed(const SignedBlock& block, int64_t byte
     }
     index += kPairs;
     sign += kPairs;
-    tables += avx2::kHalfEntries;
+    tables += kHalfEntries;
   } while (index != end);
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) {
@@ -298,10 +301,8 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
   }
 }
 
+constexpr BinaryKernels kKernels = {Layout::kBytes, largest, kFewestRows, build_lut, build_exact, add_lut, add_exact, apply_gate};
+
+}  // namespace binary_avx2
 }  // namespace
-
-const Kernels kAvx2Kernels = {
-    "avx2",          Layout::kBytes,    avx2::largest, &kScalarKernels, kFewestRows,
-    avx2::build_lut, avx2::build_exact, add_lut,       add_exact,       apply_gate};
-
 }  // namespace lit_binq

@@ -8,6 +8,8 @@
 //
 // Planes of activations are counted by table too: for a nibble of 4 columns the entry of weight bits i holds
 // popcount(i & q_k) of one plane in its low half and that of the next plane in its high half.
+#pragma once
+
 #include <immintrin.h>
 
 #include "common/prefetch.h"
@@ -15,6 +17,7 @@
 
 namespace lit_binq {
 namespace {
+namespace two_plane_avx2 {
 
 constexpr int64_t kVector = 32;                    // rows of a register
 constexpr int64_t kChunkBytes = 2 * kTwoPlaneRows;  // of weights
@@ -192,7 +195,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
     const uint8_t* codes = block.codes + n;
     for (int64_t c = 0; c < block.chunks; ++c, codes += kChunkBytes) {
       // A chunk is two cache lines: of A and of B.
-      if (n == 0 && block.asks > 0) prefetch(codes, kAhead), prefetch(codes + kTwoPlaneRows, kAhead);
+      if (n == 0 && block.repeats > 0) prefetch(codes, kAhead), prefetch(codes + kTwoPlaneRows, kAhead);
       const __m256i low = table(x.prepared + kLutChunk * c), high = table(x.prepared + kLutChunk * c + kQuadBytes);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
@@ -207,7 +210,7 @@ void add_lut(const TwoPlaneBlock& block, const TwoPlaneActivations& x, float* su
         }
       }
     }
-    if (n == 0 && block.asks > 0) prefetch(block.levels, kAhead, 2 * L);
+    if (n == 0 && block.repeats > 0) prefetch(block.levels, kAhead, 2 * L);
     const __m256i bias = _mm256_set1_epi16(static_cast<short>(2 * block.chunks * 128));
     const __m256 unit = _mm256_set1_ps(x.unit), total = _mm256_set1_ps(x.total);
     for (int v = 0; v < kVectors; ++v) {
@@ -366,10 +369,9 @@ void add_planes_any(const TwoPlaneBlock& block, int64_t levels, int64_t planes, 
   }
 }
 
+constexpr TwoPlaneKernels kKernels = {1,         4 * kExactFloats, kQuadBytes,   false,       build_lut,
+                                      build_exact, build_planes,     add_lut_any, add_exact_any, add_planes_any};
+
+}  // namespace two_plane_avx2
 }  // namespace
-
-const TwoPlaneKernels kTwoPlaneAvx2 = {
-    "avx2",    1,           4 * kExactFloats, kQuadBytes,  false,
-    build_lut, build_exact, build_planes,     add_lut_any, add_exact_any, add_planes_any};
-
 }  // namespace lit_binq
