@@ -80,6 +80,9 @@ COMMANDS = {
     "generate": Command(
         "lit_binq.cli.generate:generate", 'OUT --prompt "Once"', "write text with an exported model", raw=True
     ),
+    "info": Command(
+        "lit_binq.cli.info:info", "", "the operator library, its kernels, ONNX Runtime's version", raw=True
+    ),
     "bench ops": Command(f"{_BENCH}:ops", "", "how fast is one product, by our kernels and by ONNX Runtime's"),
     "bench decode": Command(f"{_BENCH}:decode", "OUT", "tokens a second of an exported model, beside other programs"),
     "bench prefill": Command(f"{_BENCH}:prefill", "OUT", "the same of reading a prompt"),

@@ -14,8 +14,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from lit_binq_onnx.functions import add_functions
-from lit_binq_onnx.runtime.library import NativeLibrary
-from native import session
+from native import KernelLibrary, session
 
 INPUTS = ("query", "past_key", "past_value", "last_positions", "total_tokens", "cos", "sin", "key", "value")
 OUTPUTS = ("heads", "present_key", "present_value")
@@ -142,18 +141,12 @@ class Problem:
             add_functions(made)
         return made
 
-    def run(self, library: NativeLibrary | None, *, isa: str | None = None, threads: int = 1) -> list[np.ndarray]:
+    def run(self, library: KernelLibrary | None, *, isa: str | None = None, threads: int = 1) -> list[np.ndarray]:
         """heads, present_key, present_value, the last two in new memory; the function body without a library."""
         made = self.model(body=library is None)
-        if library is None or isa is None:
-            outputs: list[np.ndarray] = session(made, library, threads=threads).run(None, self.inputs)
-            return outputs
-        best = library.isa()
-        library.force_isa(isa)
-        try:
-            outputs = session(made, library, threads=threads).run(None, self.inputs)
-        finally:
-            library.force_isa(best)
+        if library is not None and isa is not None:
+            library = library.on(isa)
+        outputs: list[np.ndarray] = session(made, library, threads=threads).run(None, self.inputs)
         return outputs
 
     def run_in_place(

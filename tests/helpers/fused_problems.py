@@ -10,8 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lit_binq_onnx.functions import add_functions
-from lit_binq_onnx.runtime.library import NativeLibrary
-from native import Problem, multiply, random_problem, session
+from native import KernelLibrary, Problem, multiply, random_problem, session
 
 EPSILON = 1e-5
 
@@ -29,7 +28,7 @@ def skip_for(hidden: np.ndarray) -> np.ndarray:
 
 
 def normalized(
-    native: NativeLibrary, hidden: np.ndarray, skip: np.ndarray, weight: np.ndarray, epsilon: float
+    native: KernelLibrary, hidden: np.ndarray, skip: np.ndarray, weight: np.ndarray, epsilon: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(sum, x) of rows (M, K), as the native operators compute them."""
     call, pointer = native.handle.lit_binq_normalize, ctypes.c_void_p
@@ -40,7 +39,7 @@ def normalized(
     return total, x
 
 
-def rows_of(native: NativeLibrary, hidden: np.ndarray) -> np.ndarray:
+def rows_of(native: KernelLibrary, hidden: np.ndarray) -> np.ndarray:
     """x (M, K) in the models here."""
     return normalized(native, hidden, skip_for(hidden), gamma(hidden.shape[1]), EPSILON)[1]
 
@@ -118,30 +117,30 @@ def mlp(K: int, H: int, N: int, *, seed: int = 0) -> list[Problem]:
 
 
 def one_by_one(
-    native: NativeLibrary, problems: list[Problem], hidden: np.ndarray, *, exact: bool, isa: str
+    native: KernelLibrary, problems: list[Problem], hidden: np.ndarray, *, exact: bool, isa: str
 ) -> np.ndarray:
     """[Q, K, V] from a norm and three multiplications."""
     x = rows_of(native, hidden)
     return np.concatenate([multiply(native, p, x, exact=exact, isa=isa) for p in problems], axis=1)
 
 
-def apply_gate(native: NativeLibrary, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+def apply_gate(native: KernelLibrary, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     """silu(gate) * up as the native operator computes it."""
     call = native.handle.lit_binq_apply_gate
-    call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    call.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     opened, up = np.array(gate, np.float32), np.ascontiguousarray(up, np.float32)
-    call(opened.ctypes.data, up.ctypes.data, opened.size)
+    call(native.isa().encode(), opened.ctypes.data, up.ctypes.data, opened.size)
     return opened
 
 
 def mlp_one_by_one(
-    native: NativeLibrary, problems: list[Problem], hidden: np.ndarray, *, exact: bool, isa: str
+    native: KernelLibrary, problems: list[Problem], hidden: np.ndarray, *, exact: bool, isa: str
 ) -> np.ndarray:
     """A norm, three multiplications and the gate between them."""
     gate, up, down = problems
     x = rows_of(native, hidden)
     opened = apply_gate(
-        native, multiply(native, gate, x, exact=exact, isa=isa), multiply(native, up, x, exact=exact, isa=isa)
+        native.on(isa), multiply(native, gate, x, exact=exact, isa=isa), multiply(native, up, x, exact=exact, isa=isa)
     )
     return multiply(native, down, opened, exact=exact, isa=isa)
 
@@ -150,7 +149,7 @@ def feeds(hidden: np.ndarray) -> dict[str, np.ndarray]:
     return {"hidden": hidden, "skip": skip_for(hidden)}
 
 
-def run(made: onnx.ModelProto, native: NativeLibrary | None, hidden: np.ndarray, threads: int = 1) -> np.ndarray:
+def run(made: onnx.ModelProto, native: KernelLibrary | None, hidden: np.ndarray, threads: int = 1) -> np.ndarray:
     """Y, after a look at the other output."""
     y, total = session(made, native, threads=threads).run(None, feeds(hidden))
     with np.errstate(over="ignore", invalid="ignore"):

@@ -5,7 +5,9 @@ Legend: y = ((x * c) B^T) * r + bias, x (M, K), B (N, K) signs, c (K,) and r (N,
 
 import ctypes
 import os
+from copy import copy
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import onnx
@@ -14,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lit_binq.formats import packed_width
-from lit_binq_onnx.runtime.library import HOW_TO_BUILD, MODE_ENTRY, Mode, NativeLibrary, library_path
+from lit_binq_onnx.runtime.library import HOW_TO_BUILD, KERNELS_ENTRY, MODE_ENTRY, Mode, NativeLibrary, library_path
 
 LEVELS = [
     ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -32,14 +34,49 @@ BLOCK = 256
 def require_native() -> NativeLibrary:
     """The native library. Skips the test where it is not built, and fails where a build is expected."""
     if library_path() is None:
-        reason = f"the native library is not installed: {HOW_TO_BUILD}"
-        if os.environ.get("CI") or os.environ.get("LIT_BINQ_REQUIRE_NATIVE") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        _missing("the native library is not installed")
     return NativeLibrary()
 
 
-def instruction_sets(library: NativeLibrary) -> list[str]:
+def _missing(what: str) -> NoReturn:
+    reason = f"{what}: {HOW_TO_BUILD}"
+    if os.environ.get("CI") or os.environ.get("LIT_BINQ_REQUIRE_NATIVE") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+class KernelLibrary(NativeLibrary):
+    """The test library: the same objects, with C functions into the kernels and the set "scalar-lut5" beside.
+
+    Installed beside the other where the project is installed to be worked on, never in a wheel.
+    """
+
+    _on: str | None = None
+
+    def isas(self) -> list[str]:
+        """All sets this machine can run, the best one first, those in plain C++ last."""
+        return [one.name for one in self.kernel_sets() if not one.lacks]
+
+    def isa(self) -> str:
+        """The set that sessions with this library run."""
+        return self._on or self.kernels()
+
+    def on(self, isa: str) -> "KernelLibrary":
+        """The same library; sessions with it run this set."""
+        made = copy(self)
+        made._on = isa
+        return made
+
+
+def require_kernels() -> KernelLibrary:
+    """The test library, as `require_native` the other one."""
+    path = require_native().path.with_name("liblit_binq_test.so")
+    if not path.is_file():
+        _missing(f"the test library {path} is not built")
+    return KernelLibrary(path)
+
+
+def instruction_sets(library: KernelLibrary) -> list[str]:
     """All sets this machine can run, plain C++ first: the others are compared with it."""
     return library.isas()[::-1]
 
@@ -132,42 +169,16 @@ def random_problem(N: int, K: int, *, bias: bool = True, seed: int = 0) -> Probl
     )
 
 
-def multiply(library: NativeLibrary, p: Problem, x: np.ndarray, *, exact: bool, isa: str) -> np.ndarray:
+def multiply(library: KernelLibrary, p: Problem, x: np.ndarray, *, exact: bool, isa: str) -> np.ndarray:
     """The kernels without ONNX Runtime, on this thread: (M, K) float32 -> (M, N) float32."""
     call = library.handle.lit_binq_matmul
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    call.argtypes = [
-        pointer,
-        integer,
-        integer,
-        integer,
-        pointer,
-        pointer,
-        pointer,
-        pointer,
-        ctypes.c_int,
-        pointer,
-    ]
+    call.argtypes = [ctypes.c_char_p, pointer, *[integer] * 3, *[pointer] * 4, ctypes.c_int, pointer]
     x = np.ascontiguousarray(x, np.float32)
     y = np.full((len(x), p.N), 12345.0, np.float32)
-    best = library.isa()
-    library.force_isa(isa)
-    try:
-        status = call(
-            x.ctypes.data,
-            len(x),
-            p.K,
-            p.N,
-            p.codes.ctypes.data,
-            p.r.ctypes.data,
-            p.c.ctypes.data,
-            None if p.bias is None else p.bias.ctypes.data,
-            int(exact),
-            y.ctypes.data,
-        )
-    finally:
-        library.force_isa(best)
-    assert status == 0
+    bias = None if p.bias is None else p.bias.ctypes.data
+    tensors = [p.codes.ctypes.data, p.r.ctypes.data, p.c.ctypes.data, bias]
+    assert call(isa.encode(), x.ctypes.data, len(x), p.K, p.N, *tensors, int(exact), y.ctypes.data) == 0
     return y
 
 
@@ -224,6 +235,8 @@ def session(
         options.add_session_config_entry(key, value)
     if mode is not None:
         options.add_session_config_entry(MODE_ENTRY, mode)
+    if isinstance(library, KernelLibrary):
+        options.add_session_config_entry(KERNELS_ENTRY, library.isa())
     if library is not None:
         options.register_custom_ops_library(str(library.path))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

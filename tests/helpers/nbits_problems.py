@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lit_binq_onnx.functions import DOMAIN, add_functions
-from lit_binq_onnx.runtime.library import NativeLibrary
+from native import KernelLibrary
 
 SETS = ("scalar", "avx2", "avx512", "neon")
 
@@ -136,7 +136,7 @@ class _Tensors(ctypes.Structure):
     )
 
 
-def multiply(native: NativeLibrary, p: Problem, x: np.ndarray, *, exact: bool, isa: str) -> tuple[np.ndarray, bool]:
+def multiply(native: KernelLibrary, p: Problem, x: np.ndarray, *, exact: bool, isa: str) -> tuple[np.ndarray, bool]:
     """The kernels without ONNX Runtime: y (M, N) float32, and whether scales were packed as float16."""
     call = native.handle.lit_binq_nbits_matmul
     pointer = ctypes.c_void_p

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from lit_binq.formats.activations import quantize
-from lit_binq_onnx.runtime.library import NativeLibrary
+from native import KernelLibrary
 
 BLOCK = 160
 """Columns that are counted, and share a table scale, together (export/csrc/two_plane/kernel.h)."""
@@ -194,7 +194,7 @@ def activations(M: int, K: int, seed: int = 1) -> np.ndarray:
     return (rng.standard_normal((M, K)) * np.exp(0.5 * rng.standard_normal(K))).astype(np.float32)
 
 
-def multiply(library: NativeLibrary, p: Problem, x: np.ndarray, isa: str, *, exact: bool = False) -> np.ndarray:
+def multiply(library: KernelLibrary, p: Problem, x: np.ndarray, isa: str, *, exact: bool = False) -> np.ndarray:
     """(M, N) float32, without ONNX Runtime."""
     y = np.full((len(x), p.N), 12345.0, np.float32)
     x, structure = np.ascontiguousarray(x), p.structure()
@@ -217,7 +217,7 @@ class Integers:
     blocks: list[tuple[int, int]]
 
 
-def integers(library: NativeLibrary, p: Problem, x: np.ndarray, isa: str) -> Integers:
+def integers(library: KernelLibrary, p: Problem, x: np.ndarray, isa: str) -> Integers:
     call = library.handle.lit_binq_two_plane_counts
     call.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 6]
     call.restype = ctypes.c_int64

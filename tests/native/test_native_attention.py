@@ -21,58 +21,52 @@ from hypothesis import strategies as st
 
 from attention_problems import OUTPUTS, Problem
 from lit_binq_onnx.functions import add_functions
-from lit_binq_onnx.runtime.library import NativeLibrary
-from native import instruction_sets, require_native, session
+from native import KernelLibrary, instruction_sets, require_kernels, session
 
 
 @pytest.fixture(scope="module")
-def native() -> NativeLibrary:
-    return require_native()
+def native() -> KernelLibrary:
+    return require_kernels()
 
 
-def everywhere(native: NativeLibrary, p: Problem, tolerance: float = 2e-6) -> list[np.ndarray]:
+def everywhere(native: KernelLibrary, p: Problem, tolerance: float = 2e-6) -> list[np.ndarray]:
     """Against float64 on every instruction set, with present in memory of its own and, where it fits, in past's."""
     got = []
     for isa in instruction_sets(native):
         got = p.run(native, isa=isa)
         p.close(got, tolerance=tolerance)
         if p.room >= p.total:
-            best = native.isa()
-            native.force_isa(isa)
-            try:
-                opened = session(p.model(), native)
-            finally:
-                native.force_isa(best)
+            opened = session(p.model(), native.on(isa))
             p.close(p.run_in_place(opened), in_place=True, tolerance=tolerance)
     return got
 
 
 @pytest.mark.parametrize("past", [0, 1, 63, 64, 300])
 @pytest.mark.parametrize("s", [1, 2, 17, 64, 65, 200])
-def test_attention_is_that_of_float64(native: NativeLibrary, s: int, past: int) -> None:
+def test_attention_is_that_of_float64(native: KernelLibrary, s: int, past: int) -> None:
     everywhere(native, Problem(6, 2, 32, [past + s], s, past + s + 5, past + s))
 
 
 @pytest.mark.parametrize("s", [1, 9, 70])
 @pytest.mark.parametrize(("h", "k", "d"), [(1, 1, 16), (4, 4, 48), (9, 3, 64), (8, 1, 80), (26, 2, 16), (2, 1, 256)])
-def test_heads_of_all_sizes(native: NativeLibrary, h: int, k: int, d: int, s: int) -> None:
+def test_heads_of_all_sizes(native: KernelLibrary, h: int, k: int, d: int, s: int) -> None:
     """Groups of one, of more than registers take at once; widths that are no multiple of a product's columns."""
     everywhere(native, Problem(h, k, d, [s + 20, s + 70], s, 200, s + 70, packed=h % 2 == 0))
 
 
-def test_one_tile_takes_no_more_than_one_token(native: NativeLibrary) -> None:
+def test_one_tile_takes_no_more_than_one_token(native: KernelLibrary) -> None:
     """More heads in a group than a tile has rows."""
     everywhere(native, Problem(200, 1, 16, [12], 3, 12, 12))
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("s", [1, 5, 64])
-def test_rows_of_different_lengths(native: NativeLibrary, s: int, packed: bool) -> None:
+def test_rows_of_different_lengths(native: KernelLibrary, s: int, packed: bool) -> None:
     """A row without past, one that ends with a block of keys, one far behind it; room for more than all."""
     everywhere(native, Problem(6, 3, 16, [s, 64 + s, 300 + s], s, 450, 420, packed=packed))
 
 
-def test_first_prompts_of_different_lengths(native: NativeLibrary) -> None:
+def test_first_prompts_of_different_lengths(native: KernelLibrary) -> None:
     """Padding on the right gets zeros, and nothing of it reaches the cache or another token."""
     p = Problem(4, 2, 16, [70, 1, 0, 130, 64], 130, 140, 130)
     for i, n in enumerate(p.lengths):
@@ -83,13 +77,13 @@ def test_first_prompts_of_different_lengths(native: NativeLibrary) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 100, 10**9, 2**40])
 @pytest.mark.parametrize("s", [1, 3, 130])
-def test_windows(native: NativeLibrary, window: int, s: int) -> None:
+def test_windows(native: KernelLibrary, window: int, s: int) -> None:
     everywhere(native, Problem(4, 2, 16, [s, s + 90, s + 260], s, 400, 395, window=window))
 
 
 @given(data=st.data())
 @settings(deadline=None, max_examples=40)
-def test_any_sizes(native: NativeLibrary, data: st.DataObject) -> None:
+def test_any_sizes(native: KernelLibrary, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, 3))
     s = data.draw(st.sampled_from([0, 1, 1, 2, 7, 33, 80]))
     first = data.draw(st.booleans())
@@ -121,7 +115,7 @@ def test_any_sizes(native: NativeLibrary, data: st.DataObject) -> None:
     [([1], 1, 1), ([40, 12, 90], 1, 90), ([30], 30, 30), ([30, 7, 1], 30, 30), ([75], 5, 75), ([70, 40], 1, 80)],
 )
 def test_the_body_is_the_runtimes_operator(
-    native: NativeLibrary, lengths: list[int], s: int, total: int, packed: bool, window: int
+    native: KernelLibrary, lengths: list[int], s: int, total: int, packed: bool, window: int
 ) -> None:
     """To 1e-5, but for what lies in padding."""
     if ort.__version__.startswith("1.18.") and (window > 0 or 1 < s < total):
@@ -136,7 +130,7 @@ def test_the_body_is_the_runtimes_operator(
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_natively_one_node_runs(native: NativeLibrary, tmp_path: Path) -> None:
+def test_natively_one_node_runs(native: KernelLibrary, tmp_path: Path) -> None:
     p = Problem(4, 2, 16, [9], 1, 16, 9)
     made = p.model(body=True)
     onnx.checker.check_model(made)
@@ -160,7 +154,7 @@ def test_adding_bodies_twice_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_width_of_heads_is_inferred(native: NativeLibrary, packed: bool) -> None:
+def test_the_width_of_heads_is_inferred(native: KernelLibrary, packed: bool) -> None:
     p = Problem(6, 2, 32, [9], 1, 16, 9, packed=packed)
     made = p.model()
     for value in made.graph.input:
@@ -173,7 +167,7 @@ def test_the_width_of_heads_is_inferred(native: NativeLibrary, packed: bool) -> 
     assert session(p.model(), native).get_outputs()[0].shape == [None] * 3
 
 
-def test_a_call_counts(native: NativeLibrary) -> None:
+def test_a_call_counts(native: KernelLibrary) -> None:
     p = Problem(4, 2, 16, [9], 1, 16, 9)
     opened, before = session(p.model(), native), native.calls()
     for _ in range(3):
@@ -185,7 +179,7 @@ def test_a_call_counts(native: NativeLibrary) -> None:
 
 
 @pytest.mark.parametrize(("lengths", "s"), [([300, 20, 310], 1), ([200, 300], 150)])
-def test_threads_change_nothing(native: NativeLibrary, lengths: list[int], s: int) -> None:
+def test_threads_change_nothing(native: KernelLibrary, lengths: list[int], s: int) -> None:
     """Above the grain of attention.cpp, so that two threads do share the work."""
     lengths = [max(n, s) for n in lengths]
     p = Problem(9, 3, 64, lengths, s, 320, 320)
@@ -193,7 +187,7 @@ def test_threads_change_nothing(native: NativeLibrary, lengths: list[int], s: in
         np.testing.assert_array_equal(one, two)
 
 
-def test_one_session_serves_many_threads(native: NativeLibrary) -> None:
+def test_one_session_serves_many_threads(native: KernelLibrary) -> None:
     problems = [Problem(6, 2, 32, [s + 9, s + 80], s, 200, s + 80, seed=s) for s in (1, 3, 1, 40, 100, 1)]
     opened = session(problems[0].model(), native, threads=2)
     with ThreadPoolExecutor(4) as pool:
@@ -207,7 +201,7 @@ def test_one_session_serves_many_threads(native: NativeLibrary) -> None:
 
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 30.0, 1e4, 1e8])
 @pytest.mark.parametrize("s", [1, 80])
-def test_scores_of_all_magnitudes(native: NativeLibrary, s: int, factor: float) -> None:
+def test_scores_of_all_magnitudes(native: KernelLibrary, s: int, factor: float) -> None:
     """From uniform weights to one key that takes all: scores of 1e9 leave nothing to rounding but ties."""
     p = Problem(3, 1, 32, [s + 100], s, 190, s + 100)
     p.inputs["query"][:, :, : 3 * 32] *= np.float32(factor)
@@ -226,7 +220,7 @@ def test_scores_of_all_magnitudes(native: NativeLibrary, s: int, factor: float) 
 
 
 @pytest.mark.parametrize("s", [1, 70])
-def test_one_key_far_above_all_others(native: NativeLibrary, s: int) -> None:
+def test_one_key_far_above_all_others(native: KernelLibrary, s: int) -> None:
     """The largest score comes first, last or between blocks: what is there already is scaled down to nothing."""
     for where in (0, 63, 64, 129):
         p = Problem(2, 1, 16, [130 + s], s, 210, 130 + s)
@@ -240,7 +234,7 @@ def test_one_key_far_above_all_others(native: NativeLibrary, s: int) -> None:
 
 @pytest.mark.parametrize("s", [1, 40])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_bad_numbers_show_and_stay_in_their_row(native: NativeLibrary, s: int, bad: float) -> None:
+def test_bad_numbers_show_and_stay_in_their_row(native: KernelLibrary, s: int, bad: float) -> None:
     p = Problem(4, 2, 16, [s + 10, s + 90, s + 30], s, 140, s + 90)
     clean = p.run(native)
     p.inputs["query"][1, 0, 3] = bad  # of the first query head
@@ -255,7 +249,7 @@ def test_bad_numbers_show_and_stay_in_their_row(native: NativeLibrary, s: int, b
 
 
 @pytest.mark.parametrize("s", [1, 40])
-def test_a_bad_key_or_value_stays_in_its_row(native: NativeLibrary, s: int) -> None:
+def test_a_bad_key_or_value_stays_in_its_row(native: KernelLibrary, s: int) -> None:
     for position in (4 * 16 + 1, 6 * 16 + 1):  # of the first key, of the first value
         for isa in instruction_sets(native):
             p = Problem(4, 2, 16, [s + 10, s + 90], s, 140, s + 90)
@@ -271,7 +265,7 @@ GUARDED = """
 import ctypes, mmap, sys
 import numpy as np
 from attention_problems import Problem
-from native import require_native, session
+from native import require_kernels, session
 
 keep = []
 
@@ -286,8 +280,7 @@ def guarded(array):
     keep.append(memory)
     return copy
 
-native = require_native()
-native.force_isa(sys.argv[1])
+native = require_kernels().on(sys.argv[1])
 for lengths, s in (([20, 43], 1), ([20, 43], 3), ([90, 100], 70), ([5, 30], 30)):
     p = Problem(3, 1, 48, lengths, s, max(lengths), max(lengths))
     p.inputs["cos"], p.inputs["sin"] = p.inputs["cos"][: max(lengths)], p.inputs["sin"][: max(lengths)]
@@ -299,7 +292,7 @@ print("within bounds")
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is protected through mprotect")
-def test_nothing_behind_a_buffer_is_touched(native: NativeLibrary) -> None:
+def test_nothing_behind_a_buffer_is_touched(native: KernelLibrary) -> None:
     """In a process of its own, which would die of it."""
     for isa in instruction_sets(native):
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HELPERS), *sys.path])}
@@ -314,7 +307,7 @@ def changed(p: Problem, **inputs: Any) -> dict[str, np.ndarray]:
     return p.inputs | inputs
 
 
-def test_inputs_that_do_not_fit(native: NativeLibrary) -> None:
+def test_inputs_that_do_not_fit(native: KernelLibrary) -> None:
     """One line each, and the session goes on working."""
     p = Problem(4, 2, 16, [9, 30], 1, 40, 30)
     opened, before = session(p.model(), native), native.calls()
@@ -353,7 +346,7 @@ def test_inputs_that_do_not_fit(native: NativeLibrary) -> None:
     p.close(opened.run(None, p.inputs))
 
 
-def test_more_tokens_than_the_cache_has(native: NativeLibrary) -> None:
+def test_more_tokens_than_the_cache_has(native: KernelLibrary) -> None:
     """New tokens that do not fit past may come where present is larger."""
     p = Problem(4, 2, 16, [45], 10, 35, 45)
     p.close(p.run(native))
@@ -361,7 +354,7 @@ def test_more_tokens_than_the_cache_has(native: NativeLibrary) -> None:
         session(p.model(), native).run(None, changed(p, query=np.zeros((1, 46, 128), np.float32)))
 
 
-def test_keys_without_values(native: NativeLibrary) -> None:
+def test_keys_without_values(native: KernelLibrary) -> None:
     p = Problem(4, 2, 16, [9], 1, 16, 9, packed=False)
     value = p.inputs.pop("value")
     with pytest.raises(Exception, match="value is missing, expected key and value, or neither"):
@@ -382,11 +375,11 @@ def test_keys_without_values(native: NativeLibrary) -> None:
         ({"local_window_size": -2}, "attribute local_window_size is -2, expected at least 1, or -1"),
     ],
 )
-def test_attributes_that_do_not_fit(native: NativeLibrary, attributes: dict[str, Any], message: str) -> None:
+def test_attributes_that_do_not_fit(native: KernelLibrary, attributes: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=f"CachedAttention: {message}"):
         session(Problem(4, 2, 16, [9], 1, 16, 9).model(**attributes), native)
 
 
-def test_without_a_window_all_tokens_are_seen(native: NativeLibrary) -> None:
+def test_without_a_window_all_tokens_are_seen(native: KernelLibrary) -> None:
     p = Problem(4, 2, 16, [9], 1, 16, 9)
     p.close(session(p.model(local_window_size=None), native).run(list(OUTPUTS), p.inputs))

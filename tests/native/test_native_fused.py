@@ -28,13 +28,12 @@ from fused_problems import (
     run,
     skip_for,
 )
-from lit_binq_onnx.runtime.library import NativeLibrary
-from native import instruction_sets, require_native, session
+from native import KernelLibrary, instruction_sets, require_kernels, session
 
 
 @pytest.fixture(scope="module")
-def native() -> NativeLibrary:
-    return require_native()
+def native() -> KernelLibrary:
+    return require_kernels()
 
 
 # --- bit for bit the linears one by one
@@ -42,7 +41,7 @@ def native() -> NativeLibrary:
 
 @pytest.mark.parametrize("M", [1, 2, 5, 16, 17, 128, 129, 200, 512])
 @pytest.mark.parametrize("exact", [0, 1])
-def test_any_number_of_rows(native: NativeLibrary, M: int, exact: int) -> None:
+def test_any_number_of_rows(native: KernelLibrary, M: int, exact: int) -> None:
     """Rows up to several panels of multiply.cpp, with a rest."""
     x, heads, parts = activations(M, 300), attention((129, 40, 33), 300), mlp(300, 270, 130)
     before = native.calls()
@@ -63,23 +62,19 @@ def test_any_number_of_rows(native: NativeLibrary, M: int, exact: int) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_any_size(
-    native: NativeLibrary, M: int, K: int, sizes: tuple[int, int, int], exact: bool, bias: bool, seed: int
+    native: KernelLibrary, M: int, K: int, sizes: tuple[int, int, int], exact: bool, bias: bool, seed: int
 ) -> None:
-    x, best = activations(M, K, seed=seed), native.isa()
+    x = activations(M, K, seed=seed)
     heads, parts = attention(sizes, K, bias=bias, seed=seed), mlp(K, sizes[0], sizes[1], seed=seed)
     for isa in instruction_sets(native):
-        native.force_isa(isa)
-        try:
-            got = run(model("NormBinaryMatMulQKV", heads, [M, K], exact=int(exact)), native, x)
-            gated = run(model("NormBinaryGatedMLP", parts, [M, K], exact=int(exact)), native, x)
-        finally:
-            native.force_isa(best)
+        got = run(model("NormBinaryMatMulQKV", heads, [M, K], exact=int(exact)), native.on(isa), x)
+        gated = run(model("NormBinaryGatedMLP", parts, [M, K], exact=int(exact)), native.on(isa), x)
         np.testing.assert_array_equal(got, one_by_one(native, heads, x, exact=exact, isa=isa))
         np.testing.assert_array_equal(gated, mlp_one_by_one(native, parts, x, exact=exact, isa=isa))
 
 
 @pytest.mark.parametrize("dead", list(product([False, True], repeat=3)))
-def test_dead_columns_of_one_linear_are_alive_for_another(native: NativeLibrary, dead: tuple[bool, ...]) -> None:
+def test_dead_columns_of_one_linear_are_alive_for_another(native: KernelLibrary, dead: tuple[bool, ...]) -> None:
     """A huge activation that only some column scales switch off: rows are scaled for every linear by itself."""
     problems = attention((40, 50, 60), 256, bias=False)
     for p, off in zip(problems, dead, strict=True):
@@ -96,7 +91,7 @@ def test_dead_columns_of_one_linear_are_alive_for_another(native: NativeLibrary,
 
 
 @pytest.mark.parametrize("given_biases", list(product([False, True], repeat=3)))
-def test_any_of_the_biases_may_be_absent(native: NativeLibrary, given_biases: tuple[bool, ...]) -> None:
+def test_any_of_the_biases_may_be_absent(native: KernelLibrary, given_biases: tuple[bool, ...]) -> None:
     problems, x = attention((19, 8, 9), 37), activations(2, 3, 37)
     for p, bias in zip(problems, given_biases, strict=True):
         p.bias = p.bias if bias else None
@@ -112,7 +107,7 @@ def test_any_of_the_biases_may_be_absent(native: NativeLibrary, given_biases: tu
 
 @pytest.mark.parametrize("M", [1, 40])
 @pytest.mark.parametrize("exact", [0, 1])
-def test_threads_change_nothing(native: NativeLibrary, M: int, exact: int) -> None:
+def test_threads_change_nothing(native: KernelLibrary, M: int, exact: int) -> None:
     """Sizes above the grain of multiply.cpp, so that two threads do share the work."""
     x = activations(M, 5000)
     for made in (
@@ -122,7 +117,7 @@ def test_threads_change_nothing(native: NativeLibrary, M: int, exact: int) -> No
         np.testing.assert_array_equal(run(made, native, x), run(made, native, x, threads=2))
 
 
-def test_one_session_serves_many_threads(native: NativeLibrary) -> None:
+def test_one_session_serves_many_threads(native: KernelLibrary) -> None:
     parts = mlp(300, 700, 200)
     s = session(model("NormBinaryGatedMLP", parts, ["M", 300]), native, threads=2)
     inputs = [activations(1 + i % 70, 300, seed=i) for i in range(24)]
@@ -144,7 +139,7 @@ def test_one_session_serves_many_threads(native: NativeLibrary) -> None:
     epsilon=st.sampled_from([0.0, 1e-12, 1e-6, 1e-5]),
     seed=st.integers(0, 2**31),
 )
-def test_the_norm_equals_float64(native: NativeLibrary, M: int, K: int, power: int, epsilon: float, seed: int) -> None:
+def test_the_norm_equals_float64(native: KernelLibrary, M: int, K: int, power: int, epsilon: float, seed: int) -> None:
     """Sums are float32's own; x is near what float64 gives for them, where squares leave float32's range too."""
     hidden, skip = (np.ldexp(activations(M, K, seed=seed + i), power).astype(np.float32) for i in range(2))
     weight = gamma(K)
@@ -158,7 +153,7 @@ def test_the_norm_equals_float64(native: NativeLibrary, M: int, K: int, power: i
     np.testing.assert_array_equal(zero, np.zeros_like(zero))
 
 
-def test_the_norm_of_extremes(native: NativeLibrary) -> None:
+def test_the_norm_of_extremes(native: KernelLibrary) -> None:
     """The largest floats, the smallest, one large among small ones, zeros."""
     K, weight = 37, np.linspace(-1, 2, 37).astype(np.float32)
     rows = np.zeros((6, K), np.float32)
@@ -172,7 +167,7 @@ def test_the_norm_of_extremes(native: NativeLibrary) -> None:
 @pytest.mark.parametrize("kind", ["NormBinaryMatMulQKV", "NormBinaryGatedMLP"])
 @pytest.mark.parametrize("M", [0, 1, 3, 17, 200])
 @pytest.mark.parametrize("exact", [0, 1])
-def test_one_skip_for_all_rows(native: NativeLibrary, kind: str, M: int, exact: int) -> None:
+def test_one_skip_for_all_rows(native: KernelLibrary, kind: str, M: int, exact: int) -> None:
     """What a first block has: nothing to add; any other row does too. Body and operator."""
     problems = attention((40, 9, 33), 100) if kind == "NormBinaryMatMulQKV" else mlp(100, 70, 33)
     made = model(kind, problems, ["M", 100], exact=exact, one_skip=True, body=True)
@@ -209,7 +204,7 @@ def test_without_the_library_the_norm_is_one_node(kind: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("exact", [0, 1])
-def test_bad_activations_show(native: NativeLibrary, bad: float, exact: int) -> None:
+def test_bad_activations_show(native: KernelLibrary, bad: float, exact: int) -> None:
     """A row with an infinity or a NaN is NaN throughout, but for its sum; the rows beside it are untouched."""
     heads, parts, x = attention((40, 9, 200), 300), mlp(300, 150, 140), activations(3, 300)
     for made in (
@@ -224,19 +219,12 @@ def test_bad_activations_show(native: NativeLibrary, bad: float, exact: int) -> 
         np.testing.assert_array_equal(y[[0, 2]], clean[[0, 2]])
 
 
-def test_the_gate_is_silu(native: NativeLibrary) -> None:
+def test_the_gate_is_silu(native: KernelLibrary) -> None:
     """All magnitudes of both signs, against float64, and equal bits on every instruction set."""
     powers = (2.0 ** np.arange(-149, 120, 0.125)).astype(np.float32)
     g = np.concatenate([np.linspace(-87, 87, 100_001, dtype=np.float32), powers, -powers, np.zeros(1, np.float32)])
     up = np.random.default_rng(0).standard_normal(len(g)).astype(np.float32)
-    results = []
-    best = native.isa()
-    try:
-        for isa in instruction_sets(native):
-            native.force_isa(isa)
-            results.append(apply_gate(native, g, up))
-    finally:
-        native.force_isa(best)
+    results = [apply_gate(native.on(isa), g, up) for isa in instruction_sets(native)]
     with np.errstate(over="ignore"):
         want = g.astype(np.float64) / (1 + np.exp(-g.astype(np.float64))) * up
     np.testing.assert_allclose(results[0], want, rtol=5e-7, atol=1e-35)
@@ -244,7 +232,7 @@ def test_the_gate_is_silu(native: NativeLibrary) -> None:
         np.testing.assert_array_equal(other.view(np.int32), results[0].view(np.int32))
 
 
-def test_the_gate_of_infinities_and_nan(native: NativeLibrary) -> None:
+def test_the_gate_of_infinities_and_nan(native: KernelLibrary) -> None:
     g = np.array([np.inf, -np.inf, np.nan, -3e38, 3e38, 1.0, 1.0], np.float32)
     up = np.array([1, 1, 1, 1, 1, np.nan, np.inf], np.float32)
     want = np.array([np.inf, np.nan, np.nan, 0, 3e38, np.nan, np.inf], np.float32)
@@ -252,7 +240,7 @@ def test_the_gate_of_infinities_and_nan(native: NativeLibrary) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e4])
-def test_the_mlp_in_exact_mode_equals_float64(native: NativeLibrary, scale: float) -> None:
+def test_the_mlp_in_exact_mode_equals_float64(native: KernelLibrary, scale: float) -> None:
     gate, up, down = parts = mlp(300, 500, 60)
     x = activations(5, 300) * np.float32(scale)
     normed = float64_norm(x + skip_for(x), gamma(300), EPSILON).astype(np.float32)

@@ -11,13 +11,12 @@ from onnx import numpy_helper
 
 from fused_problems import activations, attention, feeds, gamma, mlp, model, run
 from lit_binq_onnx.functions import add_functions
-from lit_binq_onnx.runtime.library import NativeLibrary
-from native import INLINED, LEVELS, NOT_INLINED_AHEAD, random_problem, require_native, session
+from native import INLINED, LEVELS, NOT_INLINED_AHEAD, KernelLibrary, random_problem, require_kernels, session
 
 
 @pytest.fixture(scope="module")
-def native() -> NativeLibrary:
-    return require_native()
+def native() -> KernelLibrary:
+    return require_kernels()
 
 
 # --- in the runtime
@@ -26,7 +25,7 @@ def native() -> NativeLibrary:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("config", [INLINED, NOT_INLINED_AHEAD])
 def test_body_and_native_operator_in_one_file(
-    native: NativeLibrary, level: ort.GraphOptimizationLevel, config: dict[str, str]
+    native: KernelLibrary, level: ort.GraphOptimizationLevel, config: dict[str, str]
 ) -> None:
     """Bodies call BinaryMatMul, whose body the model carries too; the native operator wins over all of them."""
     for made in (
@@ -46,7 +45,7 @@ def test_body_and_native_operator_in_one_file(
 
 
 @pytest.mark.parametrize("kind", ["NormBinaryMatMulQKV", "NormBinaryGatedMLP"])
-def test_natively_one_node_runs(native: NativeLibrary, kind: str, tmp_path: Path) -> None:
+def test_natively_one_node_runs(native: KernelLibrary, kind: str, tmp_path: Path) -> None:
     """Inlined, the body would give the same numbers with more nodes."""
     problems = attention((16, 8, 8), 37) if kind == "NormBinaryMatMulQKV" else mlp(37, 48, 24)
     options = ort.SessionOptions()
@@ -66,7 +65,7 @@ def test_adding_bodies_twice_changes_nothing() -> None:
     assert made.SerializeToString(deterministic=True) == once
 
 
-def test_dynamic_dimensions_keep_their_names(native: NativeLibrary) -> None:
+def test_dynamic_dimensions_keep_their_names(native: KernelLibrary) -> None:
     for made, rows in (
         (model("NormBinaryMatMulQKV", attention((16, 8, 4), 37), ["batch", "sequence", 37]), 28),
         (model("NormBinaryGatedMLP", mlp(37, 48, 24), ["batch", "sequence", 37]), 24),
@@ -84,7 +83,7 @@ def with_gamma(made: onnx.ModelProto, weight: np.ndarray) -> onnx.ModelProto:
     return made
 
 
-def test_tensors_that_do_not_fit(native: NativeLibrary) -> None:
+def test_tensors_that_do_not_fit(native: KernelLibrary) -> None:
     heads = attention((16, 8, 8), 37)
     with pytest.raises(Exception, match=r"QKV: codes_q has shape \(16, 5\), expected \(N, 6\) for attribute K = 41"):
         session(with_gamma(model("NormBinaryMatMulQKV", heads, None, K=41), gamma(41)), native)
@@ -105,7 +104,7 @@ def test_tensors_that_do_not_fit(native: NativeLibrary) -> None:
         session(model("NormBinaryGatedMLP", parts, None), native)
 
 
-def test_attributes_that_do_not_fit(native: NativeLibrary) -> None:
+def test_attributes_that_do_not_fit(native: KernelLibrary) -> None:
     with pytest.raises(Exception, match="NormBinaryMatMulQKV: attribute exact is 2, expected 0 or 1"):
         session(model("NormBinaryMatMulQKV", attention((16, 8, 8), 37), None, exact=2), native)
     for name, meaning in (("H", "the rows of gate and up"), ("epsilon", "what the norm adds to the mean of squares")):
@@ -119,12 +118,12 @@ def test_attributes_that_do_not_fit(native: NativeLibrary) -> None:
 
 
 @pytest.mark.parametrize("name", ["gamma", "codes_v", "row_scale_k", "col_scale_q"])
-def test_weights_that_are_not_constant(native: NativeLibrary, name: str) -> None:
+def test_weights_that_are_not_constant(native: KernelLibrary, name: str) -> None:
     with pytest.raises(Exception, match=f"QKV: {name} is computed at run time .* expected a constant"):
         session(model("NormBinaryMatMulQKV", attention((16, 8, 8), 37), None, inputs=(name,)), native)
 
 
-def test_inputs_that_do_not_fit_at_run_time(native: NativeLibrary) -> None:
+def test_inputs_that_do_not_fit_at_run_time(native: KernelLibrary) -> None:
     heads = attention((16, 8, 8), 37)
     s, before = session(model("NormBinaryMatMulQKV", heads, None), native), native.calls()
     with pytest.raises(Exception, match=r"QKV: hidden has shape \(2, 36\), expected \(..., 37\)"):

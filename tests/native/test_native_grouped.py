@@ -14,8 +14,7 @@ from onnx import TensorProto, helper
 
 from grouped_problems import Grouped, activations, grouped, model, one_node
 from lit_binq.formats import grouped_binary_matmul
-from lit_binq_onnx.runtime.library import NativeLibrary
-from native import instruction_sets, plain_results, require_native, session
+from native import KernelLibrary, instruction_sets, plain_results, require_kernels, session
 
 # As for row x column.
 EXACT_ERROR = 1.2e-5
@@ -23,21 +22,16 @@ FLOAT_ERROR = 4e-5
 SUBNORMAL = 3e-45
 
 
-def multiply(native: NativeLibrary, p: Grouped, x: np.ndarray, *, exact: bool, isa: str) -> np.ndarray:
-    best = native.isa()
-    native.force_isa(isa)
-    try:
-        return session(one_node(p, exact=int(exact), rank=x.ndim), native).run(None, {"X": x})[0]
-    finally:
-        native.force_isa(best)
+def multiply(native: KernelLibrary, p: Grouped, x: np.ndarray, *, exact: bool, isa: str) -> np.ndarray:
+    return session(one_node(p, exact=int(exact), rank=x.ndim), native.on(isa)).run(None, {"X": x})[0]
 
 
 @pytest.fixture(scope="module")
-def native() -> NativeLibrary:
-    return require_native()
+def native() -> KernelLibrary:
+    return require_kernels()
 
 
-def both_modes_agree(native: NativeLibrary, p: Grouped, x: np.ndarray) -> None:
+def both_modes_agree(native: KernelLibrary, p: Grouped, x: np.ndarray) -> None:
     """All instruction sets give the same bits, and those lie within what the modes promise."""
     want, magnitude = p.reference(x), p.magnitude(x)
     for exact in (True, False):
@@ -61,12 +55,12 @@ seeds = st.integers(0, 2**31)
 @example(M=5, N=1, K=37, bias=True, group=8, seed=1)
 @example(M=2, N=129, K=520, bias=True, group=264, seed=2)  # a group that is no multiple of a block
 @example(M=40, N=33, K=600, bias=True, group=1024, seed=3)  # more rows than a panel
-def test_grouped_any_shape(native: NativeLibrary, M: int, N: int, K: int, bias: bool, group: int, seed: int) -> None:
+def test_grouped_any_shape(native: KernelLibrary, M: int, N: int, K: int, bias: bool, group: int, seed: int) -> None:
     both_modes_agree(native, grouped(N, K, group, bias=bias, seed=seed), activations(M, K, seed))
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e20, 1e30])
-def test_extreme_activations(native: NativeLibrary, scale: float) -> None:
+def test_extreme_activations(native: KernelLibrary, scale: float) -> None:
     """Nothing overflows or vanishes on the way where the result does not."""
     p = grouped(40, 600, 32, bias=False)
     x = activations(3, 600)
@@ -75,7 +69,7 @@ def test_extreme_activations(native: NativeLibrary, scale: float) -> None:
     both_modes_agree(native, p, (x * np.float32(scale)).astype(np.float32))
 
 
-def test_extreme_scales(native: NativeLibrary) -> None:
+def test_extreme_scales(native: KernelLibrary) -> None:
     """Scales at both ends of float16, beside each other in a row."""
     rng = np.random.default_rng(0)
     p = grouped(40, 300, 32, bias=False)
@@ -93,7 +87,7 @@ def test_extreme_scales(native: NativeLibrary) -> None:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_bad_activations_show(native: NativeLibrary, exact: bool) -> None:
+def test_bad_activations_show(native: KernelLibrary, exact: bool) -> None:
     """A row with a NaN is NaN throughout; the rows beside it are untouched."""
     p, x = grouped(40, 300, 32), activations(3, 300)
     clean = {isa: multiply(native, p, x, exact=exact, isa=isa) for isa in instruction_sets(native)}
@@ -106,13 +100,13 @@ def test_bad_activations_show(native: NativeLibrary, exact: bool) -> None:
 
 @pytest.mark.parametrize("exact", [0, 1])
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 1024, 1500), (9, 700, 700)])
-def test_threads_change_nothing(native: NativeLibrary, exact: int, M: int, N: int, K: int) -> None:
+def test_threads_change_nothing(native: KernelLibrary, exact: int, M: int, N: int, K: int) -> None:
     model, x = one_node(grouped(N, K, 32), exact=exact), activations(M, K)
     one, two = (session(model, native, threads=threads).run(None, {"X": x})[0] for threads in (1, 2))
     np.testing.assert_array_equal(one, two)
 
 
-def test_modes_and_calls(native: NativeLibrary) -> None:
+def test_modes_and_calls(native: KernelLibrary) -> None:
     """The session's mode reaches the operator, and it counts."""
     p, x = grouped(40, 300, 32), activations(2, 300)
     lut, exact = (multiply(native, p, x, exact=e, isa=native.isa()) for e in (False, True))
@@ -124,7 +118,7 @@ def test_modes_and_calls(native: NativeLibrary) -> None:
 
 
 @pytest.mark.parametrize("shape", [(37,), (2, 3, 37), (2, 0, 37)])
-def test_any_rank(native: NativeLibrary, shape: tuple[int, ...]) -> None:
+def test_any_rank(native: KernelLibrary, shape: tuple[int, ...]) -> None:
     p = grouped(19, 37, 32)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     y = multiply(native, p, x, exact=True, isa=native.isa())
@@ -181,12 +175,12 @@ def test_bodies_agree_with_torch(bias: bool) -> None:
 # --- what does not fit
 
 
-def refused(native: NativeLibrary, made: onnx.ModelProto, message: str) -> None:
+def refused(native: KernelLibrary, made: onnx.ModelProto, message: str) -> None:
     with pytest.raises(Exception, match=rf"lit_binq\.GroupedBinaryMatMul: {message}"):
         session(made, native)
 
 
-def test_grouped_tensors_that_do_not_fit(native: NativeLibrary) -> None:
+def test_grouped_tensors_that_do_not_fit(native: KernelLibrary) -> None:
     p = grouped(8, 64, 16)
     p.group = 32
     refused(native, one_node(p), r"scales has shape \(8, 4\), expected \(8, 2\) for 64 columns in groups of 32")

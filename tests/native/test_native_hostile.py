@@ -20,8 +20,8 @@ import grouped_problems as grouped
 import two_plane_problems as two_plane
 from attention_problems import Problem as Attention
 from fused_problems import attention, mlp, model
-from lit_binq_onnx.runtime.library import NativeLibrary, register
-from native import one_node_model, random_problem, require_native, session
+from lit_binq_onnx.runtime.library import register
+from native import KernelLibrary, one_node_model, random_problem, require_kernels, session
 from nbits_problems import one_node_model as nbits_model
 from nbits_problems import problem as nbits_problem
 
@@ -41,8 +41,8 @@ MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
 
 
 @pytest.fixture(scope="module")
-def native() -> NativeLibrary:
-    return require_native()
+def native() -> KernelLibrary:
+    return require_kernels()
 
 
 def with_attribute(made: onnx.ModelProto, name: str, value: int) -> onnx.ModelProto:
@@ -55,7 +55,7 @@ def with_attribute(made: onnx.ModelProto, name: str, value: int) -> onnx.ModelPr
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_attribute_has_bounds(native: NativeLibrary, kind: str) -> None:
+def test_every_attribute_has_bounds(native: KernelLibrary, kind: str) -> None:
     """Each integer attribute in turn, at the ends of what 64 and 32 bits hold; K is wide enough to wrap by rounding."""
     names = [a.name for a in MODELS[kind]().graph.node[0].attribute if a.type == onnx.AttributeProto.INT]
     assert names
@@ -70,7 +70,7 @@ def test_every_attribute_has_bounds(native: NativeLibrary, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GroupedBinaryMatMul", "TwoPlaneMatMul"])
-def test_a_group_of_64_bits_ends_no_process(native: NativeLibrary, kind: str) -> None:
+def test_a_group_of_64_bits_ends_no_process(native: KernelLibrary, kind: str) -> None:
     """Rounded up to whole groups in 64 bits it gave no group at all, and weights were read through null."""
     made = with_attribute(MODELS[kind](), "group", INT64_MAX)
     with pytest.raises(Exception, match=f"attribute group is {INT64_MAX}, expected at most {LIMIT}"):
@@ -79,7 +79,7 @@ def test_a_group_of_64_bits_ends_no_process(native: NativeLibrary, kind: str) ->
 
 @pytest.mark.parametrize("exact", [0, 1])
 @pytest.mark.parametrize("group", [20, 64, LIMIT])
-def test_a_group_wider_than_the_layer_is_the_layer(native: NativeLibrary, group: int, exact: int) -> None:
+def test_a_group_wider_than_the_layer_is_the_layer(native: KernelLibrary, group: int, exact: int) -> None:
     """The largest group that is taken gives what one group of all columns does, bit for bit."""
     x = grouped.activations(3, 20)
     p = grouped.grouped(3, 20, 20)
@@ -96,7 +96,7 @@ def test_a_group_wider_than_the_layer_is_the_layer(native: NativeLibrary, group:
         np.testing.assert_array_equal(got, want)
 
 
-def test_the_matrix_itself_takes_any_group(native: NativeLibrary) -> None:
+def test_the_matrix_itself_takes_any_group(native: KernelLibrary) -> None:
     """Below the operator's reader: two_plane/matrix.h through the tests' C function. kernel_test has the others."""
     x = grouped.activations(2, 20)
     for isa in native.isas():
@@ -106,7 +106,7 @@ def test_the_matrix_itself_takes_any_group(native: NativeLibrary) -> None:
         np.testing.assert_array_equal(two_plane.multiply(native, p, x, isa), want)
 
 
-def test_no_rows_and_very_many_columns(native: NativeLibrary) -> None:
+def test_no_rows_and_very_many_columns(native: KernelLibrary) -> None:
     """A file of some bytes: nothing in it bounds K, and nothing may be made of K. In 4 GB, by the system's limit."""
     if sys.platform != "linux":
         pytest.skip("limits a process's memory as Linux does")
@@ -149,7 +149,7 @@ def main(library: str) -> None:
         print(kind, end=" ")
 
 
-def test_one_matrix_without_rows_among_others(native: NativeLibrary) -> None:
+def test_one_matrix_without_rows_among_others(native: KernelLibrary) -> None:
     """Values of no width beside queries and keys."""
     x = grouped.activations(5, 20)
     problems = attention((8, 4, 4), 20)
@@ -162,7 +162,7 @@ def test_one_matrix_without_rows_among_others(native: NativeLibrary) -> None:
 
 
 @pytest.mark.parametrize("kind", ["NormBinaryMatMulQKV", "NormBinaryGatedMLP"])
-def test_sums_are_written_where_nothing_is_multiplied(native: NativeLibrary, kind: str) -> None:
+def test_sums_are_written_where_nothing_is_multiplied(native: KernelLibrary, kind: str) -> None:
     """Matrices without rows: there is no product, but the sum in front of the norm is an output too."""
     x = grouped.activations(5, 20)
     problems = attention((0, 0, 0), 20) if kind == "NormBinaryMatMulQKV" else mlp(20, 24, 0)
@@ -174,14 +174,14 @@ def test_sums_are_written_where_nothing_is_multiplied(native: NativeLibrary, kin
         np.testing.assert_array_equal(total, hidden + x)
 
 
-def test_a_cache_of_no_rows_grows(native: NativeLibrary) -> None:
+def test_a_cache_of_no_rows_grows(native: KernelLibrary) -> None:
     """Without memory past and present have one address, or none; they do not share it."""
     p = Attention(2, 1, 16, [], 3, 4, 7)
     heads, key, value = session(p.model(), native).run(None, p.inputs)
     assert (heads.shape, key.shape, value.shape) == ((0, 3, 32), (0, 1, 7, 16), (0, 1, 7, 16))
 
 
-def test_data_at_odd_places(native: NativeLibrary, tmp_path: Path) -> None:
+def test_data_at_odd_places(native: KernelLibrary, tmp_path: Path) -> None:
     """An external data file may start a tensor anywhere: numbers of 2 and 4 bytes at odd offsets."""
     x = grouped.activations(3, 37)
     for kind in ("row column", "grouped", "nbits"):
@@ -210,7 +210,7 @@ def test_data_at_odd_places(native: NativeLibrary, tmp_path: Path) -> None:
         np.testing.assert_array_equal(s.run(None, {"X": x})[0], want)
 
 
-def test_heads_of_no_tokens(native: NativeLibrary) -> None:
+def test_heads_of_no_tokens(native: KernelLibrary) -> None:
     """An empty tensor's other dimensions are bounded by nothing: heads times their width leaves 64 bits."""
     p = Attention(2, 1, 16, [3], 1, 4, 3, packed=False)
     made = p.model(num_heads=LIMIT, kv_num_heads=1)

@@ -7,8 +7,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lit_binq_onnx.runtime.library import NativeLibrary
-from native import BLOCK, Problem, instruction_sets, multiply, plain_results, plain_set, random_problem, require_native
+from native import (
+    BLOCK,
+    KernelLibrary,
+    Problem,
+    instruction_sets,
+    multiply,
+    plain_results,
+    plain_set,
+    random_problem,
+    require_kernels,
+)
 
 # Exact mode: kernel.h derives 36 roundings in float32; two more make z, one each scales and adds the bias.
 EXACT_ERROR = 3e-6
@@ -17,11 +26,11 @@ SUBNORMAL = 3e-45  # a result below float32's normal range is rounded to a multi
 
 
 @pytest.fixture(scope="module")
-def native() -> NativeLibrary:
-    return require_native()
+def native() -> KernelLibrary:
+    return require_kernels()
 
 
-def both_modes_agree(native: NativeLibrary, p: Problem, x: np.ndarray) -> None:
+def both_modes_agree(native: KernelLibrary, p: Problem, x: np.ndarray) -> None:
     """All instruction sets give the bits of their plain one, and those lie within what the modes promise."""
     results = {}
     for exact in (False, True):
@@ -49,19 +58,19 @@ def both_modes_agree(native: NativeLibrary, p: Problem, x: np.ndarray) -> None:
 @example(M=129, N=129, K=257, bias=True, seed=1)  # one more than a panel, a tile, a block
 @example(M=0, N=5, K=9, bias=True, seed=2)
 @example(M=2, N=96, K=256, bias=True, seed=3)
-def test_any_shape(native: NativeLibrary, M: int, N: int, K: int, bias: bool, seed: int) -> None:
+def test_any_shape(native: KernelLibrary, M: int, N: int, K: int, bias: bool, seed: int) -> None:
     x = np.random.default_rng(seed).standard_normal((M, K)).astype(np.float32)
     both_modes_agree(native, random_problem(N, K, bias=bias, seed=seed), x)
 
 
 @pytest.mark.parametrize("M", [1, 5, 17])
-def test_layers_too_large_for_a_cache(native: NativeLibrary, M: int) -> None:
+def test_layers_too_large_for_a_cache(native: KernelLibrary, M: int) -> None:
     """Lines are asked for far ahead, at the end of what there is too; the last tile is narrow."""
     p = random_problem(1057, 8200)
     both_modes_agree(native, p, np.random.default_rng(M).standard_normal((M, p.K)).astype(np.float32))
 
 
-def test_long_rows_stay_accurate(native: NativeLibrary) -> None:
+def test_long_rows_stay_accurate(native: KernelLibrary) -> None:
     """K = 16384, all products positive: sums grow to their largest, and so would a naive error."""
     p = random_problem(5, 16384)
     p.codes[:] = 255
@@ -69,7 +78,7 @@ def test_long_rows_stay_accurate(native: NativeLibrary) -> None:
     both_modes_agree(native, p, x)
 
 
-def test_lut_mode_is_accurate_on_gaussian_data(native: NativeLibrary) -> None:
+def test_lut_mode_is_accurate_on_gaussian_data(native: KernelLibrary) -> None:
     """The promise of LUT mode: about 7e-3 relative error, and no bias."""
     p = random_problem(512, 4096, bias=False, seed=1)
     p.c[:] = 1
@@ -95,7 +104,7 @@ EXTREMES = {
 
 @pytest.mark.parametrize("kind", EXTREMES)
 @pytest.mark.parametrize("codes", [None, 0, 255])
-def test_extreme_activations(native: NativeLibrary, kind: str, codes: int | None) -> None:
+def test_extreme_activations(native: KernelLibrary, kind: str, codes: int | None) -> None:
     """Nothing overflows on the way where the result does not: |r| is small here, the sums are not."""
     rng = np.random.default_rng(0)
     p = random_problem(40, 600, bias=False, seed=4)
@@ -106,7 +115,7 @@ def test_extreme_activations(native: NativeLibrary, kind: str, codes: int | None
     both_modes_agree(native, p, x)
 
 
-def test_extreme_scales(native: NativeLibrary) -> None:
+def test_extreme_scales(native: KernelLibrary) -> None:
     """The largest and the smallest float16 values, as scales of both kinds."""
     p = random_problem(64, 300, bias=False, seed=5)
     p.c[:] = np.where(np.arange(p.K) % 2, 65504.0, 6e-8)
@@ -115,7 +124,7 @@ def test_extreme_scales(native: NativeLibrary) -> None:
         both_modes_agree(native, p, (np.random.default_rng(0).standard_normal((2, p.K)) * scale).astype(np.float32))
 
 
-def test_a_dead_column_hides_nothing(native: NativeLibrary) -> None:
+def test_a_dead_column_hides_nothing(native: KernelLibrary) -> None:
     """A huge activation under a zero scale leaves the accuracy of the others alone."""
     p = random_problem(32, 256, bias=False, seed=6)
     p.c[:] = 1
@@ -126,7 +135,7 @@ def test_a_dead_column_hides_nothing(native: NativeLibrary) -> None:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_overflow_becomes_infinite(native: NativeLibrary, exact: bool) -> None:
+def test_overflow_becomes_infinite(native: KernelLibrary, exact: bool) -> None:
     p = random_problem(3, 300, bias=False)
     p.codes[:] = 255
     p.r[:], p.c[:] = 1, 1
@@ -137,7 +146,7 @@ def test_overflow_becomes_infinite(native: NativeLibrary, exact: bool) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("column", [0, 299])
-def test_bad_activations_show(native: NativeLibrary, bad: float, exact: bool, column: int) -> None:
+def test_bad_activations_show(native: KernelLibrary, bad: float, exact: bool, column: int) -> None:
     """A row with an infinity or a NaN is NaN throughout; the rows beside it are untouched."""
     p = random_problem(130, 300, seed=7)
     p.c[column] = 0  # even where the scale is zero
@@ -150,7 +159,7 @@ def test_bad_activations_show(native: NativeLibrary, bad: float, exact: bool, co
         np.testing.assert_array_equal(y[[0, 2]], clean[isa][[0, 2]])
 
 
-def test_every_byte_of_codes(native: NativeLibrary) -> None:
+def test_every_byte_of_codes(native: KernelLibrary) -> None:
     """Row n holds byte n, in its first or second place: one-hot activations read single signs."""
     every = np.arange(256, dtype=np.uint8)
     for position in (0, 1):
@@ -163,7 +172,7 @@ def test_every_byte_of_codes(native: NativeLibrary) -> None:
             np.testing.assert_allclose(multiply(native, p, x, exact=False, isa=isa), p.signs().T, rtol=1e-6)
 
 
-def test_padding_bits_do_not_count(native: NativeLibrary) -> None:
+def test_padding_bits_do_not_count(native: KernelLibrary) -> None:
     p = random_problem(50, 13, seed=8)
     x = np.random.default_rng(0).standard_normal((2, 13)).astype(np.float32)
     for exact in (False, True):
@@ -173,7 +182,7 @@ def test_padding_bits_do_not_count(native: NativeLibrary) -> None:
             np.testing.assert_array_equal(multiply(native, dirty, x, exact=exact, isa=isa), want)
 
 
-def test_worst_sums_do_not_overflow_int16(native: NativeLibrary) -> None:
+def test_worst_sums_do_not_overflow_int16(native: KernelLibrary) -> None:
     """Every entry picked in a block is +127, or -127: the largest 16-bit sums there are, of one row and of several."""
     for byte, sign in ((255, 1.0), (0, -1.0)):
         p = Problem(np.full((128, 32), byte, np.uint8), np.ones(128, np.float16), np.ones(256, np.float16), None)
@@ -202,19 +211,17 @@ def table_by_definition(x: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.fl
 
 @settings(deadline=None, max_examples=60)
 @given(K=st.integers(1, BLOCK), power=st.integers(-30, 30), seed=st.integers(0, 2**31))
-def test_tables_follow_their_definition(native: NativeLibrary, K: int, power: int, seed: int) -> None:
+def test_tables_follow_their_definition(native: KernelLibrary, K: int, power: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal(K) * 2.0**power).astype(np.float32)
     c = rng.choice(np.array([0.0, 0.5, 1.25], np.float32), K)
     want, want_scale = table_by_definition(x, c)
-    best = native.isa()
     for isa in instruction_sets(native):
-        native.force_isa(isa)
         table, scale = np.empty_like(want), ctypes.c_float()
         pointer = ctypes.c_void_p
-        native.handle.lit_binq_build_lut.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]
-        native.handle.lit_binq_build_lut(x.ctypes.data, c.ctypes.data, K, table.ctypes.data, ctypes.byref(scale))
-        native.force_isa(best)
+        build = native.handle.lit_binq_build_lut
+        build.argtypes = [ctypes.c_char_p, pointer, pointer, ctypes.c_int64, pointer, pointer]
+        build(isa.encode(), x.ctypes.data, c.ctypes.data, K, table.ctypes.data, ctypes.byref(scale))
         np.testing.assert_array_equal(table, want)
         assert scale.value == want_scale
 
@@ -246,20 +253,16 @@ def lut5_by_definition(x: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.flo
 @given(K=st.integers(1, BLOCK), power=st.integers(-30, 30), seed=st.integers(0, 2**31))
 @example(K=256, power=0, seed=0)
 @example(K=128, power=-120, seed=0)  # counts as zero
-def test_lut5_tables_follow_their_definition(native: NativeLibrary, K: int, power: int, seed: int) -> None:
+def test_lut5_tables_follow_their_definition(native: KernelLibrary, K: int, power: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal(K) * 2.0**power).astype(np.float32)
     c = rng.choice(np.array([0.0, 0.5, 1.25], np.float32), K)
     want, want_scale = lut5_by_definition(x, c)
-    best, pointer = native.isa(), ctypes.c_void_p
-    native.handle.lit_binq_build_lut5.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]
+    build, pointer = native.handle.lit_binq_build_lut5, ctypes.c_void_p
+    build.argtypes = [ctypes.c_char_p, pointer, pointer, ctypes.c_int64, pointer, pointer]
     for isa in instruction_sets(native):
-        native.force_isa(isa)
         table, scale = np.empty_like(want), ctypes.c_float()
-        status = native.handle.lit_binq_build_lut5(
-            x.ctypes.data, c.ctypes.data, K, table.ctypes.data, ctypes.byref(scale)
-        )
-        native.force_isa(best)
+        status = build(isa.encode(), x.ctypes.data, c.ctypes.data, K, table.ctypes.data, ctypes.byref(scale))
         assert status == (0 if plain_set(isa) == "scalar-lut5" else -1)
         if status == 0:
             np.testing.assert_array_equal(table, want)
@@ -267,7 +270,7 @@ def test_lut5_tables_follow_their_definition(native: NativeLibrary, K: int, powe
 
 
 @pytest.mark.parametrize("M", [1, 2, 128, 129, 140])
-def test_rows_of_a_call_are_rounded_alike(native: NativeLibrary, M: int) -> None:
+def test_rows_of_a_call_are_rounded_alike(native: KernelLibrary, M: int) -> None:
     """A row's result does not depend on its neighbours, only on whether it has any in its panel of 128."""
     p, x = random_problem(40, 300), np.random.default_rng(0).standard_normal((M, 300)).astype(np.float32)
     y = multiply(native, p, x, exact=False, isa=native.isa())
@@ -277,7 +280,7 @@ def test_rows_of_a_call_are_rounded_alike(native: NativeLibrary, M: int) -> None
         np.testing.assert_array_equal(y[first : first + 128], reversed_rows)
 
 
-def test_float16_conversion_is_exact(native: NativeLibrary) -> None:
+def test_float16_conversion_is_exact(native: KernelLibrary) -> None:
     """All 65536 bit patterns, subnormals, infinities and NaN among them."""
     convert = native.handle.lit_binq_half_to_float
     convert.argtypes, convert.restype = [ctypes.c_uint16], ctypes.c_float

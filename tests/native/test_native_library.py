@@ -1,5 +1,10 @@
 """Finding, loading and registering the native library."""
 
+import os
+import platform
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import onnxruntime as ort
@@ -8,7 +13,7 @@ import pytest
 import lit_binq_onnx.runtime.library as module
 from lit_binq_onnx.runtime.errors import RunError
 from lit_binq_onnx.runtime.library import NativeLibrary, library_path, register
-from native import require_native
+from native import require_kernels, require_native
 
 
 @pytest.fixture
@@ -65,15 +70,71 @@ def test_registering() -> None:
     assert register(ort.SessionOptions()) is True
 
 
-def test_steering() -> None:
+def test_the_best_set_runs() -> None:
+    for native, others in ((require_native(), []), (require_kernels(), ["scalar-lut5"])):
+        names = [one.name for one in native.kernel_sets()]
+        x86, arm = ["avx512", "avx2"], ["neon"]
+        assert names == (arm if platform.machine() == "aarch64" else x86) + ["scalar", *others]
+        best = next(one for one in native.kernel_sets() if not one.lacks)
+        assert (native.kernels(), native.reason()) == (best.name, "the best that this processor can run")
+    features = set(Path("/proc/cpuinfo").read_text().split())
+    for one in native.kernel_sets():
+        assert not features.intersection(one.lacks)
+
+
+def info(**environment: str) -> subprocess.CompletedProcess[str]:
+    """`litbinq info` in a process of its own: the environment is read once."""
+    code = "from lit_binq.cli.main import command; command()"
+    command = [sys.executable, "-c", code, "info"]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+
+
+def test_info_shows_the_sets_and_which_one_runs() -> None:
     native = require_native()
-    assert native.isas()[-2:] == ["scalar", "scalar-lut5"]
-    assert set(native.isas()[:-2]) <= {"avx512", "avx2", "neon"}
-    best = native.isa()
-    assert best == native.isas()[0]
-    for name in native.isas():
-        native.force_isa(name)
-        assert native.isa() == name
-    native.force_isa(best)
-    with pytest.raises(RunError, match=r"force_isa: got 'sse9', expected .* one of .*scalar"):
-        native.force_isa("sse9")
+    done = info(LIT_BINQ_KERNELS="scalar")
+    assert done.returncode == 0, done.stderr
+    rows = [(line[:14].strip(), line[14:]) for line in done.stdout.splitlines()]
+    assert rows[0] == ("ONNX Runtime", ort.__version__)
+    assert rows[1] == ("library", str(native.path))
+    assert [text.split(":")[0] for _, text in rows[2:-1]] == [one.name for one in native.kernel_sets()]
+    assert rows[-1] == ("runs", "scalar: forced: LIT_BINQ_KERNELS is 'scalar'")
+    assert info(LIT_BINQ_KERNELS="").stdout.splitlines()[-1].endswith(f"{native.kernels()}: {native.reason()}")
+
+
+def test_an_unknown_set_is_an_error() -> None:
+    """Where the library is asked, where a session is opened, and by the session's own entry."""
+    require_native()
+    message = "LIT_BINQ_KERNELS is 'sse9', expected one of "
+    done = info(LIT_BINQ_KERNELS="sse9")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"litbinq info: error: native operators: {message}")
+    assert done.stderr.count("\n") == 1
+    code = "import onnxruntime as o; from lit_binq_onnx.runtime.library import register; register(o.SessionOptions())"
+    environment = os.environ | {"LIT_BINQ_KERNELS": "sse9"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert message in done.stderr
+    options = ort.SessionOptions()
+    options.add_session_config_entry(module.KERNELS_ENTRY, "sse9")
+    with pytest.raises(
+        RunError, match=r"session configuration entry lit_binq\.kernels is 'sse9', expected one of .*scalar"
+    ):
+        register(options)
+
+
+def test_a_set_that_cannot_run_is_an_error() -> None:
+    for one in require_native().kernel_sets():
+        if one.lacks:
+            done = info(LIT_BINQ_KERNELS=one.name)
+            assert done.returncode == 1
+            assert f"is '{one.name}', which needs {' '.join(one.lacks)}, which this processor" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the dynamic symbols of an ELF file")
+def test_only_what_is_used_is_exported() -> None:
+    """Nothing of the C++ inside can clash with another library in the process, and nothing is there for tests only."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    command = ["nm", "-D", "--defined-only", str(require_native().path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    of_sets = {"lit_binq_kernel_set", "lit_binq_kernel_set_lacks", "lit_binq_kernels", "lit_binq_kernels_reason"}
+    assert {line.split()[-1] for line in done.stdout.splitlines()} == {"RegisterCustomOps", "lit_binq_calls"} | of_sets

@@ -6,13 +6,21 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from lit_binq_onnx.runtime.library import NativeLibrary
-from native import instruction_sets, multiply, one_node_model, plain_results, random_problem, require_native, session
+from native import (
+    KernelLibrary,
+    instruction_sets,
+    multiply,
+    one_node_model,
+    plain_results,
+    random_problem,
+    require_kernels,
+    session,
+)
 
 
 @pytest.fixture(scope="module")
-def native() -> NativeLibrary:
-    return require_native()
+def native() -> KernelLibrary:
+    return require_kernels()
 
 
 def activations(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -22,7 +30,7 @@ def activations(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(37,), (1, 37), (5, 37), (2, 3, 37), (2, 1, 2, 37), (0, 37), (2, 0, 37)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("exact", [None, 0, 1])
-def test_any_rank(native: NativeLibrary, shape: tuple[int, ...], bias: bool, exact: int | None) -> None:
+def test_any_rank(native: KernelLibrary, shape: tuple[int, ...], bias: bool, exact: int | None) -> None:
     p = random_problem(19, 37, bias=bias)
     x = activations(shape)
     before = native.calls()
@@ -33,7 +41,7 @@ def test_any_rank(native: NativeLibrary, shape: tuple[int, ...], bias: bool, exa
     np.testing.assert_array_equal(y.reshape(-1, 19), want)
 
 
-def test_dynamic_dimensions_keep_their_names(native: NativeLibrary) -> None:
+def test_dynamic_dimensions_keep_their_names(native: KernelLibrary) -> None:
     """Shape inference sees (batch, sequence, N), and one session takes any size."""
     p = random_problem(24, 64)
     s = session(one_node_model(p, ["batch", "sequence", 64]), native)
@@ -45,14 +53,14 @@ def test_dynamic_dimensions_keep_their_names(native: NativeLibrary) -> None:
 
 
 @pytest.mark.parametrize("x_shape", [None, [None, 64], ["batch", None]])
-def test_unknown_dimensions_run(native: NativeLibrary, x_shape: list[int | str | None] | None) -> None:
+def test_unknown_dimensions_run(native: KernelLibrary, x_shape: list[int | str | None] | None) -> None:
     p = random_problem(24, 64)
     x = activations((3, 64))
     y = session(one_node_model(p, x_shape), native).run(None, {"X": x})[0]
     np.testing.assert_array_equal(y, multiply(native, p, x, exact=False, isa=native.isa()))
 
 
-def test_bias_may_be_computed(native: NativeLibrary) -> None:
+def test_bias_may_be_computed(native: KernelLibrary) -> None:
     p = random_problem(24, 64)
     x = activations((3, 64))
     model = one_node_model(p, [3, 64], initializers=("codes", "row_scale", "col_scale"))
@@ -63,14 +71,14 @@ def test_bias_may_be_computed(native: NativeLibrary) -> None:
 @pytest.mark.parametrize("M", [1, 3, 40])
 @pytest.mark.parametrize(("N", "K"), [(1024, 2048), (64, 17000), (1000, 4097)])
 @pytest.mark.parametrize("exact", [0, 1])
-def test_threads_change_nothing(native: NativeLibrary, M: int, N: int, K: int, exact: int) -> None:
+def test_threads_change_nothing(native: KernelLibrary, M: int, N: int, K: int, exact: int) -> None:
     """Sizes above the grain of multiply.cpp, so that two threads do share the work."""
     model, x = one_node_model(random_problem(N, K), [M, K], exact=exact), activations((M, K))
     one, two = (session(model, native, threads=threads).run(None, {"X": x})[0] for threads in (1, 2))
     np.testing.assert_array_equal(one, two)
 
 
-def test_one_session_serves_many_threads(native: NativeLibrary) -> None:
+def test_one_session_serves_many_threads(native: KernelLibrary) -> None:
     """Concurrent runs do not share a workspace."""
     p = random_problem(300, 700)
     s = session(one_node_model(p, ["M", 700]), native, threads=2)
@@ -82,7 +90,7 @@ def test_one_session_serves_many_threads(native: NativeLibrary) -> None:
         np.testing.assert_array_equal(y, expected)
 
 
-def test_calls_are_counted(native: NativeLibrary) -> None:
+def test_calls_are_counted(native: KernelLibrary) -> None:
     s = session(one_node_model(random_problem(8, 16), ["M", 16]), native)
     before = native.calls()
     for _ in range(3):
@@ -90,7 +98,7 @@ def test_calls_are_counted(native: NativeLibrary) -> None:
     assert native.calls() == before + 3
 
 
-def test_the_sessions_mode_wins_over_the_nodes(native: NativeLibrary) -> None:
+def test_the_sessions_mode_wins_over_the_nodes(native: KernelLibrary) -> None:
     p, x = random_problem(100, 300), activations((2, 300))
     lut, exact = (multiply(native, p, x, exact=e, isa=native.isa()) for e in (False, True))
     assert not np.array_equal(lut, exact)
@@ -99,18 +107,15 @@ def test_the_sessions_mode_wins_over_the_nodes(native: NativeLibrary) -> None:
         np.testing.assert_array_equal(s.run(None, {"X": x})[0], want)
 
 
-def test_forced_instruction_set_runs(native: NativeLibrary) -> None:
+def test_forced_instruction_set_runs(native: KernelLibrary) -> None:
     p, x = random_problem(100, 300), activations((2, 300))
     results = {}
-    best = native.isa()
     for isa in instruction_sets(native):
-        native.force_isa(isa)
-        results[isa] = session(one_node_model(p, [2, 300]), native).run(None, {"X": x})[0]
-    native.force_isa(best)
+        results[isa] = session(one_node_model(p, [2, 300]), native.on(isa)).run(None, {"X": x})[0]
     assert len(plain_results(results)) == 2
 
 
-def test_registering_twice_and_outliving_the_options(native: NativeLibrary) -> None:
+def test_registering_twice_and_outliving_the_options(native: KernelLibrary) -> None:
     """Sessions of different options share the domain, and run after their options are gone."""
     p, x = random_problem(8, 16), activations((2, 16))
     sessions = [session(one_node_model(p, [2, 16]), native) for _ in range(3)]
@@ -120,7 +125,7 @@ def test_registering_twice_and_outliving_the_options(native: NativeLibrary) -> N
         np.testing.assert_array_equal(s.run(None, {"X": x})[0], want)
 
 
-def test_a_column_count_that_does_not_fit(native: NativeLibrary) -> None:
+def test_a_column_count_that_does_not_fit(native: KernelLibrary) -> None:
     with pytest.raises(
         Exception, match=r"BinaryMatMul: codes has shape \(8, 2\), expected \(N, 3\) for attribute K = 24"
     ):
@@ -131,26 +136,26 @@ def test_a_column_count_that_does_not_fit(native: NativeLibrary) -> None:
         session(one_node_model(random_problem(8, 16), [2, 16], K=0), native)
 
 
-def test_a_missing_column_count(native: NativeLibrary) -> None:
+def test_a_missing_column_count(native: KernelLibrary) -> None:
     model = one_node_model(random_problem(8, 16), [2, 16])
     del model.graph.node[0].attribute[:]
     with pytest.raises(Exception, match="BinaryMatMul: attribute K is missing"):
         session(model, native)
 
 
-def test_an_unknown_mode(native: NativeLibrary) -> None:
+def test_an_unknown_mode(native: KernelLibrary) -> None:
     with pytest.raises(Exception, match="BinaryMatMul: attribute exact is 2, expected 0 or 1"):
         session(one_node_model(random_problem(8, 16), [2, 16], exact=2), native)
 
 
 @pytest.mark.parametrize("name", ["codes", "row_scale", "col_scale"])
-def test_weights_that_are_not_constant(native: NativeLibrary, name: str) -> None:
+def test_weights_that_are_not_constant(native: KernelLibrary, name: str) -> None:
     constants = tuple({"codes", "row_scale", "col_scale", "bias"} - {name})
     with pytest.raises(Exception, match=f"BinaryMatMul: {name} is computed at run time .* expected a constant"):
         session(one_node_model(random_problem(8, 16), [2, 16], initializers=constants), native)
 
 
-def test_scales_that_do_not_fit(native: NativeLibrary) -> None:
+def test_scales_that_do_not_fit(native: KernelLibrary) -> None:
     p = random_problem(8, 16)
     p.r = p.r[:7]
     with pytest.raises(Exception, match=r"BinaryMatMul: row_scale has shape \(7,\), expected \(8,\)"):
@@ -161,7 +166,7 @@ def test_scales_that_do_not_fit(native: NativeLibrary) -> None:
         session(one_node_model(p, [2, 16]), native)
 
 
-def test_inputs_that_do_not_fit_at_run_time(native: NativeLibrary) -> None:
+def test_inputs_that_do_not_fit_at_run_time(native: KernelLibrary) -> None:
     p = random_problem(8, 16)
     s = session(one_node_model(p, None), native)
     before = native.calls()
@@ -176,14 +181,14 @@ def test_inputs_that_do_not_fit_at_run_time(native: NativeLibrary) -> None:
         s.run(None, {"X": activations((2, 16))})
 
 
-def test_a_wrong_element_type_is_refused(native: NativeLibrary) -> None:
+def test_a_wrong_element_type_is_refused(native: KernelLibrary) -> None:
     p = random_problem(8, 16)
     p.r = p.r.astype(np.float32)
     with pytest.raises(Exception, match=r"'tensor\(float\)' of input parameter \(row_scale\)"):
         session(one_node_model(p, [2, 16]), native)
 
 
-def test_every_optimization_level_runs_native(native: NativeLibrary) -> None:
+def test_every_optimization_level_runs_native(native: KernelLibrary) -> None:
     p, x = random_problem(8, 16), activations((2, 16))
     levels = ort.GraphOptimizationLevel
     for level in (

@@ -3,7 +3,6 @@
 Legend: as in `nbits_problems`.
 """
 
-import ctypes
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_binq_onnx.runtime.library import NativeLibrary
-from native import require_native
+from native import KernelLibrary, require_kernels
 from nbits_problems import SETS, Problem, activations, multiply, problem
 
 ROUNDING = 2.0**-24
@@ -20,26 +18,17 @@ ROUNDING = 2.0**-24
 
 
 @pytest.fixture(scope="module")
-def native() -> NativeLibrary:
-    return require_native()
+def native() -> KernelLibrary:
+    return require_kernels()
 
 
 @pytest.fixture(scope="module")
-def sets(native: NativeLibrary) -> list[str]:
+def sets(native: KernelLibrary) -> list[str]:
     """Instruction sets with kernels of their own on this machine."""
-    call = native.handle.lit_binq_nbits_isa
-    call.restype, call.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
-    return [isa for isa in SETS if call(isa.encode()) == isa.encode()]
+    return [isa for isa in SETS if isa in native.isas()]
 
 
-def test_unknown_sets_have_no_kernels(native: NativeLibrary, sets: list[str]) -> None:
-    assert "scalar" in sets
-    assert set(native.isas()) - {"neon", "scalar-lut5"} <= set(sets)
-    assert native.handle.lit_binq_nbits_isa(b"abacus") is None
-    assert native.handle.lit_binq_nbits_isa(b"neon") == b"scalar"
-
-
-def check(native: NativeLibrary, sets: list[str], p: Problem, x: np.ndarray, *, halves: bool | None = None) -> None:
+def check(native: KernelLibrary, sets: list[str], p: Problem, x: np.ndarray, *, halves: bool | None = None) -> None:
     """Both modes on every set. Rounded: equal to the definition. Exact: equal on all sets, near float64."""
     rounded, exact = p.rounded(x), None
     bound = (p.g / 4 + 3 + 1) * ROUNDING * p.magnitude(x) + np.abs(p.reference(x)) * ROUNDING
@@ -57,7 +46,7 @@ def check(native: NativeLibrary, sets: list[str], p: Problem, x: np.ndarray, *, 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("g", [16, 32, 64, 128, 256])
-def test_blocks_tails_and_rows(native: NativeLibrary, sets: list[str], bits: int, zeros: bool, g: int) -> None:
+def test_blocks_tails_and_rows(native: KernelLibrary, sets: list[str], bits: int, zeros: bool, g: int) -> None:
     """Whole blocks and tails, rows that fill no tile, one block and several, M on both sides of a panel's groups."""
     for N, K, M in ((1, 1, 1), (16, g, 2), (19, 3 * g, 3), (33, 2 * g + 7, 17), (15, 5 * g - 1, 5)):
         p = problem(N, K, bits=bits, g=g, zeros=zeros, half=M != 3, seed=K)
@@ -76,12 +65,12 @@ def test_blocks_tails_and_rows(native: NativeLibrary, sets: list[str], bits: int
     st.integers(0, 99),
 )
 def test_any_shape(N: int, K: int, M: int, bits: int, g: int, zeros: bool, half: bool, seed: int) -> None:
-    native = require_native()
+    native = require_kernels()
     p = problem(N, K, bits=bits, g=g, zeros=zeros, half=half, seed=seed)
     check(native, list(native.isas()), p, activations(M, K, seed))
 
 
-def test_many_rows_are_single_rows(native: NativeLibrary, sets: list[str]) -> None:
+def test_many_rows_are_single_rows(native: KernelLibrary, sets: list[str]) -> None:
     """Panels and groups of rows change nothing."""
     for bits in (4, 8):
         p, x = problem(20, 100, bits=bits), activations(70, 100)
@@ -95,7 +84,7 @@ def test_many_rows_are_single_rows(native: NativeLibrary, sets: list[str]) -> No
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("g", [16, 32, 256])
-def test_largest_integers(native: NativeLibrary, sets: list[str], bits: int, g: int) -> None:
+def test_largest_integers(native: KernelLibrary, sets: list[str], bits: int, g: int) -> None:
     """Codes, zero points and activations at their ends, where a sum of 16 bits would be the first to overflow."""
     top, K = (1 << bits) - 1, 2 * g
     for q in (0, top, None):
@@ -115,7 +104,7 @@ def test_largest_integers(native: NativeLibrary, sets: list[str], bits: int, g: 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("x_size", [1e-45, 1e-38, 1.0, 3e37])
 @pytest.mark.parametrize("s_size", [1e-45, 1e-38, 1.0, 1e37])
-def test_extreme_sizes(native: NativeLibrary, sets: list[str], bits: int, x_size: float, s_size: float) -> None:
+def test_extreme_sizes(native: KernelLibrary, sets: list[str], bits: int, x_size: float, s_size: float) -> None:
     """Subnormal and huge activations and scales: nothing is lost on the way but what float32 cannot hold in the end."""
     p, x = problem(18, 70, bits=bits, half=False), activations(3, 70)
     p = replace(p, scales=(p.scales * np.float32(s_size)).astype(np.float32))
@@ -132,7 +121,7 @@ def test_extreme_sizes(native: NativeLibrary, sets: list[str], bits: int, x_size
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_rows_that_are_not_finite(native: NativeLibrary, sets: list[str], value: float) -> None:
+def test_rows_that_are_not_finite(native: KernelLibrary, sets: list[str], value: float) -> None:
     p, x = problem(21, 90), activations(9, 90)
     bad = x.copy()
     bad[[0, 4, 7], [89, 3, 50]] = value
@@ -144,7 +133,7 @@ def test_rows_that_are_not_finite(native: NativeLibrary, sets: list[str], value:
             np.testing.assert_array_equal(np.delete(y, [0, 4, 7], 0), np.delete(clean, [0, 4, 7], 0))
 
 
-def test_zero_rows_blocks_and_scales(native: NativeLibrary, sets: list[str]) -> None:
+def test_zero_rows_blocks_and_scales(native: KernelLibrary, sets: list[str]) -> None:
     """Activations of zero, blocks that are negligible beside others, scales of zero."""
     p, x = problem(17, 96), activations(4, 96)
     x[0] = 0
@@ -159,7 +148,7 @@ def test_zero_rows_blocks_and_scales(native: NativeLibrary, sets: list[str]) -> 
         assert not y[:, 3].any()
 
 
-def test_scales_that_float16_does_not_hold(native: NativeLibrary) -> None:
+def test_scales_that_float16_does_not_hold(native: KernelLibrary) -> None:
     """One scale with 12 bits, or one that is too small beside others, changes the packed form of all; size does not."""
     p, x = problem(40, 64), activations(2, 64)
     for factor, halves in ((1.0, True), (2.0**-100, True), (2.0**100, True), (-(2.0**-9), True)):

@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 
 from lit_binq_onnx.functions import add_functions
-from lit_binq_onnx.runtime.library import Mode, NativeLibrary
-from native import instruction_sets, require_native, session
+from lit_binq_onnx.runtime.library import Mode
+from native import KernelLibrary, instruction_sets, require_kernels, session
 from nbits_problems import activations, multiply, one_node_model, problem
 
 MODES: tuple[Mode, ...] = ("lut", "exact")
@@ -21,14 +21,14 @@ INT8_ERROR = 0.05
 
 
 @pytest.fixture(scope="module")
-def native() -> NativeLibrary:
-    return require_native()
+def native() -> KernelLibrary:
+    return require_kernels()
 
 
 @pytest.mark.parametrize("shape", [(70,), (1, 70), (3, 70), (17, 70), (2, 3, 70), (0, 70), (2, 0, 70)])
 @pytest.mark.parametrize("exact", [-1, 0, 1])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_any_rank(native: NativeLibrary, shape: tuple[int, ...], exact: int, bits: int) -> None:
+def test_any_rank(native: KernelLibrary, shape: tuple[int, ...], exact: int, bits: int) -> None:
     p, x = problem(19, 70, bits=bits, zeros=exact != 0), activations(1, 70 * int(np.prod(shape[:-1]))).reshape(shape)
     before = native.calls()
     y = session(one_node_model(p, [*shape], exact=exact), native).run(None, {"X": x})[0]
@@ -38,27 +38,22 @@ def test_any_rank(native: NativeLibrary, shape: tuple[int, ...], exact: int, bit
     np.testing.assert_array_equal(y.reshape(-1, 19), want)
 
 
-def test_dimensions_keep_their_names(native: NativeLibrary) -> None:
+def test_dimensions_keep_their_names(native: KernelLibrary) -> None:
     p = problem(24, 64)
     s = session(one_node_model(p, ["batch", "sequence", 64]), native)
     assert s.get_outputs()[0].shape == ["batch", "sequence", 24]
 
 
-def test_modes_and_sets_can_be_forced(native: NativeLibrary) -> None:
+def test_modes_and_sets_can_be_forced(native: KernelLibrary) -> None:
     p, x = problem(19, 70), activations(3, 70)
-    best = native.isa()
     for isa in instruction_sets(native):
         for mode in MODES:
-            native.force_isa(isa)
-            try:
-                s = session(one_node_model(p, [3, 70], exact=int(mode == "lut")), native, mode=mode)
-            finally:
-                native.force_isa(best)
+            s = session(one_node_model(p, [3, 70], exact=int(mode == "lut")), native.on(isa), mode=mode)
             want, _ = multiply(native, p, x, exact=mode == "exact", isa=isa)
             np.testing.assert_array_equal(s.run(None, {"X": x})[0], want)
 
 
-def test_flat_scales_and_zeros(native: NativeLibrary) -> None:
+def test_flat_scales_and_zeros(native: KernelLibrary) -> None:
     for bits in (4, 8):
         p, x = problem(19, 70, bits=bits), activations(3, 70)
         results = [
@@ -68,7 +63,7 @@ def test_flat_scales_and_zeros(native: NativeLibrary) -> None:
 
 
 @pytest.mark.parametrize("M", [1, 40])
-def test_threads_change_nothing(native: NativeLibrary, M: int) -> None:
+def test_threads_change_nothing(native: KernelLibrary, M: int) -> None:
     p, x = problem(3000, 300), activations(M, 300)
     one, two = (session(one_node_model(p, ["M", 300]), native, threads=t) for t in (1, 2))
     want = one.run(None, {"X": x})[0]
@@ -84,7 +79,7 @@ def test_threads_change_nothing(native: NativeLibrary, M: int) -> None:
 @pytest.mark.parametrize("native_too", [False, True])
 def test_the_body_computes_the_same(bits: int, zeros: bool, g: int, native_too: bool) -> None:
     """On stock ONNX Runtime within the rounding of activations, with a tail too; native sessions ignore the body."""
-    library = require_native() if native_too else None
+    library = require_kernels() if native_too else None
     for K in (128, 2 * g + 16):
         p, x = problem(33, K, bits=bits, g=g, zeros=zeros), activations(3, K)
         model = one_node_model(p, ["M", K], body=True)
@@ -118,7 +113,7 @@ def test_the_body_brings_its_domain() -> None:
 EMPTY = np.zeros((0, 2, 16), np.uint8)
 
 
-def test_no_rows_of_weights(native: NativeLibrary) -> None:
+def test_no_rows_of_weights(native: KernelLibrary) -> None:
     p = problem(1, 64)
     tensors = {"codes": EMPTY, "scales": np.zeros((0, 2), np.float32), "zero_points": np.zeros((0, 1), np.uint8)}
     with pytest.raises(Exception, match="attribute N is 0, expected at least 1"):
@@ -146,7 +141,7 @@ def test_no_rows_of_weights(native: NativeLibrary) -> None:
     ],
 )
 def test_errors_in_one_line(
-    native: NativeLibrary, attributes: dict[str, int], tensors: dict[str, np.ndarray], message: str
+    native: KernelLibrary, attributes: dict[str, int], tensors: dict[str, np.ndarray], message: str
 ) -> None:
     model = one_node_model(problem(18, 64), ["M", "K"], tensors=tensors, **attributes)
     with pytest.raises(Exception, match=r"lit_binq\.NBitsMatMul: ") as caught:
@@ -155,12 +150,12 @@ def test_errors_in_one_line(
 
 
 @pytest.mark.parametrize("name", ["codes", "scales"])
-def test_weights_must_be_constant(native: NativeLibrary, name: str) -> None:
+def test_weights_must_be_constant(native: KernelLibrary, name: str) -> None:
     with pytest.raises(Exception, match=f"lit_binq.NBitsMatMul: {name} is computed at run time"):
         session(one_node_model(problem(18, 64), [2, 64], computed=(name,)), native)
 
 
-def test_zero_points_must_be_constant(native: NativeLibrary) -> None:
+def test_zero_points_must_be_constant(native: KernelLibrary) -> None:
     """Seen when it runs only: until then they look as if they were left out."""
     p = problem(18, 64)
     s = session(one_node_model(p, [2, 64], computed=("zero_points",)), native)
@@ -168,7 +163,7 @@ def test_zero_points_must_be_constant(native: NativeLibrary) -> None:
         s.run(None, {"X": activations(2, 64), "zero_points": p.zeros})
 
 
-def test_wrong_x(native: NativeLibrary) -> None:
+def test_wrong_x(native: KernelLibrary) -> None:
     s = session(one_node_model(problem(18, 64), None), native)
     with pytest.raises(Exception, match=r"X has shape \(2, 63\), expected \(..., 64\) as attribute K says"):
         s.run(None, {"X": activations(2, 63)})

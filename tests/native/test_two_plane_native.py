@@ -4,8 +4,6 @@ Legend: x (M, K) activations, A, B (N, K) bits, L numbers a row and group of g c
 activations. Columns are in stored order, outliers first, where nothing else is said.
 """
 
-import ctypes
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lit_binq.formats.activations import codes as torch_codes
-from lit_binq_onnx.runtime.library import NativeLibrary
-from native import require_native, session
+from native import KernelLibrary, require_kernels, session
 from two_plane_problems import (
     FLOAT_ERROR,
     SETS,
@@ -30,22 +27,14 @@ from two_plane_problems import (
 
 
 @pytest.fixture(scope="module")
-def native() -> NativeLibrary:
-    return require_native()
+def native() -> KernelLibrary:
+    return require_kernels()
 
 
 @pytest.fixture(scope="module")
-def sets(native: NativeLibrary) -> list[str]:
+def sets(native: KernelLibrary) -> list[str]:
     """Instruction sets with kernels of their own on this machine."""
-    call = native.handle.lit_binq_two_plane_isa
-    call.restype, call.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
-    return [isa for isa in SETS if call(isa.encode()) == isa.encode()]
-
-
-def test_unknown_sets_have_no_kernels(native: NativeLibrary, sets: list[str]) -> None:
-    assert "scalar" in sets
-    assert native.handle.lit_binq_two_plane_isa(b"abacus") is None
-    assert native.handle.lit_binq_two_plane_isa(b"neon") == b"scalar"
+    return [isa for isa in SETS if isa in native.isas()]
 
 
 # --- integers
@@ -65,7 +54,7 @@ SHAPES = (
 @pytest.mark.parametrize("L", [2, 3, 4])
 @pytest.mark.parametrize(("bits", "outliers", "static"), [(4, 0, False), (4, 0, True), (4, 24, False), (8, 0, False)])
 def test_counts_are_the_definition(
-    native: NativeLibrary, sets: list[str], shape: dict[str, int], L: int, bits: int, outliers: int, static: bool
+    native: KernelLibrary, sets: list[str], shape: dict[str, int], L: int, bits: int, outliers: int, static: bool
 ) -> None:
     if outliers >= shape["K"]:
         outliers = 0
@@ -89,7 +78,7 @@ def test_counts_are_the_definition(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_counts_at_their_largest(native: NativeLibrary, sets: list[str], bits: int) -> None:
+def test_counts_at_their_largest(native: KernelLibrary, sets: list[str], bits: int) -> None:
     """All bits set, all activations at the top: 160 of 160, which must not overflow a byte."""
     p = problem(64, 320, L=4, group=320, bits=bits, static=True, bias=False)
     p.A, p.B = np.ones_like(p.A), np.ones_like(p.B)
@@ -110,7 +99,7 @@ def test_counts_at_their_largest(native: NativeLibrary, sets: list[str], bits: i
 @example(x=[0.0] * 16, scales=[0.0] * 5)
 @example(x=[3.5] * 16, scales=[-0.25, 0.5, 0.5, 0.5, 0.5])
 @example(x=[i / 15 for i in range(15)] + [1.0], scales=[0.0, 0.0625, 0.125, 0.25, 0.5])
-def test_codes_are_torchs(native: NativeLibrary, sets: list[str], x: list[float], scales: list[float]) -> None:
+def test_codes_are_torchs(native: KernelLibrary, sets: list[str], x: list[float], scales: list[float]) -> None:
     """Equal levels, levels in any order, ties, constant rows."""
     p = problem(1, 16, group=8, bits=4, outliers=8)
     p.scales = np.array(scales, np.float16)
@@ -129,7 +118,7 @@ def test_codes_are_torchs(native: NativeLibrary, sets: list[str], x: list[float]
 @pytest.mark.parametrize("outliers", [0, 8])
 @pytest.mark.parametrize("M", [1, 19])
 def test_float_products(
-    native: NativeLibrary, sets: list[str], shape: dict[str, int], L: int, outliers: int, M: int
+    native: KernelLibrary, sets: list[str], shape: dict[str, int], L: int, outliers: int, M: int
 ) -> None:
     p = problem(**shape, L=L, outliers=outliers if outliers < shape["K"] else 0)
     x = activations(M, p.K)
@@ -146,7 +135,7 @@ def test_float_products(
 @pytest.mark.parametrize("L", [2, 3, 4])
 @pytest.mark.parametrize(("bits", "outliers", "static"), [(4, 0, False), (4, 24, True), (4, 24, False), (8, 0, True)])
 def test_quantized_products(
-    native: NativeLibrary, sets: list[str], shape: dict[str, int], L: int, bits: int, outliers: int, static: bool
+    native: KernelLibrary, sets: list[str], shape: dict[str, int], L: int, bits: int, outliers: int, static: bool
 ) -> None:
     p = problem(**shape, L=L, bits=bits, outliers=outliers if outliers < shape["K"] else 0, static=static)
     x = activations(19, p.K)
@@ -157,7 +146,7 @@ def test_quantized_products(
         assert np.array_equal(multiply(native, p, x[3:4], isa)[0], got[3])  # the row's company does not matter
 
 
-def test_tables_err_little(native: NativeLibrary, sets: list[str]) -> None:
+def test_tables_err_little(native: KernelLibrary, sets: list[str]) -> None:
     p = problem(256, 1024, L=3, bias=False)
     x = np.random.default_rng(0).standard_normal((4, 1024)).astype(np.float32)
     want = p.reference(x)
@@ -181,7 +170,7 @@ def rounded_dense(p: Problem) -> np.ndarray:
 @pytest.mark.parametrize("spread", [1.0, 1e3, 0.0])
 @pytest.mark.parametrize("shape", [{"N": 70, "K": 300, "group": 64}, {"N": 64, "K": 512, "group": 128}])
 def test_rounded_levels_follow_their_definition(
-    native: NativeLibrary, sets: list[str], shape: dict[str, int], spread: float
+    native: KernelLibrary, sets: list[str], shape: dict[str, int], spread: float
 ) -> None:
     """Activations whose tables are exact: one whole number in each 4 columns, the largest of a block 127."""
     p = problem(**shape, L=4, bias=False)
@@ -201,7 +190,7 @@ def test_rounded_levels_follow_their_definition(
 
 
 @pytest.mark.parametrize("bits", [0, 4, 8])
-def test_rows_that_are_not_finite_are_nan(native: NativeLibrary, sets: list[str], bits: int) -> None:
+def test_rows_that_are_not_finite_are_nan(native: KernelLibrary, sets: list[str], bits: int) -> None:
     p = problem(70, 100, L=4, bits=bits, group=64)
     x = activations(3, 100)
     x[0, 5], x[2, 99] = np.nan, np.inf
@@ -213,7 +202,7 @@ def test_rows_that_are_not_finite_are_nan(native: NativeLibrary, sets: list[str]
 
 @pytest.mark.parametrize("size", [1e37, 1e-37, 0.0])
 @pytest.mark.parametrize("bits", [0, 4, 8])
-def test_extremes(native: NativeLibrary, sets: list[str], size: float, bits: int) -> None:
+def test_extremes(native: KernelLibrary, sets: list[str], size: float, bits: int) -> None:
     p = problem(64, 256, L=4, bits=bits, bias=False)
     p.levels = (p.levels / 64).astype(np.float16)
     x = (activations(2, 256) * size / 20).astype(np.float32)
@@ -231,7 +220,7 @@ def test_extremes(native: NativeLibrary, sets: list[str], size: float, bits: int
 @pytest.mark.parametrize("bits", [0, 4, 8])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_operator(native: NativeLibrary, bits: int, bias: bool, threads: int) -> None:
+def test_the_operator(native: KernelLibrary, bits: int, bias: bool, threads: int) -> None:
     """Shapes, bias, threads: work enough for several tasks."""
     p = problem(600, 1024, L=3, bits=bits, outliers=64, bias=bias)
     x = activations(6, 1024)
@@ -243,7 +232,7 @@ def test_the_operator(native: NativeLibrary, bits: int, bias: bool, threads: int
 
 
 @pytest.mark.parametrize("shape", [(45,), (0, 45), (2, 0, 45)])
-def test_other_shapes(native: NativeLibrary, shape: tuple[int, ...]) -> None:
+def test_other_shapes(native: KernelLibrary, shape: tuple[int, ...]) -> None:
     p = problem(7, 45, group=16, bits=4)
     x = activations(1, 45)[0] if len(shape) == 1 else np.zeros(shape, np.float32)
     y = session(model(p, [*shape]), native).run(None, {"X": x})[0]
@@ -253,27 +242,21 @@ def test_other_shapes(native: NativeLibrary, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("isa", SETS)
-def test_the_operator_follows_the_chosen_set(native: NativeLibrary, sets: list[str], isa: str) -> None:
+def test_the_operator_follows_the_chosen_set(native: KernelLibrary, sets: list[str], isa: str) -> None:
     """Within one set results are the same bit for bit, with and without ONNX Runtime."""
     if isa not in sets:
         pytest.skip(f"this machine lacks {isa}")
     p, x = problem(70, 300, L=4), activations(3, 300)
-    best = native.isa()
-    try:
-        if native.handle.lit_binq_force_isa(isa.encode()) != 0:
-            pytest.skip(f"the library has no operators for {isa}")
-        y = session(model(p, ["M", 300]), native).run(None, {"X": x})[0]
-    finally:
-        native.force_isa(best)
+    y = session(model(p, ["M", 300]), native.on(isa)).run(None, {"X": x})[0]
     assert np.array_equal(y, multiply(native, p, x, isa))
 
 
-def refused(native: NativeLibrary, p: Problem, message: str, **attributes: int) -> None:
+def refused(native: KernelLibrary, p: Problem, message: str, **attributes: int) -> None:
     with pytest.raises(Exception, match=message):
         session(model(p, ["M", p.K], **attributes), native)
 
 
-def test_tensors_that_do_not_fit(native: NativeLibrary) -> None:
+def test_tensors_that_do_not_fit(native: KernelLibrary) -> None:
     p = problem(8, 64, group=16)
     refused(native, p, r"levels has shape \(8, 4, 2\), expected \(8, 2, 2 to 4\)", group=32)
     refused(native, p, "activation_bits is 5, expected 0, 4 or 8", activation_bits=5)

@@ -1,27 +1,31 @@
 // RegisterCustomOps, the one function that ONNX Runtime looks up. Guards the ABI, then adds domain lit_binq.
 //
-// A session may choose one mode for all its operators, by an entry of its configuration that is set before the library
-// is registered:
+// A session may choose for all its operators, by entries of its configuration that are set before the library is
+// registered:
 //
-//     lit_binq.mode    "lut" or "exact"; without it the attribute `exact` of each node decides
+//     lit_binq.mode       "lut" or "exact"; without it the attribute `exact` of each node decides
+//     lit_binq.kernels    the name of a kernel set; without it the environment variable LIT_BINQ_KERNELS, else the best
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "abi/abi_guard.h"
 #include "abi/export.h"
 #include "ops/operator.h"
 #include "ops/operators.h"
+#include "sets/kernel_sets.h"
 
 namespace lit_binq {
 namespace {
 
 constexpr const char* kModeEntry = "lit_binq.mode";
-constexpr size_t kModes = 3;  // of SessionMode
+constexpr const char* kKernelsEntry = "lit_binq.kernels";
 
-// The operators for sessions of one mode.
+// The operators for sessions of one mode and one kernel set.
 struct Domain {
   Description operators[kOperatorsCount];
   OrtCustomOpDomain* domain = nullptr;
@@ -31,7 +35,7 @@ struct Domain {
 struct Runtime {
   const OrtApiBase* base;
   OrtApi ort;
-  std::unique_ptr<Domain> domains[kModes];
+  std::map<std::pair<SessionMode, const KernelSet*>, std::unique_ptr<Domain>> domains;
 };
 
 // Kept for the life of the process: sessions hold pointers into it.
@@ -58,26 +62,44 @@ Runtime* find_runtime(Runtimes& known, const OrtApiBase* base, const char** prob
   return known.all.back().get();
 }
 
-// Throws Failure.
-SessionMode read_mode(const OrtApi& ort, const OrtSessionOptions* options) {
-  int found = 0;
-  check(ort.HasSessionConfigEntry(options, kModeEntry, &found));
-  if (!found) return SessionMode::kOfNode;
-  size_t size = 0;  // with the zero at the end
-  check(ort.GetSessionConfigEntry(options, kModeEntry, nullptr, &size));
-  std::string value(size, '\0');
-  check(ort.GetSessionConfigEntry(options, kModeEntry, value.data(), &size));
-  value = value.c_str();
-  if (value == "lut") return SessionMode::kLut;
-  if (value == "exact") return SessionMode::kExact;
-  const std::string message = "lit_binq: session configuration entry " + std::string(kModeEntry) + " is '" +
-                              value.substr(0, 40) + "', expected 'lut' or 'exact'";
-  throw Failure(ort.CreateStatus(kOrtInvalidArgument, message.c_str()));
+[[noreturn]] void refuse_entry(const OrtApi& ort, const std::string& message) {
+  throw Failure(ort.CreateStatus(kOrtInvalidArgument, ("lit_binq: " + message).c_str()));
 }
 
-std::unique_ptr<Domain> make_domain(const OrtApi& ort, SessionMode mode) {
+// An entry of the session's configuration; false where there is none. Throws Failure.
+bool read_entry(const OrtApi& ort, const OrtSessionOptions* options, const char* name, std::string* value) {
+  int found = 0;
+  check(ort.HasSessionConfigEntry(options, name, &found));
+  if (!found) return false;
+  size_t size = 0;  // with the zero at the end
+  check(ort.GetSessionConfigEntry(options, name, nullptr, &size));
+  value->assign(size, '\0');
+  check(ort.GetSessionConfigEntry(options, name, value->data(), &size));
+  *value = value->c_str();
+  return true;
+}
+
+SessionMode read_mode(const OrtApi& ort, const OrtSessionOptions* options) {
+  std::string value;
+  if (!read_entry(ort, options, kModeEntry, &value)) return SessionMode::kOfNode;
+  if (value == "lut") return SessionMode::kLut;
+  if (value == "exact") return SessionMode::kExact;
+  refuse_entry(ort, "session configuration entry " + std::string(kModeEntry) + " is '" + value.substr(0, 40) +
+                        "', expected 'lut' or 'exact'");
+}
+
+const KernelSet* read_kernels(const OrtApi& ort, const OrtSessionOptions* options) {
+  std::string value;
+  const bool given = read_entry(ort, options, kKernelsEntry, &value);
+  const Choice choice =
+      given ? choose_kernels(value.c_str(), "session configuration entry lit_binq.kernels") : default_kernels();
+  if (choice.set == nullptr) refuse_entry(ort, choice.reason);
+  return choice.set;
+}
+
+std::unique_ptr<Domain> make_domain(const OrtApi& ort, const SessionOptions& session) {
   auto made = std::make_unique<Domain>();
-  for (size_t i = 0; i < kOperatorsCount; ++i) made->operators[i] = kOperators[i](ort, mode);
+  for (size_t i = 0; i < kOperatorsCount; ++i) made->operators[i] = kOperators[i](ort, session);
   check(ort.CreateCustomOpDomain("lit_binq", &made->domain));
   for (const Description& op : made->operators) {
     if (OrtStatus* status = ort.CustomOpDomain_Add(made->domain, &op)) {
@@ -89,9 +111,9 @@ std::unique_ptr<Domain> make_domain(const OrtApi& ort, SessionMode mode) {
 }
 
 void add_domain(Runtime& runtime, OrtSessionOptions* options) {
-  const SessionMode mode = read_mode(runtime.ort, options);
-  std::unique_ptr<Domain>& domain = runtime.domains[static_cast<size_t>(mode)];
-  if (domain == nullptr) domain = make_domain(runtime.ort, mode);
+  const SessionOptions session = {read_mode(runtime.ort, options), read_kernels(runtime.ort, options)};
+  std::unique_ptr<Domain>& domain = runtime.domains[{session.mode, session.kernels}];
+  if (domain == nullptr) domain = make_domain(runtime.ort, session);
   check(runtime.ort.AddCustomOpDomain(options, domain->domain));
 }
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "attention/kernel.h"
-#include "binary/multiply.h"
+#include "common/executor.h"
 
 namespace lit_binq {
 

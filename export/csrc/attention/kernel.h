@@ -56,22 +56,11 @@ constexpr int64_t tile_workspace(int64_t d, int64_t rows) {
 // that of a float. An infinite score or a NaN gives NaN; a value of a later token that is not finite may give NaN to
 // earlier ones of its tile.
 struct AttentionKernels {
-  const char* name;
   // y (2 half,) = factor * (x rotated by the angles of cos, sin (half,)): (a, b) -> (a cos - b sin, b cos + a sin), a
   // from the first half of x and b from the second one. May not overlap.
   void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, float factor, float* y);
   void (*one)(const DecodeArgs& token);
   void (*tile)(const TokenTile& tile);
 };
-
-extern const AttentionKernels kAttentionScalar;
-#if LIT_BINQ_ATTENTION_X86
-extern const AttentionKernels kAttentionAvx2;    // AVX2, FMA
-extern const AttentionKernels kAttentionAvx512;  // AVX-512 F, and the above
-#endif
-
-// The kernels that belong to a choice of cpu.h ("scalar", "avx2", ...): its own instruction set where there are kernels
-// for it and the machine has all they need, else the next plainer ones.
-const AttentionKernels& attention_kernels(const char* name);
 
 }  // namespace lit_binq

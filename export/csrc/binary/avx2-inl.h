@@ -8,7 +8,7 @@
 
 #include <immintrin.h>
 
-#include "binary/kernels_avx2.h"
+#include "binary/avx2_tables-inl.h"
 #include "common/prefetch.h"
 #include "common/silu.h"
 

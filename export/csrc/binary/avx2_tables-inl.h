@@ -5,11 +5,15 @@
 
 #include <immintrin.h>
 
-#include "binary/kernels_avx2.h"
+#include "binary/kernel.h"
 
 namespace lit_binq {
 namespace {
 namespace binary_avx2 {
+
+// Entries of halved tables for a weight byte: the sums of either nibble whose highest bit is set, the low nibble's
+// first. The other sums are their negatives.
+constexpr int64_t kHalfEntries = 16;
 
 inline int32_t largest_lane(__m256i v) {
   const __m128i half = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

@@ -13,7 +13,7 @@
 
 #include <immintrin.h>
 
-#include "binary/kernels_avx512.h"
+#include "binary/avx512_lut5-inl.h"
 #include "common/prefetch.h"
 #include "common/silu.h"
 

@@ -6,7 +6,7 @@
 // them, a product takes four fifths of the time. Signs come with the indices: they are made once for all rows.
 #pragma once
 
-#include "binary/kernels_avx512.h"
+#include "binary/avx512_pieces-inl.h"
 #include "common/prefetch.h"
 
 namespace lit_binq {

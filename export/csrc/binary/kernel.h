@@ -28,7 +28,7 @@
 // and 6-7 (8 floats fill one 256-bit register, which a lane permutation indexes by 3 bits).
 //
 // All sets compute the same integers and round the same float operations in the same order: their results are equal
-// bit for bit to those of a plain one (Kernels::reference), in both modes. tests/test_native_kernels.py holds them to
+// bit for bit to those in plain C++ (scalar-inl.h; lut5: tests/scalar_lut5.cpp), in both modes. tests/test_native_kernels.py holds them to
 // it.
 #pragma once
 
@@ -64,7 +64,7 @@ enum class Layout {
 constexpr int64_t kQuad = 4;
 static constexpr int64_t block_bytes(int64_t count) { return (count + 8 * kQuad - 1) / (8 * kQuad) * kQuad; }
 
-constexpr int64_t kNeverDense = INT64_MAX;  // of Kernels::rows_for_dense
+constexpr int64_t kNeverDense = INT64_MAX;  // of BinaryKernels::rows_for_dense
 
 // Lut5 of a block of so many quads: halves that hold signs, halves that are looked up, and of these the signed ones.
 static constexpr int sign_halves(int64_t quads) { return static_cast<int>(2 * quads / 5); }
@@ -91,7 +91,7 @@ struct TileBlock {
   int repeats;           // how often one row of activations prefetches these codes (cpu.h); 0: they are in a cache
 };
 
-// Where the tables and sums of the rows of activations are (Kernels::add_lut).
+// Where the tables and sums of the rows of activations are (BinaryKernels::add_lut).
 struct Rows {
   const uint8_t* tables;
   int64_t stride;
@@ -117,16 +117,12 @@ static inline Magnitudes with_rest(Magnitudes m, const float* x, const float* c,
 }
 
 // Kernels of one instruction set. Every function is safe to call from many threads.
-struct Kernels {
-  const char* name;
+struct BinaryKernels {
   Layout layout;
 
   // Largest magnitudes of K activations as the bits of a float, which order as integers do, infinities and NaN on top:
   // of all, and of those whose `c` is not zero (of all, where c is nullptr).
   Magnitudes (*largest)(const float* x, const float* c, int64_t K);
-
-  // The plain set whose results these equal.
-  const Kernels* reference;
 
   // From so many rows of activations in a panel on, tables are dense: a form of the set's own that takes less of their
   // place (AVX2: half of each table; AVX-512: lut5). Only kernels that say a number here are asked for them.
@@ -154,17 +150,5 @@ struct Kernels {
   // gate_i = silu(gate_i) * up_i (silu.h).
   void (*apply_gate)(float* gate, const float* up, int64_t count);
 };
-
-extern const Kernels kScalarKernels;
-extern const Kernels kScalarLut5Kernels;  // with lut5: what AVX-512 is compared with
-#if LIT_BINQ_HAVE_AVX2
-extern const Kernels kAvx2Kernels;  // call only where cpu.h says that AVX2 is there
-#endif
-#if LIT_BINQ_HAVE_AVX512
-extern const Kernels kAvx512Kernels;  // F, BW, VL, VBMI and VNNI
-#endif
-#if LIT_BINQ_HAVE_NEON
-extern const Kernels kNeonKernels;
-#endif
 
 }  // namespace lit_binq

@@ -12,15 +12,10 @@
 #include <vector>
 
 #include "binary/kernel.h"
+#include "common/half.h"
 #include "common/workspace.h"
 
 namespace lit_binq {
-
-// Exact value of an IEEE 754 binary16, subnormals included, without F16C.
-float half_to_float(uint16_t bits);
-
-// Index of the first scale that is infinite or not a number; -1 where all are finite.
-int64_t first_non_finite(const uint16_t* scales, int64_t count);
 
 // At most kBlock columns that share tables and factors.
 struct ColumnBlock {

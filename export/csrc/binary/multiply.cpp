@@ -50,7 +50,7 @@ struct RowScale {
 // Chooses the power so that neither huge nor tiny activations leave the range of float32 on the way: the largest
 // magnitude of a column with c != 0 (of all columns, where c is nullptr) lands in [1, 4), or in [2^-23, 1) where it is
 // subnormal.
-RowScale row_scale(const Kernels& kernels, const float* x, const float* c, int64_t K) {
+RowScale row_scale(const BinaryKernels& kernels, const float* x, const float* c, int64_t K) {
   const Magnitudes largest = kernels.largest(x, c, K);
   if (largest.all >= kInfinity) return {0.0f, 0.0f, false};
   if (largest.live == 0) return {1.0f, 1.0f, true};
@@ -84,7 +84,7 @@ static_assert(kExactPanel <= kLutPanel, "Part::scale holds either");
 // What the tasks of one panel share. Large, so only what is read is written: parts are set by the caller, the rest of
 // them and the counts of tasks by run_panel.
 struct Panel {
-  Panel(const Kernels& kernels, Mode mode, bool gated, size_t count, const float* x, int64_t rows)
+  Panel(const BinaryKernels& kernels, Mode mode, bool gated, size_t count, const float* x, int64_t rows)
       : kernels(kernels), mode(mode), gated(gated), count(count), x(x), rows(rows),
         dense(rows >= kernels.rows_for_dense) {}
 
@@ -97,7 +97,7 @@ struct Panel {
     x = normalized = reinterpret_cast<float*>(memory);
   }
 
-  const Kernels& kernels;
+  const BinaryKernels& kernels;
   Mode mode;
   bool gated;         // parts 0 and 1 are gate and up of an MLP: y of part 0 takes silu(gate) * up
   size_t count;       // of parts
@@ -327,7 +327,7 @@ void add_only(const Norm* norm, const float* x, int64_t M, int64_t K) {
 
 }  // namespace
 
-void multiply_all(const Kernels& kernels, const Product* products, size_t count, Mode mode, const Norm* norm,
+void multiply_all(const BinaryKernels& kernels, const Product* products, size_t count, Mode mode, const Norm* norm,
                   const float* x, int64_t M, Executor& executor) {
   int64_t N = 0;
   for (size_t i = 0; i < count; ++i) N += products[i].weights->rows();
@@ -350,13 +350,13 @@ void multiply_all(const Kernels& kernels, const Product* products, size_t count,
   }
 }
 
-void multiply(const Kernels& kernels, const PackedMatrix& weights, Mode mode, const float* x, int64_t M,
+void multiply(const BinaryKernels& kernels, const PackedMatrix& weights, Mode mode, const float* x, int64_t M,
               const float* bias, float* y, Executor& executor) {
   const Product product = {&weights, bias, y, weights.rows()};
   multiply_all(kernels, &product, 1, mode, nullptr, x, M, executor);
 }
 
-void multiply_gated(const Kernels& kernels, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
+void multiply_gated(const BinaryKernels& kernels, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
                     Mode mode, const Norm* norm, const float* x, int64_t M, float* y, Executor& executor) {
   if (M == 0 || down.rows() == 0) return add_only(norm, x, M, gate.cols());
   const int64_t panel = panel_rows(mode, M), K = gate.cols(), H = gate.rows(), N = down.rows();

@@ -1,117 +1,73 @@
-// The choice of cpu.h. Touches CPUID, XGETBV and one atomic pointer.
+// The questions of cpu.h to CPUID, each asked once: under a hypervisor each of them leaves the machine.
 #include "common/cpu.h"
 
-#include <atomic>
-#include <cstring>
-
-#if LIT_BINQ_HAVE_AVX2 || LIT_BINQ_HAVE_AVX512
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 namespace lit_binq {
 namespace {
 
-#if LIT_BINQ_HAVE_AVX2 || LIT_BINQ_HAVE_AVX512
-// Bits of the processor's answers. A processor may have instructions whose registers the operating system does not
-// save: both must say yes.
-struct Processor {
-  unsigned ebx7 = 0, ecx7 = 0;  // leaf 7
-  bool saves_ymm = false, saves_zmm = false;
+constexpr struct {
+  uint32_t bit;
+  const char* name;
+} kNames[] = {
+    {kAvx2, "avx2"},           {kFma, "fma"},           {kF16c, "f16c"},
+    {kPopcnt, "popcnt"},       {kAvx512f, "avx512f"},   {kAvx512bw, "avx512bw"},
+    {kAvx512vl, "avx512vl"},   {kAvx512vbmi, "avx512vbmi"}, {kAvx512vnni, "avx512_vnni"},
+    {kAvx512vpopcntdq, "avx512_vpopcntdq"},
 };
 
-Processor ask_processor() {
-  Processor p;
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return p;
-  constexpr unsigned kOsxsave = 1u << 27, kAvx = 1u << 28;
-  if ((ecx & (kOsxsave | kAvx)) != (kOsxsave | kAvx)) return p;
-  unsigned low = 0, high = 0;
-  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  constexpr unsigned kXmmAndYmm = 0x06, kMasksAndZmm = 0xe0;  // bits of XCR0
-  p.saves_ymm = (low & kXmmAndYmm) == kXmmAndYmm;
-  p.saves_zmm = p.saves_ymm && (low & kMasksAndZmm) == kMasksAndZmm;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) p.ebx7 = ebx, p.ecx7 = ecx;
-  return p;
-}
-
-// Asked once: under a hypervisor each question leaves the machine.
-const Processor& read_processor() {
-  static const Processor p = ask_processor();
-  return p;
-}
-
-bool has_avx2() {
-  constexpr unsigned kAvx2 = 1u << 5;
-  const Processor& p = read_processor();
-  return p.saves_ymm && (p.ebx7 & kAvx2) != 0;
-}
-
-bool has_avx512() {
-  constexpr unsigned kF = 1u << 16, kBw = 1u << 30, kVl = 1u << 31, kVbmi = 1u << 1, kVnni = 1u << 11;
-  const Processor& p = read_processor();
-  constexpr unsigned kOfB = kF | kBw | kVl, kOfC = kVbmi | kVnni;
-  return p.saves_zmm && (p.ebx7 & kOfB) == kOfB && (p.ecx7 & kOfC) == kOfC;
-}
-#endif
-
-struct Candidate {
-  const Kernels* kernels;
-  bool (*here)();
-};
-
-// Best first.
-constexpr Candidate kCandidates[] = {
-#if LIT_BINQ_HAVE_AVX512
-    {&kAvx512Kernels, has_avx512},
-#endif
-#if LIT_BINQ_HAVE_AVX2
-    {&kAvx2Kernels, has_avx2},
-#endif
-#if LIT_BINQ_HAVE_NEON
-    {&kNeonKernels, [] { return true; }},
-#endif
-    {&kScalarKernels, [] { return true; }},
-    {&kScalarLut5Kernels, [] { return true; }},
-};
-
-std::atomic<const Kernels*>& choice() {
-  static std::atomic<const Kernels*> kernels{available_kernels(0)};
-  return kernels;
+#if defined(__x86_64__)
+// The compiler's runtime asks CPUID, and whether the operating system saves the registers.
+uint32_t find_features() {
+  __builtin_cpu_init();
+  uint32_t found = 0;
+#define LIT_BINQ_FIND(bit, name) \
+  if (__builtin_cpu_supports(name)) found |= bit
+  LIT_BINQ_FIND(kAvx2, "avx2");
+  LIT_BINQ_FIND(kFma, "fma");
+  LIT_BINQ_FIND(kF16c, "f16c");
+  LIT_BINQ_FIND(kPopcnt, "popcnt");
+  LIT_BINQ_FIND(kAvx512f, "avx512f");
+  LIT_BINQ_FIND(kAvx512bw, "avx512bw");
+  LIT_BINQ_FIND(kAvx512vl, "avx512vl");
+  LIT_BINQ_FIND(kAvx512vbmi, "avx512vbmi");
+  LIT_BINQ_FIND(kAvx512vnni, "avx512vnni");
+  LIT_BINQ_FIND(kAvx512vpopcntdq, "avx512vpopcntdq");
+#undef LIT_BINQ_FIND
+  return found;
 }
 
 int find_prefetch_repeats() {
-#if LIT_BINQ_HAVE_AVX2 || LIT_BINQ_HAVE_AVX512
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kAuth = 0x68747541, kHygo = 0x6f677948;  // the first letters of the vendor's name
-  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) && (ebx == kAuth || ebx == kHygo)) return 4;
-#endif
-  return 1;
+  const bool amd = __get_cpuid(0, &eax, &ebx, &ecx, &edx) && (ebx == kAuth || ebx == kHygo);
+  return amd ? 4 : 1;
 }
+#else
+uint32_t find_features() { return 0; }
+int find_prefetch_repeats() { return 1; }
+#endif
 
 }  // namespace
 
-const Kernels& current_kernels() { return *choice().load(); }
-
-const Kernels* available_kernels(int i) {
-  if (i < 0) return nullptr;
-  for (const Candidate& c : kCandidates) {
-    if (c.here() && i-- == 0) return c.kernels;
-  }
-  return nullptr;
+uint32_t missing_features(uint32_t needed) {
+  static const uint32_t found = find_features();
+  return needed & ~found;
 }
 
-bool force_kernels(const char* name) {
-  for (const Candidate& c : kCandidates) {
-    if (name == nullptr || std::strcmp(name, c.kernels->name) != 0 || !c.here()) continue;
-    choice().store(c.kernels);
-    return true;
+std::string feature_names(uint32_t features) {
+  std::string names;
+  for (const auto& feature : kNames) {
+    if ((features & feature.bit) != 0) names += (names.empty() ? "" : " ") + std::string(feature.name);
   }
-  return false;
+  return names;
 }
 
 int prefetch_repeats() {
-  static const int times = find_prefetch_repeats();
-  return times;
+  static const int repeats = find_prefetch_repeats();
+  return repeats;
 }
 
 }  // namespace lit_binq

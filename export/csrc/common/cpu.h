@@ -1,19 +1,33 @@
-// Which kernels this machine can run, and which ones new operators take. Touches CPUID and one process-wide choice.
+// What this machine's processor has. Knows no kernels.
 #pragma once
 
-#include "binary/kernel.h"
+#include <cstdint>
+#include <string>
 
 namespace lit_binq {
 
-// The kernels for operators created from now on: the best ones this machine has, or those that `force_kernels` chose.
-const Kernels& current_kernels();
+// Sets of instructions of x86-64, as bits.
+enum Feature : uint32_t {
+  kAvx2 = 1,
+  kFma = 2,
+  kF16c = 4,
+  kPopcnt = 8,
+  kAvx512f = 16,
+  kAvx512bw = 32,
+  kAvx512vl = 64,
+  kAvx512vbmi = 128,
+  kAvx512vnni = 256,
+  kAvx512vpopcntdq = 512,
+};
+constexpr uint32_t kAvx2Features = kAvx2 | kFma | kF16c | kPopcnt;
+constexpr uint32_t kAvx512Features =
+    kAvx2Features | kAvx512f | kAvx512bw | kAvx512vl | kAvx512vbmi | kAvx512vnni | kAvx512vpopcntdq;
 
-// Those that this machine can run, the best ones first; nullptr where there are not so many.
-const Kernels* available_kernels(int i);
+// Those of `needed` that the processor lacks, or whose registers the operating system does not save.
+uint32_t missing_features(uint32_t needed);
 
-// Chooses by name ("scalar", "scalar-lut5", "avx2", "avx512", "neon"). False, and nothing changed, where the name is
-// unknown or the machine lacks it.
-bool force_kernels(const char* name);
+// "avx2 fma", by their names in /proc/cpuinfo.
+std::string feature_names(uint32_t features);
 
 // How often one row of activations prefetches a line that it will read (prefetch.h): 4 times where the processor drops
 // lines it has no room to remember, as AMD's do, else once: of two Xeons four times took a fifth longer on one.

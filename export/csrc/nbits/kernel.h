@@ -65,23 +65,10 @@ struct NBitsActivations {
 // Kernels of one instruction set. Every function is safe to call from many threads. `rows` of x, 1 to kNBitsTogether;
 // `sums` takes kNBitsRows for each.
 struct NBitsKernels {
-  const char* name;
   void (*rounded4)(const NBitsTile& tile, const NBitsActivations* x, int64_t rows, float* sums);
   void (*rounded8)(const NBitsTile& tile, const NBitsActivations* x, int64_t rows, float* sums);
   void (*exact4)(const NBitsTile& tile, const NBitsActivations* x, int64_t rows, double* sums);
   void (*exact8)(const NBitsTile& tile, const NBitsActivations* x, int64_t rows, double* sums);
 };
-
-extern const NBitsKernels kNBitsScalar;
-#if LIT_BINQ_HAVE_AVX2
-extern const NBitsKernels kNBitsAvx2;  // AVX2, F16C
-#endif
-#if LIT_BINQ_HAVE_AVX512
-extern const NBitsKernels kNBitsAvx512;  // AVX-512 F, BW, VNNI
-#endif
-
-// The kernels that belong to a choice of cpu.h ("scalar", "avx2", ...): its own instruction set where there are kernels
-// for it and the machine has all they need, else the next plainer ones. nullptr where the name is unknown.
-const NBitsKernels* nbits_kernels(const char* name);
 
 }  // namespace lit_binq

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "binary/multiply.h"
+#include "common/executor.h"
 #include "nbits/matrix.h"
 
 namespace lit_binq {

@@ -29,6 +29,6 @@ class BinaryMatMul final : public MatrixOperator {
 
 }  // namespace
 
-Description binary_matmul_op(const OrtApi& ort, SessionMode mode) { return describe<BinaryMatMul>(ort, mode); }
+Description binary_matmul_op(const OrtApi& ort, const SessionOptions& session) { return describe<BinaryMatMul>(ort, session); }
 
 }  // namespace lit_binq

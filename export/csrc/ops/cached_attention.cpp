@@ -23,7 +23,6 @@
 #include <algorithm>
 
 #include "attention/attention.h"
-#include "common/cpu.h"
 #include "ops/operator.h"
 #include "ops/operators.h"
 
@@ -42,7 +41,7 @@ class CachedAttention final : public Operator {
   static constexpr Signature kSignature = {"CachedAttention", kInputs, 9, 2, nullptr, 0, 3};
 
   explicit CachedAttention(const NodeReader& node)
-      : Operator(node), kernels_(attention_kernels(current_kernels().name)) {
+      : Operator(node), kernels_(node.kernels().attention) {
     heads_ = node.number("num_heads", "the number of query heads");
     kv_heads_ = node.number("kv_num_heads", "the number of key and value heads");
     if (heads_ % kv_heads_ != 0) {
@@ -197,6 +196,6 @@ class CachedAttention final : public Operator {
 
 }  // namespace
 
-Description cached_attention_op(const OrtApi& ort, SessionMode mode) { return describe<CachedAttention>(ort, mode); }
+Description cached_attention_op(const OrtApi& ort, const SessionOptions& session) { return describe<CachedAttention>(ort, session); }
 
 }  // namespace lit_binq

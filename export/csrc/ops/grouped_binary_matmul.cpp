@@ -34,8 +34,8 @@ class GroupedBinaryMatMul final : public MatrixOperator {
 
 }  // namespace
 
-Description grouped_binary_matmul_op(const OrtApi& ort, SessionMode mode) {
-  return describe<GroupedBinaryMatMul>(ort, mode);
+Description grouped_binary_matmul_op(const OrtApi& ort, const SessionOptions& session) {
+  return describe<GroupedBinaryMatMul>(ort, session);
 }
 
 }  // namespace lit_binq

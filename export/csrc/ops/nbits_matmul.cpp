@@ -14,7 +14,6 @@
 #include <cmath>
 #include <memory>
 
-#include "common/cpu.h"
 #include "nbits/multiply.h"
 #include "ops/operator.h"
 #include "ops/operators.h"
@@ -30,7 +29,7 @@ class NBitsMatMul final : public Operator {
       {"X", kOrtFloat}, {"codes", kOrtUint8}, {"scales", kOrtFloat}, {"zero_points", kOrtUint8}};
   static constexpr Signature kSignature = {"NBitsMatMul", kInputs, 4};
 
-  explicit NBitsMatMul(const NodeReader& node) : Operator(node), kernels_(best_kernels()) {
+  explicit NBitsMatMul(const NodeReader& node) : Operator(node), kernels_(node.kernels().nbits) {
     NBitsTensors t = {};
     t.K = node.number("K", NodeReader::kColumns);
     t.N = node.number("N", "the number of rows (out_features)");
@@ -80,10 +79,6 @@ class NBitsMatMul final : public Operator {
   }
 
  private:
-  static const NBitsKernels& best_kernels() {
-    const NBitsKernels* kernels = nbits_kernels(current_kernels().name);
-    return kernels != nullptr ? *kernels : kNBitsScalar;
-  }
 
   void expect_rows(const Tensor& t, const char* name, int64_t N, int64_t width) const {
     const bool matrix = t.rank == 2 && t.dims[0] == N && t.dims[1] == width;
@@ -99,6 +94,6 @@ class NBitsMatMul final : public Operator {
 
 }  // namespace
 
-Description nbits_matmul_op(const OrtApi& ort, SessionMode mode) { return describe<NBitsMatMul>(ort, mode); }
+Description nbits_matmul_op(const OrtApi& ort, const SessionOptions& session) { return describe<NBitsMatMul>(ort, session); }
 
 }  // namespace lit_binq

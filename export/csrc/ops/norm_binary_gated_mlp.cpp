@@ -51,8 +51,8 @@ class NormBinaryGatedMLP final : public NormBinaryOperator {
 
 }  // namespace
 
-Description norm_binary_gated_mlp_op(const OrtApi& ort, SessionMode mode) {
-  return describe<NormBinaryGatedMLP>(ort, mode);
+Description norm_binary_gated_mlp_op(const OrtApi& ort, const SessionOptions& session) {
+  return describe<NormBinaryGatedMLP>(ort, session);
 }
 
 }  // namespace lit_binq

@@ -60,8 +60,8 @@ class NormBinaryMatMulQKV final : public NormBinaryOperator {
 
 }  // namespace
 
-Description norm_binary_matmul_qkv_op(const OrtApi& ort, SessionMode mode) {
-  return describe<NormBinaryMatMulQKV>(ort, mode);
+Description norm_binary_matmul_qkv_op(const OrtApi& ort, const SessionOptions& session) {
+  return describe<NormBinaryMatMulQKV>(ort, session);
 }
 
 }  // namespace lit_binq

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "common/cpu.h"
 
 namespace lit_binq {
 namespace {
@@ -13,7 +12,7 @@ constexpr size_t kSum = 1;               // output
 
 }  // namespace
 
-NormBinaryOperator::NormBinaryOperator(const NodeReader& node) : Operator(node), kernels_(current_kernels()) {
+NormBinaryOperator::NormBinaryOperator(const NodeReader& node) : Operator(node), kernels_(node.kernels().binary) {
   K_ = node.number("K", NodeReader::kColumns);
   epsilon_ = node.finite("epsilon", "what the norm adds to the mean of squares");
   if (epsilon_ < 0.0f) {

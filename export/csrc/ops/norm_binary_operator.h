@@ -46,7 +46,7 @@ class NormBinaryOperator : public Operator {
   // norm points into skip.
   Tensor read_hidden(OrtKernelContext* context, int64_t* M, Tensor* skip, Norm* norm) const;
 
-  const Kernels& kernels_;
+  const BinaryKernels& kernels_;
   int64_t K_ = 0;
   std::vector<PackedMatrix> weights_;
 

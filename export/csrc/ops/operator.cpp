@@ -6,7 +6,6 @@
 #include <memory>
 #include <vector>
 
-#include "common/cpu.h"
 
 namespace lit_binq {
 
@@ -88,7 +87,7 @@ void PackedOperator::compute(OrtKernelContext* context) const {
   call_count().fetch_add(1, std::memory_order_relaxed);
 }
 
-MatrixOperator::MatrixOperator(const NodeReader& node) : PackedOperator(node), kernels_(current_kernels()) {}
+MatrixOperator::MatrixOperator(const NodeReader& node) : PackedOperator(node), kernels_(node.kernels().binary) {}
 
 void MatrixOperator::run(const float* x, int64_t M, const float* bias, float* y, Executor& executor) const {
   multiply(kernels_, *weights_, mode_, x, M, bias, y, executor);

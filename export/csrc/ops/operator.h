@@ -106,13 +106,13 @@ class PackedOperator : public Operator {
   Tensor codes_;  // its data is valid while the operator is created
 };
 
-// A weight that binary/matrix.h holds; runs multiply.h on the kernels that are best when it is created.
+// A weight that binary/matrix.h holds; runs binary/multiply.h on the session's kernels.
 class MatrixOperator : public PackedOperator {
  protected:
   explicit MatrixOperator(const NodeReader& node);
   void run(const float* x, int64_t M, const float* bias, float* y, Executor& executor) const override;
 
-  const Kernels& kernels_;
+  const BinaryKernels& kernels_;
   std::unique_ptr<PackedMatrix> weights_;  // set by the derived class's constructor, in the layout of kernels_
 };
 
@@ -135,20 +135,20 @@ OrtStatus* guarded(const OrtApi& ort, const Signature& signature, Body&& body) n
   return ort.CreateStatus(kOrtRuntimeException, text);
 }
 
-// An operator as one runtime sees it in sessions of one mode. The runtime hands this very object to the callbacks.
+// An operator as one runtime sees it in sessions of one kind. The runtime hands this very object to the callbacks.
 struct Description : OrtCustomOp {
   const OrtApi* ort;
-  SessionMode mode;
+  SessionOptions session;
 
   static const Description& of(const OrtCustomOp* op) { return *static_cast<const Description*>(op); }
 };
 
 // What the runtime sees of the operator Op, which has a static Signature `kSignature`. `ort` must outlive it.
 template <typename Op>
-Description describe(const OrtApi& ort, SessionMode mode) {
+Description describe(const OrtApi& ort, const SessionOptions& session) {
   Description op = {};
   op.ort = &ort;
-  op.mode = mode;
+  op.session = session;
   op.version = kApiVersion;
   op.GetName = [](const OrtCustomOp*) { return Op::kSignature.name; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
@@ -169,7 +169,7 @@ Description describe(const OrtApi& ort, SessionMode mode) {
   op.CreateKernelV2 = [](const OrtCustomOp* self, const OrtApiSlot*, const OrtKernelInfo* info, void** kernel) {
     const Description& of = Description::of(self);
     return guarded(*of.ort, Op::kSignature,
-                   [&] { *kernel = new Op(NodeReader(*of.ort, Op::kSignature, info, of.mode)); });
+                   [&] { *kernel = new Op(NodeReader(*of.ort, Op::kSignature, info, of.session)); });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     const Op& made = *static_cast<const Op*>(kernel);

@@ -5,15 +5,15 @@
 
 namespace lit_binq {
 
-Description binary_matmul_op(const OrtApi& ort, SessionMode mode);
-Description cached_attention_op(const OrtApi& ort, SessionMode mode);
-Description grouped_binary_matmul_op(const OrtApi& ort, SessionMode mode);
-Description nbits_matmul_op(const OrtApi& ort, SessionMode mode);
-Description norm_binary_gated_mlp_op(const OrtApi& ort, SessionMode mode);
-Description norm_binary_matmul_qkv_op(const OrtApi& ort, SessionMode mode);
-Description two_plane_matmul_op(const OrtApi& ort, SessionMode mode);
+Description binary_matmul_op(const OrtApi& ort, const SessionOptions& session);
+Description cached_attention_op(const OrtApi& ort, const SessionOptions& session);
+Description grouped_binary_matmul_op(const OrtApi& ort, const SessionOptions& session);
+Description nbits_matmul_op(const OrtApi& ort, const SessionOptions& session);
+Description norm_binary_gated_mlp_op(const OrtApi& ort, const SessionOptions& session);
+Description norm_binary_matmul_qkv_op(const OrtApi& ort, const SessionOptions& session);
+Description two_plane_matmul_op(const OrtApi& ort, const SessionOptions& session);
 
-constexpr Description (*kOperators[])(const OrtApi&, SessionMode) = {
+constexpr Description (*kOperators[])(const OrtApi&, const SessionOptions&) = {
     binary_matmul_op,
     cached_attention_op,
     grouped_binary_matmul_op,

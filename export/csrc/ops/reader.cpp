@@ -1,4 +1,5 @@
 // The reading of reader.h.
+#include "common/half.h"
 #include "ops/reader.h"
 
 #include <cmath>
@@ -133,7 +134,7 @@ Mode NodeReader::mode() const {
   int64_t exact = 0;  // not given: the default
   find_number("exact", &exact);
   if (exact != 0 && exact != 1) fail("attribute exact is %lld, expected 0 or 1", as_long(exact));
-  if (session_mode_ != SessionMode::kOfNode) return session_mode_ == SessionMode::kExact ? Mode::kExact : Mode::kLut;
+  if (session_.mode != SessionMode::kOfNode) return session_.mode == SessionMode::kExact ? Mode::kExact : Mode::kLut;
   return exact == 1 ? Mode::kExact : Mode::kLut;
 }
 

@@ -10,8 +10,9 @@
 #include <vector>
 
 #include "abi/ort_abi.h"
-#include "binary/multiply.h"
+#include "common/executor.h"
 #include "common/workspace.h"
+#include "sets/kernel_sets.h"
 
 namespace lit_binq {
 
@@ -97,11 +98,16 @@ class Reader {
 // What a session says of its operators' modes: the node's attribute `exact` decides, or one mode for all.
 enum class SessionMode { kOfNode = 0, kLut = 1, kExact = 2 };
 
+struct SessionOptions {
+  SessionMode mode;
+  const KernelSet* kernels;
+};
+
 // A node of the model while its operator is created.
 class NodeReader final : public Reader {
  public:
-  NodeReader(const OrtApi& ort, const Signature& signature, const OrtKernelInfo* info, SessionMode mode)
-      : Reader(ort, signature), info_(info), session_mode_(mode) {}
+  NodeReader(const OrtApi& ort, const Signature& signature, const OrtKernelInfo* info, const SessionOptions& session)
+      : Reader(ort, signature), info_(info), session_(session) {}
 
   // An integer attribute from `least` to `most`. `meaning` completes "is missing, expected ...".
   int64_t number(const char* name, const char* meaning, int64_t least = 1, int64_t most = kMostNumber) const;
@@ -112,6 +118,7 @@ class NodeReader final : public Reader {
 
   // What the session says, else the attribute `exact`, which must be 0 or 1 in either case.
   Mode mode() const;
+  const KernelSet& kernels() const { return *session_.kernels; }
 
   // Input `index`, which must be a constant of the model. Its data is the file's, or a copy; valid while the reader is.
   Tensor constant(size_t index) const;
@@ -125,7 +132,7 @@ class NodeReader final : public Reader {
   bool find_number(const char* name, int64_t* value) const;
 
   const OrtKernelInfo* info_;
-  SessionMode session_mode_;
+  SessionOptions session_;
   mutable std::vector<LayerBytes> copies_;
 };
 

@@ -21,7 +21,6 @@
 // and what all operators have (operator.h). The attribute exact matters where activation_bits = 0.
 #include <cmath>
 
-#include "common/cpu.h"
 #include "ops/operator.h"
 #include "ops/operators.h"
 #include "two_plane/multiply.h"
@@ -81,9 +80,7 @@ class TwoPlaneMatMul final : public PackedOperator {
     t.selector = selector.as<uint8_t>();
     t.levels = levels.as<uint16_t>();
     t.outlier_bits = outlier_bits.as<uint8_t>();
-    const TwoPlaneKernels* kernels = two_plane_kernels(current_kernels().name);
-    weights_ = std::make_unique<TwoPlaneMatrix>(kernels != nullptr ? *kernels : kTwoPlaneScalar, t,
-                                                mode_ == Mode::kExact);
+    weights_ = std::make_unique<TwoPlaneMatrix>(node.kernels().two_plane, t, mode_ == Mode::kExact);
   }
 
  protected:
@@ -97,6 +94,6 @@ class TwoPlaneMatMul final : public PackedOperator {
 
 }  // namespace
 
-Description two_plane_matmul_op(const OrtApi& ort, SessionMode mode) { return describe<TwoPlaneMatMul>(ort, mode); }
+Description two_plane_matmul_op(const OrtApi& ort, const SessionOptions& session) { return describe<TwoPlaneMatMul>(ort, session); }
 
 }  // namespace lit_binq

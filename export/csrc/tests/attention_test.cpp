@@ -103,15 +103,15 @@ double largest(const AttentionKernels& kernels, const Case& c) {
 
 }  // namespace
 
-int attention_failures(const char* set) {
+int attention_failures(const KernelSet& set) {
   constexpr int64_t kAll = int64_t{1} << 31;
   constexpr Case kCases[] = {{1, 0, kAll, 16},  {1, 75, kAll, 48}, {1, 300, 100, 64}, {1, 270, kAll, 128},
                              {5, 0, kAll, 16},  {5, 75, 9, 80},    {130, 0, kAll, 64}, {130, 70, 66, 48}};
   int failures = 0;
   for (const Case& c : kCases) {
-    const double worst = largest(attention_kernels(set), c);
+    const double worst = largest(set.attention, c);
     if (worst < 5e-6) continue;
-    std::printf("%s differs: attention of %d tokens after %d, d = %d, by %g\n", set, static_cast<int>(c.tokens),
+    std::printf("%s differs: attention of %d tokens after %d, d = %d, by %g\n", set.name, static_cast<int>(c.tokens),
                 static_cast<int>(c.past), static_cast<int>(c.d), worst);
     ++failures;
   }

@@ -24,7 +24,7 @@ struct OrtCustomOpDomain {
   std::vector<const OrtCustomOp*> ops;
 };
 struct OrtSessionOptions {
-  const char* mode;
+  std::map<std::string, std::string> entries;
   OrtCustomOpDomain* domain = nullptr;
 };
 struct OrtKernelInfo {
@@ -82,7 +82,7 @@ namespace {
 constexpr size_t kMostOutput = size_t{1} << 26;  // bytes: a runtime has an end too
 
 int64_t made = 0, released = 0;
-OrtSessionOptions current = {nullptr};
+OrtSessionOptions current;
 
 OrtStatus* status(int code, const char* message) {
   ++made;
@@ -161,10 +161,10 @@ OrtStatus* set_symbols(OrtTensorTypeAndShapeInfo* info, const char** symbols, si
   return nullptr;
 }
 
-OrtStatus* get_entry(const OrtSessionOptions* options, const char*, char* value, size_t* size) {
-  const size_t needed = std::strlen(options->mode) + 1;
-  if (value != nullptr) std::memcpy(value, options->mode, *size < needed ? *size : needed);
-  *size = needed;
+OrtStatus* get_entry(const OrtSessionOptions* options, const char* name, char* value, size_t* size) {
+  const std::string& entry = options->entries.at(name);
+  if (value != nullptr) std::memcpy(value, entry.c_str(), std::min(*size, entry.size() + 1));
+  *size = entry.size() + 1;
   return nullptr;
 }
 
@@ -269,8 +269,8 @@ const OrtApiSlot* table() {
     delete info;
   });
   put(101, [](OrtCustomOpDomain* domain) { delete domain; });
-  put(237, [](const OrtSessionOptions* options, const char*, int* found) -> OrtStatus* {
-    *found = options->mode != nullptr;
+  put(237, [](const OrtSessionOptions* options, const char* name, int* found) -> OrtStatus* {
+    *found = options->entries.count(name) != 0;
     return nullptr;
   });
   put(238, get_entry);
@@ -298,10 +298,10 @@ std::string take(OrtStatus* s) {
 
 int64_t alive() { return made - released; }
 
-std::string register_operators(const char* mode) {
+std::string register_operators(const std::map<std::string, std::string>& entries) {
   static const OrtApiSlot* const slots = table();
   static const OrtApiBase base = {[](uint32_t) { return slots; }, [] { return "1.99.0"; }};
-  current = {mode};
+  current = {entries};
   return take(RegisterCustomOps(&current, &base));
 }
 

@@ -56,9 +56,9 @@ struct Ran {
 };
 
 // Registers the library in this runtime. Returns the error, empty where there is none.
-std::string register_operators(const char* mode);  // nullptr: no entry in the session's configuration
+std::string register_operators(const std::map<std::string, std::string>& entries);  // of the session's configuration
 
-// Infers shapes, creates and computes (`times` in a row) in a session of the mode registered last.
+// Infers shapes, creates and computes (`times` in a row) in a session of the entries registered last.
 Ran run(const FakeNode& node, int times);
 
 // Statuses and infos that were made and not released.

@@ -2,10 +2,12 @@
 // instruction set with plain loops in double; prints a line for each difference and returns how many there are.
 #pragma once
 
+#include "sets/kernel_sets.h"
+
 namespace lit_binq {
 
-int attention_failures(const char* set);
-int nbits_failures(const char* set);  // and with plain C++, bit for bit
-int two_plane_failures(const char* set);
+int attention_failures(const KernelSet& set);
+int nbits_failures(const KernelSet& set);  // and with plain C++, bit for bit
+int two_plane_failures(const KernelSet& set);
 
 }  // namespace lit_binq

@@ -1,4 +1,4 @@
-// Every instruction set of this machine against its plain one (Kernels::reference): tables, products, gates and whole
+// Every instruction set of this machine against its plain one (`reference`): tables, products, gates and whole
 // multiplications must be equal bit for bit, at shapes that leave tails everywhere, and close to float64; products that
 // share x must equal those made one by one. The other families of kernels have files of their own (family_tests.h).
 // Needs no ONNX Runtime and no Python, so that it also runs cross-compiled, under an emulator. Prints the sets it
@@ -14,7 +14,7 @@
 
 #include "binary/matrix.h"
 #include "binary/multiply.h"
-#include "common/cpu.h"
+#include "sets/kernel_sets.h"
 #include "tests/family_tests.h"
 
 using namespace lit_binq;
@@ -58,7 +58,7 @@ struct Random {
   }
 };
 
-std::vector<float> product(const Kernels& kernels, const PackedMatrix& w, Mode mode, const std::vector<float>& x,
+std::vector<float> product(const BinaryKernels& kernels, const PackedMatrix& w, Mode mode, const std::vector<float>& x,
                            int64_t M, const std::vector<float>& bias) {
   std::vector<float> y(static_cast<size_t>(M * w.rows()), 12345.0f);
   SerialExecutor serial;
@@ -66,7 +66,13 @@ std::vector<float> product(const Kernels& kernels, const PackedMatrix& w, Mode m
   return y;
 }
 
-void compare_tables(const Kernels& kernels, Random& random) {
+// The set in plain C++ whose results these equal.
+const BinaryKernels& reference(const KernelSet& set) {
+  return set.binary.rows_for_dense == kLut5From ? kScalarLut5Set.binary : kScalarSet.binary;
+}
+
+void compare_tables(const KernelSet& set, Random& random) {
+  const BinaryKernels& kernels = set.binary;
   for (int64_t count = 1; count <= kBlock; ++count) {
     std::vector<float> x = random.normal(count), c = random.normal(count);
     for (int64_t k = 0; k < count; k += 5) c[static_cast<size_t>(k)] = 0.0f;
@@ -75,7 +81,7 @@ void compare_tables(const Kernels& kernels, Random& random) {
     const size_t bytes = static_cast<size_t>(block_bytes(count));
     std::vector<uint8_t> want(bytes * kLutEntries, 1), got(bytes * kLutEntries, 2);
     float want_scale = 0.0f, got_scale = 1.0f;
-    kernels.reference->build_lut(x.data(), c.data(), count, 0.5f, false, want.data(), &want_scale);
+    reference(set).build_lut(x.data(), c.data(), count, 0.5f, false, want.data(), &want_scale);
     kernels.build_lut(x.data(), c.data(), count, 0.5f, false, got.data(), &got_scale);
     if (kernels.layout == Layout::kQuads) {
       std::vector<uint8_t> transposed(got.size());
@@ -86,28 +92,29 @@ void compare_tables(const Kernels& kernels, Random& random) {
       got = transposed;
     }
     const std::string what = std::to_string(count) + " columns";
-    expect(same_bits(want, got) && want_scale == got_scale, kernels.name, "byte tables of " + what);
-    if (kernels.reference == &kScalarLut5Kernels) {  // in one layout for all
-      kernels.reference->build_lut(x.data(), c.data(), count, 0.5f, true, want.data(), &want_scale);
+    expect(same_bits(want, got) && want_scale == got_scale, set.name, "byte tables of " + what);
+    if (&reference(set) == &kScalarLut5Set.binary) {  // in one layout for all
+      reference(set).build_lut(x.data(), c.data(), count, 0.5f, true, want.data(), &want_scale);
       kernels.build_lut(x.data(), c.data(), count, 0.5f, true, got.data(), &got_scale);
       const size_t size = static_cast<size_t>(lookups(static_cast<int64_t>(bytes) / kQuad)) * 16 * kQuad;
       want.resize(size), got.resize(size);
-      expect(same_bits(want, got) && want_scale == got_scale, kernels.name, "lut5 tables of " + what);
+      expect(same_bits(want, got) && want_scale == got_scale, set.name, "lut5 tables of " + what);
     }
     // Sums of zeros have either sign: compare values.
     std::vector<float> want_exact(bytes * kExactEntries, 1.0f), got_exact(bytes * kExactEntries, 2.0f);
-    kScalarKernels.build_exact(x.data(), c.data(), count, 0.5f, want_exact.data());
+    kScalarSet.binary.build_exact(x.data(), c.data(), count, 0.5f, want_exact.data());
     kernels.build_exact(x.data(), c.data(), count, 0.5f, got_exact.data());
-    expect(want_exact == got_exact, kernels.name, "float tables of " + what);
+    expect(want_exact == got_exact, set.name, "float tables of " + what);
     for (const float* scales : {static_cast<const float*>(c.data()), static_cast<const float*>(nullptr)}) {
-      const Magnitudes a = kScalarKernels.largest(x.data(), scales, count);
+      const Magnitudes a = kScalarSet.binary.largest(x.data(), scales, count);
       const Magnitudes b = kernels.largest(x.data(), scales, count);
-      expect(a.all == b.all && a.live == b.live, kernels.name, "magnitudes of " + what);
+      expect(a.all == b.all && a.live == b.live, set.name, "magnitudes of " + what);
     }
   }
 }
 
-void compare_products(const Kernels& kernels, Random& random) {
+void compare_products(const KernelSet& set, Random& random) {
+  const BinaryKernels& kernels = set.binary;
   const int64_t shapes[][3] = {{1, 1, 1},     {1, 128, 256}, {1, 40, 13},    {1, 500, 1100}, {2, 33, 31},  {3, 95, 257},
                                {4, 129, 300}, {5, 64, 512},  {7, 200, 520},  {8, 300, 700},  {13, 70, 290},
                                {15, 31, 100}, {18, 129, 70}, {19, 97, 300},  {42, 97, 264},  {129, 33, 40},
@@ -128,18 +135,18 @@ void compare_products(const Kernels& kernels, Random& random) {
       all.push_back(PackedMatrix::grouped(codes.data(), scales.data(), N, K, INT64_MAX, layout));
       return all;
     };
-    const std::vector<PackedMatrix> reference = matrices(Layout::kBytes), own = matrices(kernels.layout);
+    const std::vector<PackedMatrix> plain = matrices(Layout::kBytes), own = matrices(kernels.layout);
     const char* const names[] = {"row x column", "grouped", "one group"};
     for (size_t i = 0; i < own.size(); ++i) {
       for (const Mode mode : {Mode::kLut, Mode::kExact}) {
-        const std::vector<float> want = product(*kernels.reference, reference[i], mode, x, M, bias);
+        const std::vector<float> want = product(reference(set), plain[i], mode, x, M, bias);
         const std::vector<float> got = product(kernels, own[i], mode, x, M, bias);
-        expect(same_bits(want, got), kernels.name,
+        expect(same_bits(want, got), set.name,
                std::string(names[i]) + (mode == Mode::kLut ? ", LUT, " : ", exact, ") + size);
       }
     }
     // And the reference itself, exact mode of row x column, against the definition.
-    const std::vector<float> y = product(kScalarKernels, reference[0], Mode::kExact, x, M, bias);
+    const std::vector<float> y = product(kScalarSet.binary, plain[0], Mode::kExact, x, M, bias);
     for (int64_t m = 0; m < M; ++m) {
       for (int64_t n = 0; n < N; ++n) {
         double sum = 0.0, magnitude = 0.0;
@@ -159,15 +166,16 @@ void compare_products(const Kernels& kernels, Random& random) {
 }
 
 // silu of floats of all magnitudes and both signs, at lengths that leave tails.
-void compare_gates(const Kernels& kernels, Random& random) {
+void compare_gates(const KernelSet& set, Random& random) {
+  const BinaryKernels& kernels = set.binary;
   for (int64_t count = 0; count < 300; count += 7) {
     std::vector<float> gate = random.normal(count);
     const std::vector<float> up = random.normal(count);
     for (size_t i = 0; i < gate.size(); ++i) gate[i] *= std::ldexp(1.0f, static_cast<int>(i * 37 % 240) - 120);
     std::vector<float> want = gate, got = gate;
-    kScalarKernels.apply_gate(want.data(), up.data(), count);
+    kScalarSet.binary.apply_gate(want.data(), up.data(), count);
     kernels.apply_gate(got.data(), up.data(), count);
-    expect(same_bits(want, got), kernels.name, "gate of " + std::to_string(count));
+    expect(same_bits(want, got), set.name, "gate of " + std::to_string(count));
     for (size_t i = 0; i < gate.size(); ++i) {
       const double g = gate[i], silu = g / (1.0 + std::exp(-g)) * static_cast<double>(up[i]);
       expect(std::fabs(static_cast<double>(want[i]) - silu) <= 5e-7 * std::fabs(silu) + 1e-35, "scalar", "silu");
@@ -176,7 +184,8 @@ void compare_gates(const Kernels& kernels, Random& random) {
 }
 
 // Several matrices at once against one after the other, of rows as they are and of rows that a norm makes on the way.
-void compare_fused(const Kernels& kernels, Random& random) {
+void compare_fused(const KernelSet& set, Random& random) {
+  const BinaryKernels& kernels = set.binary;
   const int64_t shapes[][3] = {{1, 300, 130}, {3, 31, 1}, {135, 257, 260}};  // M, K, H
   for (const auto& shape : shapes) {
     const int64_t M = shape[0], K = shape[1], H = shape[2], N = 40;
@@ -210,12 +219,12 @@ void compare_fused(const Kernels& kernels, Random& random) {
         std::memcpy(&want[static_cast<size_t>(m * stride + 2 * H)], &yc[static_cast<size_t>(m * N)], sizeof(float) * N);
       }
       const std::string size = std::to_string(M) + " x " + std::to_string(K) + " x " + std::to_string(H);
-      expect(same_bits(want, got), kernels.name, "three products at once, " + size);
+      expect(same_bits(want, got), set.name, "three products at once, " + size);
       std::vector<float> h = ya, gated(static_cast<size_t>(M * N));
       const std::vector<float> up = product(kernels, b, mode, x, M, {});
       kernels.apply_gate(h.data(), up.data(), M * H);
       multiply_gated(kernels, a, b, down, mode, on_the_way, rows, M, gated.data(), serial);
-      expect(same_bits(product(kernels, down, mode, h, M, {}), gated), kernels.name, "gated products, " + size);
+      expect(same_bits(product(kernels, down, mode, h, M, {}), gated), set.name, "gated products, " + size);
     }
   }
 }
@@ -223,16 +232,17 @@ void compare_fused(const Kernels& kernels, Random& random) {
 }  // namespace
 
 int main() {
-  for (int i = 0; const Kernels* kernels = available_kernels(i); ++i) {
+  for (int i = 0; const KernelSet* set = kernel_set(i); ++i) {
+    if (!runs_here(*set)) continue;
     Random random;
-    compare_tables(*kernels, random);
-    compare_products(*kernels, random);
-    compare_gates(*kernels, random);
-    compare_fused(*kernels, random);
+    compare_tables(*set, random);
+    compare_products(*set, random);
+    compare_gates(*set, random);
+    compare_fused(*set, random);
     for (const auto family_failures : {attention_failures, nbits_failures, two_plane_failures}) {
-      failures += family_failures(kernels->name);
+      failures += family_failures(*set);
     }
-    std::printf("%s\n", kernels->name);
+    std::printf("%s\n", set->name);
   }
   return failures != 0;
 }

@@ -63,7 +63,7 @@ void reference(const Case& c, const Layer& layer, int64_t m, int64_t n, double* 
   }
 }
 
-int compare(const NBitsKernels& kernels, const char* set, const Case& c) {
+int compare(const KernelSet& set, const Case& c) {
   const Layer layer = make(c);
   const NBitsTensors tensors = {layer.codes.data(),
                                 layer.scales.data(),
@@ -77,8 +77,8 @@ int compare(const NBitsKernels& kernels, const char* set, const Case& c) {
   int failures = 0;
   for (const Mode mode : {Mode::kLut, Mode::kExact}) {
     std::vector<float> got(static_cast<size_t>(c.M * c.N), 12345.0f), want(got);
-    nbits_multiply(kernels, weights, mode, layer.x.data(), c.M, got.data(), serial);
-    nbits_multiply(kNBitsScalar, weights, mode, layer.x.data(), c.M, want.data(), serial);
+    nbits_multiply(set.nbits, weights, mode, layer.x.data(), c.M, got.data(), serial);
+    nbits_multiply(kScalarSet.nbits, weights, mode, layer.x.data(), c.M, want.data(), serial);
     bool equal = std::memcmp(got.data(), want.data(), got.size() * sizeof(float)) == 0, close = true;
     for (int64_t i = 0; i < c.M * c.N; ++i) {
       double sum, magnitude;
@@ -88,7 +88,7 @@ int compare(const NBitsKernels& kernels, const char* set, const Case& c) {
       close = close && std::abs(static_cast<double>(got[static_cast<size_t>(i)]) - sum) <= bound;
     }
     if (equal && close && weights.halves() == c.halves) continue;
-    std::printf("%s differs%s: %d bits in blocks of %d, %s, %d x %d x %d\n", set, equal ? "" : " from plain C++",
+    std::printf("%s differs%s: %d bits in blocks of %d, %s, %d x %d x %d\n", set.name, equal ? "" : " from plain C++",
                 static_cast<int>(c.bits), static_cast<int>(c.block), mode == Mode::kExact ? "exact" : "rounded",
                 static_cast<int>(c.M), static_cast<int>(c.K), static_cast<int>(c.N));
     ++failures;
@@ -98,19 +98,14 @@ int compare(const NBitsKernels& kernels, const char* set, const Case& c) {
 
 }  // namespace
 
-int nbits_failures(const char* set) {
-  const NBitsKernels* const kernels = nbits_kernels(set);
-  if (kernels == nullptr) {
-    std::printf("%s differs: no kernels of 4 and 8 bits\n", set);
-    return 1;
-  }
+int nbits_failures(const KernelSet& set) {
   int failures = 0;
   const int64_t shapes[][3] = {{1, 1, 1}, {1, 17, 70}, {3, 40, 300}, {4, 16, 256}, {5, 33, 129}, {34, 20, 530}};
   for (const auto& shape : shapes) {
     for (const int64_t bits : {4, 8}) {
       for (const int64_t block : {16, 32, 64, 128, 256}) {
         for (int i = 0; i < 4; ++i) {
-          failures += compare(*kernels, set, {shape[0], shape[1], shape[2], bits, block, i % 2 == 1, i / 2 == 1});
+          failures += compare(set, {shape[0], shape[1], shape[2], bits, block, i % 2 == 1, i / 2 == 1});
         }
       }
     }

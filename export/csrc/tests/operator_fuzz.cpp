@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "common/cpu.h"
+#include "sets/kernel_sets.h"
 #include "tests/fake_runtime.h"
 #include "tests/random_nodes.h"
 
@@ -45,14 +45,18 @@ bool execute(uint64_t seed, std::map<std::string, Count>& counts) {
   for (int64_t i = 0; i < faults; ++i) damage(random, node);
   misplace(random, node);
   const char* const mode = random.of<const char*>({nullptr, nullptr, "lut", "exact"});
-  const std::string refused = register_operators(mode);
-  if (!refused.empty()) return std::printf("registration: %s\n", refused.c_str()), false;
   static const std::vector<const char*> sets = [] {
     std::vector<const char*> names;
-    for (int i = 0; const Kernels* kernels = available_kernels(i); ++i) names.push_back(kernels->name);
+    for (int i = 0; const KernelSet* set = kernel_set(i); ++i) {
+      if (runs_here(*set)) names.push_back(set->name);
+    }
     return names;
   }();
-  force_kernels(sets[static_cast<size_t>(random.below(static_cast<int64_t>(sets.size())))]);
+  std::map<std::string, std::string> entries;
+  if (mode != nullptr) entries["lit_binq.mode"] = mode;
+  entries["lit_binq.kernels"] = sets[static_cast<size_t>(random.below(static_cast<int64_t>(sets.size())))];
+  const std::string refused = register_operators(entries);
+  if (!refused.empty()) return std::printf("registration: %s\n", refused.c_str()), false;
   const int64_t before = alive();
   const Ran ran = run(node, random.one_in(4) ? 2 : 1);
   const char* const kind = node.kind.c_str();

@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "binary/matrix.h"
+#include "common/half.h"
 #include "tests/family_tests.h"
 #include "two_plane/multiply.h"
 
@@ -110,7 +110,7 @@ void quantize(const Case& c, const Layer& layer, bool eight, int64_t first, int6
   }
 }
 
-int compare(const TwoPlaneKernels& kernels, const char* set, const Case& c) {
+int compare(const KernelSet& set, const Case& c) {
   const Layer layer = make(c);
   const TwoPlaneTensors tensors = {layer.codes.data(),
                                    layer.selector.data(),
@@ -124,7 +124,7 @@ int compare(const TwoPlaneKernels& kernels, const char* set, const Case& c) {
                                    c.L,
                                    c.activation_bits,
                                    c.P};
-  const TwoPlaneMatrix weights(kernels, tensors, c.exact);
+  const TwoPlaneMatrix weights(set.two_plane, tensors, c.exact);
   std::vector<float> y(static_cast<size_t>(c.M * c.N), 12345.0f);
   SerialExecutor serial;
   two_plane_multiply(weights, layer.x.data(), c.M, layer.bias.data(), y.data(), serial);
@@ -153,7 +153,7 @@ int compare(const TwoPlaneKernels& kernels, const char* set, const Case& c) {
   }
   const bool rounds = c.activation_bits == 0 && !c.exact;  // tables of bytes
   if (worst < (rounds ? 0.05 : 5e-6)) return 0;
-  std::printf("%s differs: two planes, L = %d, %d bits, %d outliers%s, groups of %d, %d x %d x %d, by %g\n", set,
+  std::printf("%s differs: two planes, L = %d, %d bits, %d outliers%s, groups of %d, %d x %d x %d, by %g\n", set.name,
               static_cast<int>(c.L), static_cast<int>(c.activation_bits), static_cast<int>(c.P),
               c.exact ? ", exact" : "", static_cast<int>(c.group), static_cast<int>(c.M), static_cast<int>(c.K),
               static_cast<int>(c.N), worst);
@@ -162,12 +162,7 @@ int compare(const TwoPlaneKernels& kernels, const char* set, const Case& c) {
 
 }  // namespace
 
-int two_plane_failures(const char* set) {
-  const TwoPlaneKernels* const kernels = two_plane_kernels(set);
-  if (kernels == nullptr) {
-    std::printf("%s differs: no two-plane kernels\n", set);
-    return 1;
-  }
+int two_plane_failures(const KernelSet& set) {
   int failures = 0;
   const int64_t shapes[][4] = {{1, 1, 1, 1},       {1, 65, 45, 16},    {3, 20, 300, 300}, {17, 64, 161, 24},
                                {5, 130, 520, 144}, {2, 7, 1000, 1000}, {1, 64, 640, 128}};  // M, N, K, group
@@ -178,7 +173,7 @@ int two_plane_failures(const char* set) {
           const int64_t P = i / 2 == 0 ? 0 : std::min<int64_t>(shape[2], 1 + shape[2] / 9);
           const bool second = i % 2 == 1;  // exact, or a range of its own
           failures +=
-              compare(*kernels, set,
+              compare(set,
                       {shape[0], shape[1], shape[2], shape[3], L, bits, P, bits == 0 && second, bits != 0 && second});
         }
       }

@@ -83,7 +83,6 @@ struct TwoPlaneActivations {
 // Kernels of one instruction set. Every function is safe to call from many threads. `levels` is L, 2 to 4; `sums` are
 // 64 floats, to which the products are added.
 struct TwoPlaneKernels {
-  const char* name;
   int64_t lane_bytes;
   int64_t exact_bytes;  // prepared bytes of 8 columns, exact
   int64_t plane_bytes;  // prepared bytes of 8 columns and one plane of activations
@@ -102,15 +101,5 @@ struct TwoPlaneKernels {
   void (*add_planes)(const TwoPlaneBlock& block, int64_t levels, int64_t planes, const TwoPlaneActivations& x,
                      float* sums, int32_t* counts);
 };
-
-extern const TwoPlaneKernels kTwoPlaneScalar;
-#if LIT_BINQ_TWO_PLANE_X86
-extern const TwoPlaneKernels kTwoPlaneAvx2;    // AVX2, FMA, F16C
-extern const TwoPlaneKernels kTwoPlaneAvx512;  // AVX-512 F, BW, VL, VBMI, VNNI, VPOPCNTDQ: Ice Lake, Zen 4 and later
-#endif
-
-// The kernels that belong to a choice of cpu.h ("scalar", "avx2", ...): its own instruction set where there are kernels
-// for it and the machine has all they need, else the next plainer ones. nullptr where the name is unknown.
-const TwoPlaneKernels* two_plane_kernels(const char* name);
 
 }  // namespace lit_binq

@@ -1,4 +1,5 @@
 // Repacking. Runs once for each layer, when its operator is created.
+#include "common/half.h"
 #include "two_plane/matrix.h"
 
 #include <algorithm>
@@ -6,7 +7,6 @@
 #include <cstring>
 #include <numeric>
 
-#include "binary/matrix.h"
 
 namespace lit_binq {
 namespace {

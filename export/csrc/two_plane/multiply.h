@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "binary/multiply.h"
+#include "common/executor.h"
 #include "two_plane/matrix.h"
 
 namespace lit_binq {

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "binary/matrix.h"
+#include "common/half.h"
 #include "two_plane/kernel.h"
 
 namespace lit_binq {

@@ -94,13 +94,13 @@ class OpsResult:
         records: every contestant at every shape.
         cache: bytes of last-level cache that the rotation was made for.
         cached_read_gbytes_per_s: the memory reader within a cache, see `bench_memory`.
-        isa: instruction set of our kernels, or "" without the library.
+        kernels: the set of our kernels, or "" without the library.
     """
 
     records: list[Record] = field(default_factory=list)
     cache: int = 0
     cached_read_gbytes_per_s: float = 0.0
-    isa: str = ""
+    kernels: str = ""
 
 
 def _fastest(family: list[Kernel], build: Callable[[Kernel], Contestant], pause: float) -> tuple[Contestant, str]:
@@ -242,7 +242,7 @@ def bench_ops(
     if max(threads) > processors:
         log.warning("threads: %d on %d processors: they will wait for each other", max(threads), processors)
     native = library_path() is not None
-    result = OpsResult(cache=cache, isa=NativeLibrary().isa() if native else "")
+    result = OpsResult(cache=cache, kernels=NativeLibrary().kernels() if native else "")
     readers = {t: MemoryReader(t, buffer_bytes(cache)) for t in threads}
     try:
         result.cached_read_gbytes_per_s = readers[threads[0]].cached_rate()

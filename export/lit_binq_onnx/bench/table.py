@@ -102,10 +102,10 @@ def ops_tables(result: OpsResult) -> str:
     parts.append("### How many times faster lit-binq-lut is\n\n" + _summary_table(result))
     copies = f"copies of every weight rotate past {result.cache / 2**20:.0f} MiB of last cache"
     reader = f"the memory reader does {significant(result.cached_read_gbytes_per_s)} GB/s within a cache"
-    isa = f"our kernels: {result.isa}" if result.isa else "our library is not built"
+    kernels = f"our kernels: {result.kernels}" if result.kernels else "our library is not built"
     parts.append(
-        f"Medians of alternating rounds; {copies}; {reader}; {isa}. Errors are relative to a product in float64 of the "
-        "stored weights."
+        f"Medians of alternating rounds; {copies}; {reader}; {kernels}. Errors are relative to a product in float64 of "
+        "the stored weights."
     )
     return "\n\n".join(parts) + "\n"
 

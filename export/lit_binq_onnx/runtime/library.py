@@ -1,4 +1,4 @@
-"""The native operator library: where it lies, how a session gets it, how a test steers it.
+"""The native operator library: where it lies, how a session gets it, what it says about itself.
 
 The library is C++ (export/csrc) and optional: without it, ONNX Runtime runs the function bodies of
 `lit_binq_onnx.functions` from the same file.
@@ -7,6 +7,7 @@ The library is C++ (export/csrc) and optional: without it, ONNX Runtime runs the
 import ctypes
 import os
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,10 @@ MODE_ENTRY = "lit_binq.mode"
 """Entry of a session's configuration that the library reads when it is registered: "lut" or "exact" for all operators
 of the session. Without it the attribute `exact` of each node decides. (genai_config.json may hold it too, among its
 session options.)"""
+
+KERNELS_ENTRY = "lit_binq.kernels"
+"""Entry of a session's configuration, read like `MODE_ENTRY`: the kernel set of all operators of the session. Without
+it the environment variable LIT_BINQ_KERNELS, read once in a process, else the best set that can run."""
 
 Mode = Literal["lut", "exact"]
 
@@ -112,11 +117,19 @@ def register(session_options: "SessionOptions", *, required: bool = True, mode: 
     return True
 
 
-class NativeLibrary:
-    """The C functions beside the operators: call counter and instruction set.
+@dataclass(frozen=True)
+class KernelSet:
+    """The kernels of one instruction set, which the library brings."""
 
-    All of them are process-wide. The instruction set is read when an operator is created, that is when a session is
-    created, and does not change it afterwards.
+    name: str
+    """Of "avx512", "avx2", "neon" and "scalar", which is plain C++."""
+
+    lacks: tuple[str, ...]
+    """What this machine lacks to run it, by the names in /proc/cpuinfo; empty where it can."""
+
+
+class NativeLibrary:
+    """The C functions beside the operators: the call counter and the kernel sets.
 
     Args:
         path: the library file; default the one `library_path` finds.
@@ -130,11 +143,10 @@ class NativeLibrary:
         try:
             self.handle = ctypes.CDLL(str(self.path))
             self.handle.lit_binq_calls.restype = ctypes.c_int64
-            self.handle.lit_binq_isa.restype = ctypes.c_char_p
-            self.handle.lit_binq_isa_name.argtypes = [ctypes.c_int]
-            self.handle.lit_binq_isa_name.restype = ctypes.c_char_p
-            self.handle.lit_binq_force_isa.argtypes = [ctypes.c_char_p]
-            self.handle.lit_binq_force_isa.restype = ctypes.c_int
+            for of_set in (self.handle.lit_binq_kernel_set, self.handle.lit_binq_kernel_set_lacks):
+                of_set.argtypes, of_set.restype = [ctypes.c_int], ctypes.c_char_p
+            for chosen in (self.handle.lit_binq_kernels, self.handle.lit_binq_kernels_reason):
+                chosen.argtypes, chosen.restype = [], ctypes.c_char_p
         except (OSError, AttributeError) as error:
             raise RunError(f"native operators: {self.path} cannot be loaded ({error}); {HOW_TO_BUILD}") from error
 
@@ -142,28 +154,25 @@ class NativeLibrary:
         """Multiplications and attentions that native operators have done since the library was loaded."""
         return int(self.handle.lit_binq_calls())
 
-    def isa(self) -> str:
-        """Instruction set of operators created from now on: one of `isas`."""
-        return str(self.handle.lit_binq_isa().decode())
-
-    def isas(self) -> list[str]:
-        """Instruction sets that this machine has, the best one first: of "avx512", "avx2", "neon", and "scalar"."""
-        found: list[str] = []
-        while (name := self.handle.lit_binq_isa_name(len(found))) is not None:
-            found.append(str(name.decode()))
+    def kernel_sets(self) -> list[KernelSet]:
+        """All kernel sets in the library, the best one first, whether this machine can run them or not."""
+        found: list[KernelSet] = []
+        while (name := self.handle.lit_binq_kernel_set(len(found))) is not None:
+            lacks = self.handle.lit_binq_kernel_set_lacks(len(found)).decode().split()
+            found.append(KernelSet(name.decode(), tuple(lacks)))
         return found
 
-    def force_isa(self, name: str) -> None:
-        """Choose the instruction set of operators created from now on.
-
-        Args:
-            name: one of `isas`.
+    def kernels(self) -> str:
+        """Name of the kernel set that sessions run which do not choose one themselves. Chosen once in a process.
 
         Raises:
-            RunError: the name is unknown or this machine lacks it.
+            RunError: the environment variable LIT_BINQ_KERNELS asks for a set that is unknown or cannot run here.
         """
-        if self.handle.lit_binq_force_isa(name.encode()) != 0:
-            raise RunError(
-                f"force_isa: got {name!r}, expected an instruction set that this machine has, "
-                f"one of {', '.join(self.isas())}; the choice stays {self.isa()!r}"
-            )
+        name = self.handle.lit_binq_kernels()
+        if name is None:
+            raise RunError(f"native operators: {self.reason()}")
+        return str(name.decode())
+
+    def reason(self) -> str:
+        """Why that set runs, or why none can, in one line."""
+        return str(self.handle.lit_binq_kernels_reason().decode())

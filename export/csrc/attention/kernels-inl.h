@@ -1,9 +1,8 @@
-// The kernels of attention/kernel.h, written once for registers of W floats. Every kernels_*.cpp compiles
-// them for its own instruction set, with multiply-adds fused where the processor can: results of two instruction sets
-// differ by rounding. Uses vectors as GCC and Clang have them in the language; touches nothing.
+// The kernels of attention/kernel.h, written once for registers of W floats. Every instruction set includes
+// them for its own registers, with multiply-adds fused where the processor can: results of two instruction sets differ
+// by rounding. Uses vectors as GCC and Clang have them in the language; touches nothing.
 //
-// All of it is in an unnamed namespace, and nothing of the standard library may be instantiated: binary/kernels_avx2.cpp says
-// why.
+// Nothing of the standard library may be instantiated (sets/avx2.cpp says why).
 //
 // Softmax goes block by block of keys: `most` is the largest score so far and `sum` the sum of e^(score - most). Where
 // a block raises `most`, what is there already is multiplied by e^(old - new).
@@ -11,7 +10,14 @@
 
 #include <cstdint>
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "attention/kernel.h"
+#include "common/exp.h"
 
 namespace lit_binq {
 namespace {
@@ -46,7 +52,16 @@ constexpr float kMinusInfinity = -__builtin_inff();
 #define LIT_BINQ_IN_REGISTER(v)
 #endif
 
-// A vector type and the three shuffles.
+// a * b + c of vectors of so many floats.
+#if defined(__aarch64__)
+#define LIT_BINQ_FUSED_4(a, b, c) vfmaq_f32(c, a, b)
+#else
+#define LIT_BINQ_FUSED_4(a, b, c) ((a) * (b) + (c))
+#endif
+#define LIT_BINQ_FUSED_8(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define LIT_BINQ_FUSED_16(a, b, c) _mm512_fmadd_ps(a, b, c)
+
+// A vector type, a multiply-add and the three shuffles.
 template <int W>
 struct Lanes;
 
@@ -58,6 +73,9 @@ struct Lanes;
     typedef int32_t Ints __attribute__((vector_size(4 * W)));                                      \
     typedef uint32_t Words __attribute__((vector_size(4 * W)));                                    \
     static constexpr Ints kNumbers = {LIT_BINQ_##W(, 0)};                                          \
+    static inline Floats fused(Floats a, Floats b, Floats c) {                                     \
+      return LIT_BINQ_FUSED_##W(a, b, c);                                                          \
+    }                                                                                              \
     template <int H>                                                                               \
     static inline Floats clear(Floats a, Floats b) {                                               \
       return LIT_BINQ_LANES(a, b, LIT_BINQ_##W(LIT_BINQ_CLEAR, 0));                                \
@@ -73,8 +91,12 @@ struct Lanes;
   }
 
 LIT_BINQ_DEFINE_LANES(4);
+#if defined(__FMA__)
 LIT_BINQ_DEFINE_LANES(8);
+#endif
+#if defined(__AVX512F__)
 LIT_BINQ_DEFINE_LANES(16);
+#endif
 
 // W lanes; products take kColumns registers of columns at a time.
 template <int W, int kColumns>
@@ -91,6 +113,15 @@ struct Attention {
   }
   static inline void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
   static inline V all(float f) { return f - V{}; }
+  // a * b + c, rounded once where the processor can.
+  static inline V fused(V a, V b, V c) { return L::fused(a, b, c); }
+  static inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+  }
   static inline V larger(V a, V b) { return a > b ? a : b; }  // b where a is NaN
 
   template <int H = W / 2>
@@ -128,26 +159,12 @@ struct Attention {
     if constexpr (H > 1) transpose<H / 2>(v);
   }
 
-  // e^x for x <= 0, relative error below 3e-7; 0 below -87; NaN stays. As in silu.h.
+  // e^x for x <= 0, relative error below 3e-7; 0 below -87; NaN stays.
   static inline V exponential(V x) {
-    constexpr float kLeast = -87.0f;
-    constexpr float kRound = 0x1.8p23f;
-    constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -2.12194440e-4f;
-    const V least = all(kLeast);
-    const V inside = x < least ? least : x;
-    const V shifted = inside * 1.44269504f + kRound;
-    const V n = shifted - kRound;
-    const V r = (inside - n * kLn2High) - n * kLn2Low;
-    V e = all(1.0f / 5040.0f);
-    e = e * r + 1.0f / 720.0f;
-    e = e * r + 1.0f / 120.0f;
-    e = e * r + 1.0f / 24.0f;
-    e = e * r + 1.0f / 6.0f;
-    e = e * r + 0.5f;
-    e = e * r + 1.0f;
-    e = e * r + 1.0f;
-    const Words power = ((Words)shifted << 23) + (127u << 23);
-    return x < least ? V{} : e * (V)power;
+    const V least = all(kLeastExponent);
+    V power;
+    const V e = exp_parts<Words>(x < least ? least : x, [](V a, V b, V c) { return fused(a, b, c); }, &power);
+    return x < least ? V{} : e * power;
   }
 
   // Scores (columns,), a multiple of W, become e^(score - most). Returns what older sums are to be multiplied by.
@@ -162,7 +179,7 @@ struct Attention {
       added += e;
     }
     const float older = exponential(all(most - now))[0];
-    sum = sum * older + total(added);
+    sum = fused(sum, older, total(added));
     most = now;
     return older;
   }
@@ -198,7 +215,7 @@ struct Attention {
       for (int r = 0; r < R; ++r) {
         const float f = a[r * lda + i];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sum[r][n] = x[n] * f + sum[r][n];
+        for (int n = 0; n < N; ++n) sum[r][n] = fused(x[n], all(f), sum[r][n]);
       }
     }
 #pragma GCC unroll 8
@@ -238,8 +255,8 @@ struct Attention {
                      float factor, float* __restrict y) {
     for (int64_t i = 0; i < half; ++i) {
       const float a = x[i], b = x[half + i];
-      y[i] = (a * cos[i] - b * sin[i]) * factor;
-      y[half + i] = (b * cos[i] + a * sin[i]) * factor;
+      y[i] = fused(a, cos[i], -(b * sin[i])) * factor;
+      y[half + i] = fused(b, cos[i], a * sin[i]) * factor;
     }
   }
 
@@ -256,7 +273,7 @@ struct Attention {
 #pragma GCC unroll 16
         for (int64_t j = 0; j < W; ++j) {
           const int64_t key = kAll || j < count ? j : count - 1;
-          sum[j] = q * load(keys + key * d + i) + sum[j];
+          sum[j] = fused(q, load(keys + key * d + i), sum[j]);
         }
       }
       store(out + g * kOneBlock, totals(sum));
@@ -353,7 +370,7 @@ struct Attention {
     }
   }
 
-  static constexpr AttentionKernels kernels(const char* name) { return {name, rotate, one, tile}; }
+  static constexpr AttentionKernels kernels() { return {rotate, one, tile}; }
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
-// C functions beside the operators, for tests and for session code (lit_binq_onnx/library.py binds them).
+// C functions of the test library: the binary kernels without ONNX Runtime. `set` is the name of a kernel set that runs
+// here.
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -6,27 +7,19 @@
 #include "abi/export.h"
 #include "binary/matrix.h"
 #include "binary/multiply.h"
-#include "common/cpu.h"
-#include "ops/operator.h"
+#include "sets/kernel_sets.h"
+#include "tests/c_api.h"
 
 using namespace lit_binq;
 
-// Multiplications and attentions that native operators have done since the library was loaded.
-LIT_BINQ_EXPORT int64_t lit_binq_calls(void) { return call_count().load(); }
-
-// Instruction set of operators created from now on.
-LIT_BINQ_EXPORT const char* lit_binq_isa(void) { return current_kernels().name; }
-
-// Chooses it: 0, or -1 where the name is unknown or the machine lacks it.
-LIT_BINQ_EXPORT int lit_binq_force_isa(const char* name) { return force_kernels(name) ? 0 : -1; }
-
-// One row x column multiplication without ONNX Runtime, on the calling thread: x (M, K), y (M, N) row-major,
+// One row x column multiplication without ONNX Runtime, on the calling thread, with a kernel set that runs here:
+// x (M, K), y (M, N) row-major,
 // bias (N,) or null, scales as float16 bits. 0, or -1 where memory ran out.
-LIT_BINQ_EXPORT int lit_binq_matmul(const float* x, int64_t M, int64_t K, int64_t N, const uint8_t* codes,
+LIT_BINQ_EXPORT int lit_binq_matmul(const char* set, const float* x, int64_t M, int64_t K, int64_t N, const uint8_t* codes,
                                     const uint16_t* row_scale, const uint16_t* col_scale, const float* bias, int exact,
                                     float* y) {
   try {
-    const Kernels& kernels = current_kernels();
+    const BinaryKernels& kernels = test_set(set).binary;
     const PackedMatrix weights = PackedMatrix::row_column(codes, row_scale, col_scale, N, K, kernels.layout);
     SerialExecutor serial;
     multiply(kernels, weights, exact ? Mode::kExact : Mode::kLut, x, M, bias, y, serial);
@@ -37,8 +30,8 @@ LIT_BINQ_EXPORT int lit_binq_matmul(const float* x, int64_t M, int64_t K, int64_
 }
 
 // gate_i = silu(gate_i) * up_i for i < count, as the operator NormBinaryGatedMLP computes it between its products.
-LIT_BINQ_EXPORT void lit_binq_apply_gate(float* gate, const float* up, int64_t count) {
-  current_kernels().apply_gate(gate, up, count);
+LIT_BINQ_EXPORT void lit_binq_apply_gate(const char* set, float* gate, const float* up, int64_t count) {
+  test_set(set).binary.apply_gate(gate, up, count);
 }
 
 // sum and x (M, K) of hidden and skip (M, K) and gamma (K,), as the operators with a norm compute them (norm.h).
@@ -50,8 +43,8 @@ LIT_BINQ_EXPORT void lit_binq_normalize(const float* hidden, const float* skip, 
 
 // The tables that LUT mode makes of one row, K <= 256: ceil(K / 8) * 32 bytes, the 16 sums of 4 columns after those of
 // the 4 columns before, whatever the layout; and their scale.
-LIT_BINQ_EXPORT void lit_binq_build_lut(const float* x, const float* c, int64_t K, uint8_t* table, float* scale) {
-  const Kernels& kernels = current_kernels();
+LIT_BINQ_EXPORT void lit_binq_build_lut(const char* set, const float* x, const float* c, int64_t K, uint8_t* table, float* scale) {
+  const BinaryKernels& kernels = test_set(set).binary;
   uint8_t tables[kBlockBytes * kLutEntries];
   kernels.build_lut(x, c, K, 1.0f, false, tables, scale);
   for (int64_t group = 0; group < 2 * ((K + 7) / 8); ++group) {
@@ -62,17 +55,11 @@ LIT_BINQ_EXPORT void lit_binq_build_lut(const float* x, const float* c, int64_t 
 }
 
 // The lut5 tables of one row, K <= 256, as they are: lookups(quads of K) * 64 bytes. -1 where the set has none.
-LIT_BINQ_EXPORT int lit_binq_build_lut5(const float* x, const float* c, int64_t K, uint8_t* table, float* scale) {
-  const Kernels& kernels = current_kernels();
-  if (kernels.reference != &kScalarLut5Kernels) return -1;
+LIT_BINQ_EXPORT int lit_binq_build_lut5(const char* set, const float* x, const float* c, int64_t K, uint8_t* table, float* scale) {
+  const BinaryKernels& kernels = test_set(set).binary;
+  if (kernels.rows_for_dense != kLut5From) return -1;
   kernels.build_lut(x, c, K, 1.0f, true, table, scale);
   return 0;
-}
-
-// Name of the i-th instruction set that this machine has, the best one first; null from their number on.
-LIT_BINQ_EXPORT const char* lit_binq_isa_name(int i) {
-  const Kernels* kernels = available_kernels(i);
-  return kernels != nullptr ? kernels->name : nullptr;
 }
 
 // Exact float32 value of float16 bits.

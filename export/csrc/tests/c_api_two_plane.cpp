@@ -1,27 +1,21 @@
-// C functions for tests: two-plane products without ONNX Runtime, on the calling thread.
+// C functions of the test library: two-plane products without ONNX Runtime, on the calling thread.
 #include <algorithm>
 #include <cstring>
 #include <exception>
 
 #include "abi/export.h"
+#include "tests/c_api.h"
 #include "two_plane/activations.h"
 #include "two_plane/multiply.h"
 
 using namespace lit_binq;
 
-// The kernels that run for a choice of instruction set; null where the name is unknown.
-LIT_BINQ_EXPORT const char* lit_binq_two_plane_isa(const char* isa) {
-  const TwoPlaneKernels* kernels = two_plane_kernels(isa);
-  return kernels != nullptr ? kernels->name : nullptr;
-}
-
-// y (M, N) = x (M, K) W^T + bias. 0, or -1 where memory ran out or the name is unknown.
-LIT_BINQ_EXPORT int lit_binq_two_plane_matmul(const char* isa, const TwoPlaneTensors* tensors, int exact,
+// y (M, N) = x (M, K) W^T + bias. 0, or -1 where memory ran out or the set is unknown.
+LIT_BINQ_EXPORT int lit_binq_two_plane_matmul(const char* set, const TwoPlaneTensors* tensors, int exact,
                                               const float* x, int64_t M, const float* bias, float* y) {
   try {
-    const TwoPlaneKernels* kernels = two_plane_kernels(isa);
-    if (kernels == nullptr) return -1;
-    const TwoPlaneMatrix weights(*kernels, *tensors, exact != 0);
+    const auto& kernels = test_set(set).two_plane;
+    const TwoPlaneMatrix weights(kernels, *tensors, exact != 0);
     SerialExecutor serial;
     two_plane_multiply(weights, x, M, bias, y, serial);
     return 0;
@@ -34,12 +28,12 @@ LIT_BINQ_EXPORT int lit_binq_two_plane_matmul(const char* isa, const TwoPlaneTen
 // of the 8-bit part, and counts (blocks, 3, 8, N): over the columns of each block, of A & q_k, B & q_k, A & B & q_k
 // (the last zero unless L = 4). columns (blocks, 2) takes the first column and the number of columns of each block.
 // Returns the number of blocks, or -1. Where counts is null, nothing but that and `columns` is done.
-LIT_BINQ_EXPORT int64_t lit_binq_two_plane_counts(const char* isa, const TwoPlaneTensors* tensors, const float* x,
+LIT_BINQ_EXPORT int64_t lit_binq_two_plane_counts(const char* set, const TwoPlaneTensors* tensors, const float* x,
                                                   int64_t* columns, uint8_t* codes, float* range, int32_t* counts) {
   try {
-    const TwoPlaneKernels* kernels = two_plane_kernels(isa);
-    if (kernels == nullptr || tensors->activation_bits == 0) return -1;
-    const TwoPlaneMatrix w(*kernels, *tensors, false);
+    if (tensors->activation_bits == 0) return -1;
+    const auto& kernels = test_set(set).two_plane;
+    const TwoPlaneMatrix w(kernels, *tensors, false);
     for (int64_t b = 0; columns != nullptr && b < w.blocks(); ++b) {
       columns[2 * b] = w.block(b).column;
       columns[2 * b + 1] = w.block(b).count;
@@ -65,7 +59,7 @@ LIT_BINQ_EXPORT int64_t lit_binq_two_plane_counts(const char* isa, const TwoPlan
         int32_t of_tile[kWeightPlanes * kMaxPlanes * kTwoPlaneRows];
         float sums[kTwoPlaneRows] = {0.0f};
         const TwoPlaneActivations a = {one.at(c, 0), one.of(b, 0)[0], one.of(b, 0)[1], row.twice[c.part]};
-        kernels->add_planes(w.tile_block(tile, b), w.levels(), c.planes, a, sums, of_tile);
+        kernels.add_planes(w.tile_block(tile, b), w.levels(), c.planes, a, sums, of_tile);
         const int64_t first = tile * kTwoPlaneRows, rows = std::min(kTwoPlaneRows, N - first);
         for (int64_t p = 0; p < weight_planes; ++p) {
           for (int64_t k = 0; k < c.planes; ++k) {

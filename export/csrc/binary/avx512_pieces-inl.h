@@ -6,7 +6,9 @@
 
 #include "binary/kernel.h"
 
-namespace lit_binq::avx512 {
+namespace lit_binq {
+namespace {
+namespace binary_avx512 {
 
 constexpr int64_t kRows = 16;               // of a register of codes: one cache line
 constexpr int64_t kVectors = kTileRows / kRows;
@@ -52,8 +54,6 @@ static inline void add_units(__m512i units, __m512 scale, const float* factors, 
   _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), value));
 }
 
-// Dense tables, and products with them (kernel.h, lut5).
-void build_lut5(const float* x, const float* c, int64_t count, float pre, uint8_t* table, float* scale);
-void add_lut5(const TileBlock& block, Rows r, const float* factors, int64_t rows);
-
-}  // namespace lit_binq::avx512
+}  // namespace binary_avx512
+}  // namespace
+}  // namespace lit_binq
