@@ -10,13 +10,13 @@ A packed linear stores exactly the tensors it computes with. Nothing above forma
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lit_binq.errors import LitBinqError
+from lit_binq.formats.operators import Product, multiply
 from lit_binq.formats.packing import packed_width
 
 
@@ -74,11 +74,37 @@ def half_buffer(*shape: int) -> Buffer:
     return Buffer(shape, torch.float16)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer y = x W^T + b whose weight is stored packed.
+FORMATS: dict[str, type["PackedLinear"]] = {}
+"""Every format that a packed folder may hold, by the name it has there."""
 
-    Sub-classes register every stored tensor as a buffer and name their format; `bias` (N,) or None is not part of
-    the weight's bits. What can be derived is a buffer that is not persistent: no file holds it, no bit counts it.
+
+L = TypeVar("L", bound="type[PackedLinear]")
+
+
+def register(layer: L) -> L:
+    """Make a format known by its `kind`: a class decorator."""
+    FORMATS[layer.kind] = layer
+    return layer
+
+
+class PackedLinear(nn.Module):
+    """A linear layer y = x W^T + b whose weight is stored packed, and the one description of its format.
+
+    A format says its `kind`, which `tensors` it stores, and which `products` a pass is made of; from these follow the
+    constructor, the entry in a packed folder, the bits, the forward pass, and the nodes of an exported model. What it
+    stores and `bias` (N,) or None are buffers; the bias is not part of the weight's bits. What can be derived is a
+    buffer that is not persistent: no file holds it, no bit counts it.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether a bias is stored.
+        dtype: dtype of the bias.
+        options: what beyond K and N fixes the tensors, see the format's `tensors`; each is an attribute, too, unless a
+            tensor has its name.
+
+    Raises:
+        LitBinqError, TypeError, ValueError: options that are not the format's.
     """
 
     kind: ClassVar[str]
@@ -89,46 +115,34 @@ class PackedLinear(nn.Module):
     out_features: int
     bias: Tensor | None
 
-    def _allocate(
+    def __init__(
         self,
         in_features: int,
         out_features: int,
-        stored: Mapping[str, Buffer | None],
-        bias: bool,
-        dtype: torch.dtype,
-        derived: dict[str, Tensor] | None = None,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        **options: int,
     ) -> None:
-        """What a constructor does: note the shape and register every buffer.
-
-        Args:
-            in_features: K.
-            out_features: N.
-            stored: the weight's tensors by name, zeroed here; None is one that this layout lacks.
-            bias: whether a bias is stored.
-            dtype: dtype of the bias.
-            derived: tensors that follow from the stored ones.
-        """
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__()
+        self.in_features, self.out_features, self._options = in_features, out_features, options
+        stored = self.tensors(out_features, in_features, **options)
+        for name in options.keys() - stored.keys():
+            setattr(self, name, options[name])
         for name, buffer in stored.items():
-            self.register_buffer(name, None if buffer is None else torch.zeros(buffer.shape, dtype=buffer.dtype))
-        for name, tensor in (derived or {}).items():
+            self.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+        for name, tensor in self.derived(out_features, in_features, **options).items():
             self.register_buffer(name, tensor, persistent=False)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
 
     @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
-    ) -> Self:
-        """A layer with zeroed buffers, to load a stored state into.
+    @abstractmethod
+    def tensors(cls, N: int, K: int, **options: int) -> dict[str, Buffer]:
+        """Shape and dtype of every stored tensor of an N x K weight, by buffer name; checks the options."""
 
-        Args:
-            in_features: K.
-            out_features: N.
-            bias: whether a bias is stored.
-            dtype: dtype of the bias.
-            layout: what `layout` of the stored layer says; here they are arguments of the constructor.
-        """
-        return cls(in_features=in_features, out_features=out_features, bias=bias, dtype=dtype, **layout)
+    @classmethod
+    def derived(cls, N: int, K: int, **options: int) -> dict[str, Tensor]:
+        """Tensors that follow from the stored ones, by buffer name, as they are before there is anything to follow."""
+        return {}
 
     @classmethod
     def _holding(
@@ -136,7 +150,7 @@ class PackedLinear(nn.Module):
     ) -> Self:
         """A layer that stores `tensors`, by buffer name, and a copy of `bias` (N,); it is where the tensors are."""
         dtype = torch.float32 if bias is None else bias.dtype
-        layer = cls.empty(in_features, out_features, bias is not None, dtype, **layout)
+        layer = cls(in_features, out_features, bias is not None, dtype, **layout)
         layer.to(next(iter(tensors.values())).device)
         for name, tensor in tensors.items():
             setattr(layer, name, tensor)
@@ -146,7 +160,7 @@ class PackedLinear(nn.Module):
 
     def layout(self) -> dict[str, int]:
         """What beyond K and N fixes the shapes of the buffers: a group size, a rank. JSON keeps it."""
-        return {}
+        return dict(self._options)
 
     @abstractmethod
     def latent(self, train_codes: bool, target: Tensor | None = None) -> LatentLinear:
@@ -172,12 +186,16 @@ class PackedLinear(nn.Module):
         return {name: tensor for name, tensor in self.named_buffers() if name in stored}
 
     @abstractmethod
-    def operands(self) -> list[tuple[str, list[Tensor]]]:
-        """The operator calls of one forward pass: (operator's name in ONNX, the stored tensors it reads, in order)."""
+    def products(self) -> list[Product]:
+        """The operator calls of one forward pass, in order."""
 
-    def _with_bias(self, stored: list[Tensor]) -> list[Tensor]:
-        """Operands of a call, the bias as float32 behind them if there is one."""
-        return stored if self.bias is None else [*stored, self.bias.float()]
+    def operands(self) -> list[tuple[str, list[Tensor]]]:
+        """The same as nodes of an exported model: (operator's name, the stored tensors it reads, in order)."""
+        return [(product.operator, product.operands()) for product in self.products()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return multiply(self.products(), x)
 
     def refresh(self) -> None:
         """Derive again whatever follows from the stored tensors; call it after they were filled.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.base import Buffer, PackedLinear, Solution
+from lit_binq.formats.base import Buffer, PackedLinear, Solution, register
 
 
 class CountedSolution(Solution):
@@ -31,6 +31,7 @@ class CountedSolution(Solution):
         return DenseOnlyLinear._holding(W.shape[1], W.shape[0], bias, {"weight": W}, counted_bits=self.stored_bits())
 
 
+@register
 class DenseOnlyLinear(PackedLinear):
     """A linear layer whose weight is dense, with the bits that its baseline's format would take.
 
@@ -38,34 +39,18 @@ class DenseOnlyLinear(PackedLinear):
         weight: (N, K) float32.
         bias: (N,) float, or None.
 
-    Args:
-        in_features: K.
-        out_features: N.
-        counted_bits: of the whole weight.
-        bias: whether a bias is stored.
-        dtype: dtype of the bias.
+    Its one option is `counted_bits`, of the whole weight.
     """
 
     kind: ClassVar[str] = "dense_only"
     deployable: ClassVar[bool] = False
     weight: Tensor
+    counted_bits: int
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        counted_bits: int,
-        bias: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.counted_bits = counted_bits
-        stored = {"weight": Buffer((out_features, in_features), torch.float32)}
-        self._allocate(in_features, out_features, stored, bias, dtype)
-
-    def layout(self) -> dict[str, int]:
-        """{"counted_bits": bits of the whole weight, counted and not stored}."""
-        return {"counted_bits": self.counted_bits}
+    @classmethod
+    def tensors(cls, N: int, K: int, counted_bits: int) -> dict[str, Buffer]:  # type: ignore[override]
+        """The buffers; see the base class."""
+        return {"weight": Buffer((N, K), torch.float32)}
 
     def stored_bits(self) -> int:
         """Bits that the baseline's format would take; the file holds 32 for each weight."""
@@ -83,7 +68,7 @@ class DenseOnlyLinear(PackedLinear):
         """There is no trainable form. Raises LitBinqError."""
         self._refuse("tuned")
 
-    def operands(self) -> NoReturn:
+    def products(self) -> NoReturn:
         """There is no operator. Raises LitBinqError."""
         self._refuse("exported")
 

@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, code_buffer, half_buffer, half_scales
+from lit_binq.formats.base import (
+    Buffer,
+    LatentLinear,
+    PackedLinear,
+    Solution,
+    code_buffer,
+    half_buffer,
+    half_scales,
+    register,
+)
 from lit_binq.formats.latent import latent_codes, signs, straight_through
+from lit_binq.formats.operators import Product, operator
 from lit_binq.formats.packing import pack_signs, unpack_signs
 
 SMALLEST_GROUP, LARGEST_GROUP = 8, 1024
@@ -71,7 +81,7 @@ class Grouped(Solution):
         return Grouped(self.s.abs(), self.B * turn.to(self.B.dtype), self.group)
 
 
-@torch.library.custom_op("lit_binq::grouped_binary_matmul", mutates_args=())
+@operator("GroupedBinaryMatMul", codes=torch.uint8, scales=torch.float16)
 def grouped_binary_matmul(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, in_features: int, group: int
 ) -> Tensor:
@@ -92,11 +102,7 @@ def grouped_binary_matmul(
     return torch.nn.functional.linear(x, W, None if bias is None else bias.to(x.dtype))
 
 
-@grouped_binary_matmul.register_fake
-def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, in_features: int, group: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
-
-
+@register
 class GroupedLinear(PackedLinear):
     """A linear layer stored as sign bits and one float16 scale a row and group.
 
@@ -105,36 +111,19 @@ class GroupedLinear(PackedLinear):
         scales: (N, G) float16.
         bias: (N,) float, or None.
 
-    Args:
-        in_features: K.
-        out_features: N.
-        group: g.
-        bias: whether a bias is stored.
-        dtype: dtype of the bias.
-
-    Raises:
-        LitBinqError: g is no multiple of 8 from 8 to 1024.
+    Its one option is `group`, g; LitBinqError unless that is a multiple of 8 from 8 to 1024.
     """
 
     kind: ClassVar[str] = "grouped"
     codes: Tensor
     scales: Tensor
+    group: int
 
-    def __init__(
-        self, in_features: int, out_features: int, group: int, bias: bool = False, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__()
+    @classmethod
+    def tensors(cls, N: int, K: int, group: int) -> dict[str, Buffer]:  # type: ignore[override]
+        """The buffers; see the base class."""
         check_group(group)
-        self.group = group
-        stored = {
-            "codes": code_buffer(out_features, in_features),
-            "scales": half_buffer(out_features, group_count(in_features, group)),
-        }
-        self._allocate(in_features, out_features, stored, bias, dtype)
-
-    def layout(self) -> dict[str, int]:
-        """{"group": g}."""
-        return {"group": self.group}
+        return {"codes": code_buffer(N, K), "scales": half_buffer(N, group_count(K, group))}
 
     @classmethod
     def from_solution(cls, solution: Grouped, bias: Tensor | None = None) -> "GroupedLinear":
@@ -156,14 +145,10 @@ class GroupedLinear(PackedLinear):
         """The trainable twin; see the base class."""
         return LatentGroupedLinear(self.solution(), self.bias, train_codes, target)
 
-    def operands(self) -> list[tuple[str, list[Tensor]]]:
+    def products(self) -> list[Product]:
         """One product."""
-        stored = [self.codes, self.scales]
-        return [("GroupedBinaryMatMul", self._with_bias(stored))]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N)."""
-        return grouped_binary_matmul(x, self.codes, self.scales, self.bias, self.in_features, self.group)
+        numbers = {"in_features": self.in_features, "group": self.group}
+        return [Product("GroupedBinaryMatMul", [self.codes, self.scales], numbers, self.bias)]
 
 
 class LatentGroupedLinear(LatentLinear):

@@ -17,9 +17,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, code_buffer, half_buffer, half_scales
+from lit_binq.formats.base import (
+    Buffer,
+    LatentLinear,
+    PackedLinear,
+    Solution,
+    code_buffer,
+    half_buffer,
+    half_scales,
+    register,
+)
+from lit_binq.formats.operators import Product
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
-from lit_binq.formats.row_column import LatentBinaryLinear, RowColumn, binary_matmul
+from lit_binq.formats.row_column import LatentBinaryLinear, RowColumn
 
 
 def stored_bits(N: int, K: int, k: int) -> int:
@@ -71,6 +81,7 @@ class LowRank(Solution):
         return LowRank(scales[0], A, scales[1], B, scales[2])
 
 
+@register
 class LowRankLinear(PackedLinear):
     """A linear layer stored as two factors of sign bits and three float16 scale vectors.
 
@@ -82,15 +93,8 @@ class LowRankLinear(PackedLinear):
         right_scale: (K,) float16, w.
         bias: (N,) float, or None.
 
-    Args:
-        in_features: K.
-        out_features: N.
-        rank: k, a multiple of 8.
-        bias: whether a bias is stored.
-        dtype: dtype of the bias.
-
-    Raises:
-        ValueError: k is no positive multiple of 8.
+    Its one option is `rank`, k; ValueError unless that is a positive multiple of 8. `ones` (k,), the column scales of
+    the second product, are known without a file.
     """
 
     kind: ClassVar[str] = "low_rank"
@@ -100,28 +104,25 @@ class LowRankLinear(PackedLinear):
     inner_scale: Tensor
     right_scale: Tensor
     ones: Tensor
+    rank: int
 
-    def __init__(
-        self, in_features: int, out_features: int, rank: int, bias: bool = False, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__()
+    @classmethod
+    def tensors(cls, N: int, K: int, rank: int) -> dict[str, Buffer]:  # type: ignore[override]
+        """The buffers; see the base class."""
         if rank < 8 or rank % 8:
             raise ValueError(f"rank {rank}, expected a multiple of 8")
-        self.rank = rank
-        stored = {
-            "left_codes": code_buffer(out_features, rank),
-            "right_codes": code_buffer(rank, in_features),
-            "left_scale": half_buffer(out_features),
+        return {
+            "left_codes": code_buffer(N, rank),
+            "right_codes": code_buffer(rank, K),
+            "left_scale": half_buffer(N),
             "inner_scale": half_buffer(rank),
-            "right_scale": half_buffer(in_features),
+            "right_scale": half_buffer(K),
         }
-        # Column scales of the second product: known without a file, so not stored.
-        ones = torch.ones(rank, dtype=torch.float16)
-        self._allocate(in_features, out_features, stored, bias, dtype, {"ones": ones})
 
-    def layout(self) -> dict[str, int]:
-        """{"rank": k}."""
-        return {"rank": self.rank}
+    @classmethod
+    def derived(cls, N: int, K: int, rank: int) -> dict[str, Tensor]:  # type: ignore[override]
+        """The ones."""
+        return {"ones": torch.ones(rank, dtype=torch.float16)}
 
     @classmethod
     def from_solution(cls, solution: LowRank, bias: Tensor | None = None) -> "LowRankLinear":
@@ -145,18 +146,14 @@ class LowRankLinear(PackedLinear):
         """The trainable twin; see the base class."""
         return LatentLowRankLinear(self.solution(), self.bias, train_codes, target)
 
-    def operands(self) -> list[tuple[str, list[Tensor]]]:
-        """Two products."""
+    def products(self) -> list[Product]:
+        """Two products, the second of what the first gives."""
+        right = [self.right_codes, self.inner_scale, self.right_scale]
         left = [self.left_codes, self.left_scale, self.ones]
         return [
-            ("BinaryMatMul", [self.right_codes, self.inner_scale, self.right_scale]),
-            ("BinaryMatMul", self._with_bias(left)),
+            Product("BinaryMatMul", right, {"in_features": self.in_features}),
+            Product("BinaryMatMul", left, {"in_features": self.rank}, self.bias, chained=True),
         ]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N)."""
-        h = binary_matmul(x, self.right_codes, self.inner_scale, self.right_scale, None, self.in_features)
-        return binary_matmul(h, self.left_codes, self.left_scale, self.ones, self.bias, self.rank)
 
 
 class LatentLowRankLinear(LatentLinear):

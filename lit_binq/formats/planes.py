@@ -12,15 +12,16 @@ operator, which adds up the planes' weights and multiplies once; in ONNX one Bin
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lit_binq.formats.base import Buffer, LatentLinear, PackedLinear, Solution, code_buffer, half_buffer
+from lit_binq.formats.base import Buffer, LatentLinear, PackedLinear, Solution, code_buffer, half_buffer, register
 from lit_binq.formats.latent import latent_codes, signs, straight_through
+from lit_binq.formats.operators import Product
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
 from lit_binq.formats.row_column import BinaryLinear, RowColumn
 
@@ -58,6 +59,15 @@ def stored_bits(N: int, K: int, counts: Sequence[int]) -> int:
     for k in counts:
         bits += 8 * N * packed_width(k) + 16 * (N + k) + (8 * packed_width(K) if k < K else 0)
     return bits
+
+
+def counts_of(options: Mapping[str, int]) -> list[int]:
+    """k_1, k_2, ... of {"columns1": k_1, "columns2": k_2, ...}.
+
+    Raises:
+        KeyError: other names.
+    """
+    return [options[f"columns{p}"] for p in range(1, len(options) + 1)]
 
 
 def unpacked(
@@ -117,6 +127,7 @@ def _(
     return x.new_empty((*x.shape[:-1], codes[0].shape[0]))
 
 
+@register
 class PlanesLinear(PackedLinear):
     """A linear layer stored as planes of sign bits, their float16 scales and bitmaps of columns.
 
@@ -127,53 +138,36 @@ class PlanesLinear(PackedLinear):
         column_bits{p}: (ceil(K / 8),) uint8, least significant bit first; empty if k_p = K.
     and bias: (N,) float, or None.
 
-    Args:
-        in_features: K.
-        out_features: N.
-        counts: k_p of the planes behind the first, each from 1 to the one before; K for the first.
-        bias: whether a bias is stored.
-        dtype: dtype of the bias.
-
-    Raises:
-        ValueError: counts that rise, or are below 1.
+    Its options are `columns1`, `columns2`, ...: k_p of the planes behind the first, each from 1 to the one before, K
+    for the first; ValueError otherwise. `columns{p}` (k_p,) int64 follow from the bitmaps and are not stored.
     """
 
     kind: ClassVar[str] = "planes"
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        counts: Sequence[int],
-        bias: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.counts = list(counts)
-        sizes = [in_features, *counts]
-        if any(not 1 <= k <= before for before, k in itertools.pairwise(sizes)):
-            raise ValueError(f"counts {list(counts)} of {in_features} columns, expected numbers >= 1 that do not rise")
+    @classmethod
+    def tensors(cls, N: int, K: int, **options: int) -> dict[str, Buffer]:
+        """The buffers; see the base class."""
+        counts = counts_of(options)
+        if any(not 1 <= k <= before for before, k in itertools.pairwise([K, *counts])):
+            raise ValueError(f"counts {counts} of {K} columns, expected numbers >= 1 that do not rise")
         stored: dict[str, Buffer] = {}
-        for p, k in enumerate(sizes):
-            stored[f"codes{p}"] = code_buffer(out_features, k)
-            stored[f"row_scale{p}"] = half_buffer(out_features)
+        for p, k in enumerate([K, *counts]):
+            stored[f"codes{p}"] = code_buffer(N, k)
+            stored[f"row_scale{p}"] = half_buffer(N)
             stored[f"col_scale{p}"] = half_buffer(k)
             if p:
-                stored[f"column_bits{p}"] = Buffer((packed_width(in_features) if k < in_features else 0,), torch.uint8)
-        columns = {f"columns{p}": torch.arange(k) for p, k in enumerate(counts, 1)}  # follow from the bitmaps
-        self._allocate(in_features, out_features, stored, bias, dtype, columns)
+                stored[f"column_bits{p}"] = Buffer((packed_width(K) if k < K else 0,), torch.uint8)
+        return stored
 
     @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32, **layout: int
-    ) -> Self:
-        """Zeroed buffers; the layout is {"columns1": k_1, "columns2": k_2, ...}."""
-        counts = [layout[f"columns{p}"] for p in range(1, len(layout) + 1)]
-        return cls(in_features, out_features, counts, bias, dtype)
+    def derived(cls, N: int, K: int, **options: int) -> dict[str, Tensor]:
+        """The columns of each further plane."""
+        return {f"columns{p}": torch.arange(k) for p, k in enumerate(counts_of(options), 1)}
 
-    def layout(self) -> dict[str, int]:
-        """{"columns1": k_1, "columns2": k_2, ...}."""
-        return {f"columns{p}": k for p, k in enumerate(self.counts, 1)}
+    @property
+    def counts(self) -> list[int]:
+        """k_p of the planes behind the first."""
+        return counts_of(self._options)
 
     @classmethod
     def from_solution(cls, solution: Planes, bias: Tensor | None = None) -> "PlanesLinear":
@@ -224,13 +218,17 @@ class PlanesLinear(PackedLinear):
         """The trainable twin; see the base class."""
         return LatentPlanesLinear(self.solution(), self.bias, train_codes, target)
 
-    def operands(self) -> list[tuple[str, list[Tensor]]]:
+    def products(self) -> list[Product]:
         """One product a plane; the first adds the bias."""
-        first, *further = (self._stored(p) for p in range(len(self.counts) + 1))
-        return [("BinaryMatMul", stored) for stored in (self._with_bias(first), *further)]
+        products = []
+        for p, k in enumerate([self.in_features, *self.counts]):
+            columns = self.get_buffer(f"columns{p}") if k < self.in_features else None
+            bias = None if p else self.bias
+            products.append(Product("BinaryMatMul", self._stored(p), {"in_features": k}, bias, columns))
+        return products
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N)."""
+        """(..., K) -> (..., N): one operator to torch, which multiplies once and not once a plane."""
         codes, rows, cols, columns, counts = self._planes()
         return planes_matmul(x, codes, rows, cols, columns, self.bias, counts)
 

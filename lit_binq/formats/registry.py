@@ -30,7 +30,7 @@ def empty_layer(linear: nn.Linear, entry: Any) -> PackedLinear:
         raise LitBinqError(f"format {kind!r:.60}, expected one of {sorted(FORMATS)}")
     bias = linear.bias is not None
     try:
-        return FORMATS[kind].empty(linear.in_features, linear.out_features, bias, linear.weight.dtype, **layout)
+        return FORMATS[kind](linear.in_features, linear.out_features, bias, linear.weight.dtype, **layout)
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
         raise LitBinqError(
             f"layout {layout!s:.200} does not belong to format {kind!r} ({first_line(error)})"

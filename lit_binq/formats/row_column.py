@@ -10,8 +10,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lit_binq.formats.base import LatentLinear, PackedLinear, Solution, code_buffer, half_buffer, half_scales
+from lit_binq.formats.base import (
+    Buffer,
+    LatentLinear,
+    PackedLinear,
+    Solution,
+    code_buffer,
+    half_buffer,
+    half_scales,
+    register,
+)
 from lit_binq.formats.latent import latent_codes, signs, straight_through
+from lit_binq.formats.operators import Product, operator
 from lit_binq.formats.packing import pack_signs, unpack_signs
 
 
@@ -51,7 +61,7 @@ class RowColumn(Solution):
         return RowColumn(r * shift, c / shift, B)
 
 
-@torch.library.custom_op("lit_binq::binary_matmul", mutates_args=())
+@operator("BinaryMatMul", codes=torch.uint8, row_scale=torch.float16, col_scale=torch.float16)
 def binary_matmul(
     x: Tensor, codes: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tensor | None, in_features: int
 ) -> Tensor:
@@ -73,11 +83,7 @@ def binary_matmul(
     return y if bias is None else y + bias.to(x.dtype)
 
 
-@binary_matmul.register_fake
-def _(x: Tensor, codes: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
-
-
+@register
 class BinaryLinear(PackedLinear):
     """A linear layer stored as sign bits and float16 scales.
 
@@ -87,11 +93,6 @@ class BinaryLinear(PackedLinear):
         col_scale: (K,) float16.
         bias: (N,) float, or None.
 
-    Args:
-        in_features: K.
-        out_features: N.
-        bias: whether a bias is stored.
-        dtype: dtype of the bias.
     """
 
     kind: ClassVar[str] = "row_column"
@@ -99,16 +100,10 @@ class BinaryLinear(PackedLinear):
     row_scale: Tensor
     col_scale: Tensor
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__()
-        stored = {
-            "codes": code_buffer(out_features, in_features),
-            "row_scale": half_buffer(out_features),
-            "col_scale": half_buffer(in_features),
-        }
-        self._allocate(in_features, out_features, stored, bias, dtype)
+    @classmethod
+    def tensors(cls, N: int, K: int) -> dict[str, Buffer]:  # type: ignore[override]
+        """The buffers; see the base class."""
+        return {"codes": code_buffer(N, K), "row_scale": half_buffer(N), "col_scale": half_buffer(K)}
 
     @classmethod
     def from_solution(cls, solution: RowColumn, bias: Tensor | None = None) -> "BinaryLinear":
@@ -137,14 +132,10 @@ class BinaryLinear(PackedLinear):
         """The trainable twin; see the base class."""
         return LatentBinaryLinear(self.solution(), self.bias, train_codes, target)
 
-    def operands(self) -> list[tuple[str, list[Tensor]]]:
+    def products(self) -> list[Product]:
         """One product."""
         stored = [self.codes, self.row_scale, self.col_scale]
-        return [("BinaryMatMul", self._with_bias(stored))]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N)."""
-        return binary_matmul(x, self.codes, self.row_scale, self.col_scale, self.bias, self.in_features)
+        return [Product("BinaryMatMul", stored, {"in_features": self.in_features}, self.bias)]
 
 
 class LatentBinaryLinear(LatentLinear):

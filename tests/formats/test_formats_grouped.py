@@ -60,15 +60,15 @@ def test_layer_computes_with_what_it_stores(N: int, K: int, group: int, seed: in
 @settings(deadline=None, max_examples=40)
 @given(N=st.integers(1, 20), K=st.integers(1, 70), group=groups, bias=st.booleans())
 def test_true_bits_count_every_stored_byte(N: int, K: int, group: int, bias: bool) -> None:
-    layer = GroupedLinear(K, N, group, bias)
+    layer = GroupedLinear(K, N, bias, group=group)
     state = {name: t for name, t in layer.state_dict().items() if name != "bias"}
     assert layer.stored_bits() == 8 * sum(t.nbytes for t in state.values())
     assert layer.stored_bits() == 8 * N * -(-K // 8) + 16 * N * -(-K // group)
 
 
 def test_true_bits_of_a_real_shape() -> None:
-    assert GroupedLinear(1536, 576, 128).true_bits() == 1.125
-    assert GroupedLinear(576, 576, 64).true_bits() == 1.25
+    assert GroupedLinear(1536, 576, group=128).true_bits() == 1.125
+    assert GroupedLinear(576, 576, group=64).true_bits() == 1.25
 
 
 def test_state_round_trip_into_an_empty_layer() -> None:
@@ -90,7 +90,7 @@ def test_group_sizes_that_no_operator_takes(group: int) -> None:
     with pytest.raises(LitBinqError, match=rf"solver.group: got {group}, expected a multiple of 8 from 8 to 1024"):
         GroupedSolver(group=group)
     with pytest.raises(LitBinqError, match=rf"group: got {group}"):
-        GroupedLinear(16, 16, group)
+        GroupedLinear(16, 16, group=group)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])

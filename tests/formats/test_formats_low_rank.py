@@ -68,7 +68,7 @@ def test_balancing_keeps_the_weight(N: int, K: int, k: int, power: int, seed: in
 @given(N=st.integers(1, 40), K=st.integers(1, 40), k=ranks, bias=st.booleans())
 def test_true_bits_count_every_stored_byte(N: int, K: int, k: int, bias: bool) -> None:
     """The ones of the second product are no stored tensor."""
-    layer = LowRankLinear(K, N, k, bias)
+    layer = LowRankLinear(K, N, bias, rank=k)
     state = {name: t for name, t in layer.state_dict().items() if name != "bias"}
     assert "ones" not in state
     assert layer.stored_bits() == 8 * sum(t.nbytes for t in state.values()) == stored_bits(N, K, k)

@@ -149,7 +149,7 @@ def test_contradictory_bitmaps_are_refused() -> None:
 @pytest.mark.parametrize("counts", [(0,), (5,), (3, 4)])
 def test_impossible_counts_are_refused(counts: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="do not rise"):
-        PlanesLinear(4, 2, counts)
+        PlanesLinear(4, 2, **{f"columns{p}": k for p, k in enumerate(counts, 1)})
 
 
 @pytest.mark.parametrize("shares", [[0.1], [0.5, 0.2], [1.0], [1.0, 1.0]])

@@ -101,10 +101,12 @@ def test_stored_codes_name_ranks(layout: dict[str, int]) -> None:
 
 def test_sizes_are_the_formulas() -> None:
     N, K = 256, 1024
+    plain = {"levels": 4, "activation_bits": 0, "outliers": 0, "static": 0}
     for levels in (2, 3, 4):
-        assert TwoPlaneLinear(K, N, 128, levels).true_bits() == 2 + 16 * levels / 128
-    assert TwoPlaneLinear(K, N, 64).true_bits() == 3.0
-    extra = TwoPlaneLinear(K, N, 128, activation_bits=4, outliers=128, static=1).true_bits() - 2.5
+        assert TwoPlaneLinear(K, N, group=128, **plain | {"levels": levels}).true_bits() == 2 + 16 * levels / 128
+    assert TwoPlaneLinear(K, N, group=64, **plain).true_bits() == 3.0
+    quantized = plain | {"activation_bits": 4, "outliers": 128, "static": 1}
+    extra = TwoPlaneLinear(K, N, group=128, **quantized).true_bits() - 2.5
     assert extra == (K + 5 * 16 + 4 * 32) / (N * K)
 
 

@@ -1,90 +1,76 @@
-"""From torch operators to nodes of domain lit_binq: one table, from which schemas and translations follow.
+"""From torch operators to nodes of domain lit_binq: schemas and translations, made from the operators' descriptions.
 
-A new format with an operator of its own is one entry in `OPERATORS`, one body in `lit_binq_onnx.functions` and one
-class in csrc. Formats made of operators that are here need nothing. The planes format is one operator to torch, so that
-tracing passes a layer once and not once a plane; its translation writes one BinaryMatMul for each plane.
+What an operator reads stands in `lit_binq.formats.operators`, what it means in `lit_binq_onnx.functions`. The planes
+format is one operator to torch, so that tracing passes a layer once and not once a plane; its translation writes one
+BinaryMatMul for each plane.
 
 Knows torch's exporter and the operators' names and types; nothing of models or files.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import onnxscript
 import torch
 from onnx.defs import OpSchema
 
-import lit_binq.formats  # noqa: F401  # registers the torch operators that the table names
+from lit_binq.formats import OPERATORS, Operator
 from lit_binq_onnx.functions import DOMAIN, OPSET, VERSION
 
 _TYPES = {
-    "float32": ("tensor(float)", onnxscript.FLOAT),
-    "float16": ("tensor(float16)", onnxscript.FLOAT16),
-    "uint8": ("tensor(uint8)", onnxscript.UINT8),
+    torch.float32: ("tensor(float)", onnxscript.FLOAT),
+    torch.float16: ("tensor(float16)", onnxscript.FLOAT16),
+    torch.uint8: ("tensor(uint8)", onnxscript.UINT8),
+    torch.int8: ("tensor(int8)", onnxscript.INT8),
 }
 
 
-@dataclass(frozen=True)
-class Operator:
-    """An operator of the domain. In torch and in ONNX it reads x, then `tensors`, then an optional float32 bias.
+def schema(operator: Operator) -> OpSchema:
+    """What onnxscript must know to build a node: names, types, and that the bias may be absent."""
+    parameter = OpSchema.FormalParameter
+    optional = OpSchema.FormalParameterOption.Optional
+    return OpSchema(
+        operator.name,
+        DOMAIN,
+        VERSION,
+        inputs=[
+            parameter("X", "tensor(float)"),
+            *(parameter(name, _TYPES[dtype][0]) for name, dtype in operator.tensors.items()),
+            parameter("bias", "tensor(float)", param_option=optional),
+        ],
+        outputs=[parameter("Y", "tensor(float)")],
+        attributes=[OpSchema.Attribute(name, OpSchema.AttrType.INT) for name in operator.attributes.values()],
+    )
 
-    Attributes:
-        name: in ONNX.
-        torch_name: in torch's namespace lit_binq.
-        tensors: (name, type) of the weight's tensors, in order.
-        attributes: {name of the torch argument: name of the node's attribute}, whole numbers, in torch's order.
-    """
 
-    name: str
-    torch_name: str
-    tensors: tuple[tuple[str, str], ...]
-    attributes: dict[str, str]
+def node_of(operator: Operator) -> Callable[..., Any]:
+    """What writes one node: called with its inputs in order, a bias last if there is one, and its attributes."""
+    opset = onnxscript.values.Opset(DOMAIN, VERSION)
+    made: Callable[..., Any] = onnxscript.values.Op(opset, operator.name, schema(operator))
+    return made
 
-    def schema(self) -> OpSchema:
-        """What onnxscript must know to build the node: names, types, and that the bias may be absent."""
-        parameter = OpSchema.FormalParameter
-        optional = OpSchema.FormalParameterOption.Optional
-        return OpSchema(
-            self.name,
-            DOMAIN,
-            VERSION,
-            inputs=[
-                parameter("X", "tensor(float)"),
-                *(parameter(name, _TYPES[kind][0]) for name, kind in self.tensors),
-                parameter("bias", "tensor(float)", param_option=optional),
-            ],
-            outputs=[parameter("Y", "tensor(float)")],
-            attributes=[OpSchema.Attribute(name, OpSchema.AttrType.INT) for name in self.attributes.values()],
-        )
 
-    def node(self) -> Callable[..., Any]:
-        """What writes one node: called with its inputs in order, a bias last if there is one, and its attributes."""
-        opset = onnxscript.values.Opset(DOMAIN, VERSION)
-        operator: Callable[..., Any] = onnxscript.values.Op(opset, self.name, self.schema())
-        return operator
+def translation(operator: Operator) -> Callable[..., Any]:
+    """A call of the torch operator as one node, for torch.onnx: arguments as the torch operator's."""
+    node = node_of(operator)
+    tensors = 1 + len(operator.tensors)
 
-    def translation(self) -> Callable[..., Any]:
-        """A call of the torch operator as one node, for torch.onnx: arguments as the torch operator's."""
-        operator = self.node()
-        tensors = 1 + len(self.tensors)
+    def translate(*arguments: Any) -> Any:
+        inputs, bias, numbers = arguments[:tensors], arguments[tensors], arguments[tensors + 1 :]
+        given = inputs if bias is None else (*inputs, bias)
+        return node(*given, **dict(zip(operator.attributes.values(), numbers, strict=True)))
 
-        def translate(*arguments: Any) -> Any:
-            inputs, bias, numbers = arguments[:tensors], arguments[tensors], arguments[tensors + 1 :]
-            given = inputs if bias is None else (*inputs, bias)
-            return operator(*given, **dict(zip(self.attributes.values(), numbers, strict=True)))
-
-        return _annotated(
-            translate,
-            self.torch_name,
-            {
-                "x": onnxscript.FLOAT,
-                **{name: _TYPES[kind][1] for name, kind in self.tensors},
-                "bias": onnxscript.FLOAT | None,
-                **dict.fromkeys(self.attributes, int),
-            },
-        )
+    return _annotated(
+        translate,
+        operator.torch_name,
+        {
+            "x": onnxscript.FLOAT,
+            **{name: _TYPES[dtype][1] for name, dtype in operator.tensors.items()},
+            "bias": onnxscript.FLOAT | None,
+            **dict.fromkeys(operator.attributes, int),
+        },
+    )
 
 
 def _annotated(translate: Callable[..., Any], name: str, annotations: dict[str, Any]) -> Callable[..., Any]:
@@ -97,39 +83,9 @@ def _annotated(translate: Callable[..., Any], name: str, annotations: dict[str, 
     return translate
 
 
-OPERATORS = (
-    Operator(
-        "BinaryMatMul",
-        "binary_matmul",
-        (("codes", "uint8"), ("row_scale", "float16"), ("col_scale", "float16")),
-        {"in_features": "K"},
-    ),
-    Operator(
-        "GroupedBinaryMatMul",
-        "grouped_binary_matmul",
-        (("codes", "uint8"), ("scales", "float16")),
-        {"in_features": "K", "group": "group"},
-    ),
-    Operator(
-        "TwoPlaneMatMul",
-        "two_plane_matmul",
-        (
-            ("codes", "uint8"),
-            ("selector", "uint8"),
-            ("levels", "float16"),
-            ("outlier_bits", "uint8"),
-            ("input_scales", "float16"),
-            ("input_range", "float32"),
-        ),
-        {"in_features": "K", "group": "group", "activation_bits": "activation_bits", "outliers": "outliers"},
-    ),
-)
-"""Every operator that a packed linear may call."""
-
-
 def _planes_translation() -> Callable[..., Any]:
     """A call of `planes_matmul` as the sum of one product a plane, each with its columns of x."""
-    product = next(o for o in OPERATORS if o.name == "BinaryMatMul").node()
+    product = node_of(OPERATORS["BinaryMatMul"])
     standard: Any = getattr(onnxscript, f"opset{OPSET}")
 
     def translate(
@@ -163,5 +119,5 @@ def _planes_translation() -> Callable[..., Any]:
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """{torch operator: its translation}, as torch.onnx.export takes it."""
-    table = {getattr(torch.ops.lit_binq, o.torch_name).default: o.translation() for o in OPERATORS}
+    table = {getattr(torch.ops.lit_binq, o.torch_name).default: translation(o) for o in OPERATORS.values()}
     return {**table, torch.ops.lit_binq.planes_matmul.default: _planes_translation()}

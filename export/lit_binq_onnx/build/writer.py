@@ -10,10 +10,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
-from lit_binq.errors import LitBinqError
-from lit_binq.formats import BinaryLinear, LowRankLinear, PackedLinear, PlanesLinear
+from lit_binq.formats import OPERATORS, PackedLinear, Product
 from lit_binq_onnx.build.head import MICROSOFT
-from lit_binq_onnx.build.operators import OPERATORS
 from lit_binq_onnx.build.tensors import DataFile
 from lit_binq_onnx.functions import DOMAIN, OPSET, VERSION, add_functions
 
@@ -22,8 +20,9 @@ IR_VERSION = 10
 
 
 def one_operator(layers: Sequence[PackedLinear], *, biases: bool) -> bool:
-    """Whether linears can be one operator: all of the row x column format, and without biases where none may be."""
-    return all(type(layer) is BinaryLinear and (biases or layer.bias is None) for layer in layers)
+    """Whether linears can be one operator: each a single BinaryMatMul, and without biases where none may be."""
+    kinds = [[product.operator for product in layer.products()] for layer in layers]
+    return all(kind == ["BinaryMatMul"] for kind in kinds) and (biases or all(m.bias is None for m in layers))
 
 
 class NormedRows(NamedTuple):
@@ -82,22 +81,26 @@ class GraphWriter:
             layer: any format.
             x: name of the input.
             name: the module's name, for its tensors and its output.
-
-        Raises:
-            LitBinqError: a format that is not known here.
         """
-        products = layer.operands()
-        if isinstance(layer, LowRankLinear):
-            inner = self._product(products[0], x, layer.in_features, layer, f"{name}.right")
-            return self._product(products[1], inner, layer.rank, layer, name)
-        if isinstance(layer, PlanesLinear):
-            return self._planes(layer, x, name)
-        if len(products) != 1:
-            raise LitBinqError(
-                f"export: format {layer.kind!r} has {len(products)} products, expected one or a format known to the "
-                "fused route: use `--fused off`"
-            )
-        return self._product(products[0], x, layer.in_features, layer, name)
+        y, products = "", layer.products()
+        for i, product in enumerate(products):
+            label = name if len(products) == 1 else f"{name}.{i}"
+            read = y if product.chained and y else x
+            if product.columns is not None:
+                columns = self.stored(f"{label}.columns", product.columns.numpy().astype(np.int64))
+                read = self.add("Gather", [read, columns], f"{label}.chosen", axis=-1)
+            inputs, numbers = self._inputs(product, label), product.attributes()
+            term = self.add(product.operator, [read, *inputs], label, domain=DOMAIN, **numbers)
+            y = term if product.chained or not y else self.add("Add", [y, term], f"{label}.sum")
+        return y
+
+    def _inputs(self, product: Product, name: str) -> list[str]:
+        """Initializers of what a product reads."""
+        labels = [*OPERATORS[product.operator].tensors, "bias"]
+        return [
+            self.stored(f"{name}.{label}", tensor.detach().numpy())
+            for label, tensor in zip(labels, product.operands(), strict=False)  # the bias may be absent
+        ]
 
     def qkv(self, layers: Sequence[PackedLinear], rows: NormedRows, names: Sequence[str], name: str) -> tuple[str, str]:
         """q, k and v behind their norm as one operator; `one_operator` says where that can be.
@@ -129,7 +132,8 @@ class GraphWriter:
         return y, total
 
     def _operands(self, layers: Sequence[PackedLinear], names: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Initializers of BinaryLinear layers: tensors of all, then biases of all, or of none where there is none.
+        """Initializers of layers of one BinaryMatMul each: tensors of all, then biases of all, or
+        of none where there is none.
 
         One that is missing among others is zeros: ONNX Runtime 1.18 crashes at a custom operator that lacks an input
         other than the last.
@@ -138,43 +142,12 @@ class GraphWriter:
         biases: list[str] = []
         biased = any(layer.bias is not None for layer in layers)
         for layer, name in zip(layers, names, strict=True):
-            ((_, stored),) = layer.operands()
-            labels = ("codes", "row_scale", "col_scale", "bias")
-            inputs = [
-                self.stored(f"{name}.{label}", tensor.detach().numpy())
-                for label, tensor in zip(labels, stored, strict=False)  # the bias may be absent
-            ]
+            (product,) = layer.products()
+            inputs = self._inputs(product, name)
             tensors += inputs[:3]
             if biased:
                 biases.append(*inputs[3:] or [self.stored(f"{name}.bias", np.zeros(layer.out_features, np.float32))])
         return tensors, biases
-
-    def _planes(self, layer: PlanesLinear, x: str, name: str) -> str:
-        """A sum of products, each with chosen columns of x."""
-        y = ""
-        for p, (product, width) in enumerate(zip(layer.operands(), [layer.in_features, *layer.counts], strict=True)):
-            part = x
-            if width < layer.in_features:
-                columns = layer.get_buffer(f"columns{p}").numpy().astype(np.int64)
-                part = self.add("Gather", [x, self.stored(f"{name}.columns{p}", columns)], f"{name}.chosen{p}", axis=-1)
-            term = self._product(product, part, width, layer, f"{name}.plane{p}")
-            y = self.add("Add", [y, term], f"{name}.sum{p}") if y else term
-        return y
-
-    def _product(self, product: tuple[str, list[Any]], x: str, width: int, layer: PackedLinear, name: str) -> str:
-        """One operator call; its attributes beside K are the layer's own."""
-        kind, tensors = product
-        operator = next(o for o in OPERATORS if o.name == kind)
-        numbers = {
-            attribute: width if attribute == "K" else int(getattr(layer, argument))
-            for argument, attribute in operator.attributes.items()
-        }
-        labels = [*(label for label, _ in operator.tensors), "bias"]
-        inputs = [
-            self.stored(f"{name}.{label}", tensor.detach().numpy())
-            for label, tensor in zip(labels, tensors, strict=False)  # the bias may be absent
-        ]
-        return self.add(kind, [x, *inputs], name, domain=DOMAIN, **numbers)
 
     def model(self, inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]) -> onnx.ModelProto:
         """The finished model, function bodies of our operators included."""

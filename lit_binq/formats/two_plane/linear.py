@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.activations import plain_scales, quantize
-from lit_binq.formats.base import Buffer, PackedLinear, code_buffer, half_buffer, half_scales
+from lit_binq.formats.base import Buffer, PackedLinear, code_buffer, half_buffer, half_scales, register
 from lit_binq.formats.grouped import check_group, group_count
+from lit_binq.formats.operators import Product, operator
 from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
 from lit_binq.formats.two_plane import device as two_plane_device
 from lit_binq.formats.two_plane.latent import LatentTwoPlaneLinear
@@ -33,7 +34,15 @@ from lit_binq.formats.two_plane.solution import (
 __all__ = ["InputFormat", "TwoPlane", "TwoPlaneLinear", "two_plane_matmul"]
 
 
-@torch.library.custom_op("lit_binq::two_plane_matmul", mutates_args=())
+@operator(
+    "TwoPlaneMatMul",
+    codes=torch.uint8,
+    selector=torch.uint8,
+    levels=torch.float16,
+    outlier_bits=torch.uint8,
+    input_scales=torch.float16,
+    input_range=torch.float32,
+)
 def two_plane_matmul(
     x: Tensor,
     codes: Tensor,
@@ -90,44 +99,19 @@ def two_plane_matmul(
     return nn.functional.linear(x, W, None if bias is None else bias.to(x.dtype))
 
 
-@two_plane_matmul.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    selector: Tensor,
-    levels: Tensor,
-    outlier_bits: Tensor,
-    input_scales: Tensor,
-    input_range: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    group: int,
-    activation_bits: int,
-    outliers: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
-
-
+@register
 class TwoPlaneLinear(PackedLinear):
     """A linear layer stored as two planes of bits and float16 levels, with how its input is quantized.
 
     Buffers: codes, selector, levels, outlier_bits, input_scales, input_range as `two_plane_matmul` takes them, and
     bias (N,) float or None. `order` (K,) int64, the stored order, follows from the bitmap and is not stored.
 
-    Args:
-        in_features: K.
-        out_features: N.
-        group: g, a multiple of 8.
+    Its options:
+        group: g; LitBinqError unless it is a multiple of 8 from 8 to 1024.
         levels: L.
         activation_bits: 0, 4 or 8.
         outliers: P, 0 or a multiple of 8, fewer than K.
         static: 1 if ranges of the input are stored, else 0.
-        bias: whether a bias is stored.
-        dtype: dtype of the bias.
-
-    Raises:
-        LitBinqError: g is no multiple of 8 from 8 to 1024.
-        ValueError: another wrong number.
     """
 
     kind: ClassVar[str] = "two_plane"
@@ -138,45 +122,37 @@ class TwoPlaneLinear(PackedLinear):
     input_scales: Tensor
     input_range: Tensor
     order: Tensor
+    group: int
+    activation_bits: int
+    outliers: int
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        group: int,
-        levels: int = 4,
-        activation_bits: int = 0,
-        outliers: int = 0,
-        static: int = 0,
-        bias: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
+    @classmethod
+    def tensors(  # type: ignore[override]
+        cls, N: int, K: int, group: int, levels: int, activation_bits: int, outliers: int, static: int
+    ) -> dict[str, Buffer]:
+        """The buffers; see the base class."""
         check_group(group)
         if levels not in (2, 3, 4) or activation_bits not in (0, 4, 8) or static not in (0, 1):
             raise ValueError(f"levels {levels}, activation_bits {activation_bits}, static {static}")
-        if outliers % 8 or not 0 <= outliers < max(in_features, 1):
-            raise ValueError(f"{outliers} outliers of {in_features} columns, expected a multiple of 8, fewer than all")
-        self.group, self.activation_bits, self.outliers = group, activation_bits, outliers
-        stored = {
-            "codes": code_buffer(out_features, in_features),
-            "selector": code_buffer(out_features, in_features),
-            "levels": half_buffer(out_features, group_count(in_features, group), levels),
-            "outlier_bits": Buffer((packed_width(in_features) if outliers else 0,), torch.uint8),
+        if outliers % 8 or not 0 <= outliers < max(K, 1):
+            raise ValueError(f"{outliers} outliers of {K} columns, expected a multiple of 8, fewer than all")
+        return {
+            "codes": code_buffer(N, K),
+            "selector": code_buffer(N, K),
+            "levels": half_buffer(N, group_count(K, group), levels),
+            "outlier_bits": Buffer((packed_width(K) if outliers else 0,), torch.uint8),
             "input_scales": half_buffer(5 if activation_bits == 4 else 0),
             "input_range": Buffer((4 if static else 0,), torch.float32),
         }
-        self._allocate(in_features, out_features, stored, bias, dtype, {"order": torch.arange(in_features)})
+
+    @classmethod
+    def derived(cls, N: int, K: int, **options: int) -> dict[str, Tensor]:
+        """The stored order."""
+        return {"order": torch.arange(K)}
 
     def layout(self) -> dict[str, int]:
-        """{"group": g, "levels": L, "activation_bits": 0, 4 or 8, "outliers": P, "static": 0 or 1}."""
-        return {
-            "group": self.group,
-            "levels": self.levels.shape[-1],
-            "activation_bits": self.activation_bits,
-            "outliers": self.outliers,
-            "static": int(len(self.input_range) > 0),
-        }
+        """The options, with the inputs as they are quantized at present."""
+        return self._options | {"activation_bits": self.activation_bits, "static": int(len(self.input_range) > 0)}
 
     @classmethod
     def from_solution(cls, solution: TwoPlane, bias: Tensor | None = None) -> "TwoPlaneLinear":
@@ -204,7 +180,8 @@ class TwoPlaneLinear(PackedLinear):
             marked = -torch.ones(1, K, device=s.codes.device)
             marked[0, tensors["order"][:P]] = 1
             tensors["outlier_bits"] = pack_signs(marked)[0]
-        layer = cls._holding(K, N, bias, tensors, group=s.group, levels=s.levels.shape[-1], outliers=P)
+        numbers = {"group": s.group, "levels": s.levels.shape[-1], "outliers": P}
+        layer = cls._holding(K, N, bias, tensors, **numbers, activation_bits=0, static=0)
         layer.set_inputs(s.inputs)
         return layer
 
@@ -262,24 +239,12 @@ class TwoPlaneLinear(PackedLinear):
         """The trainable twin; see the base class."""
         return LatentTwoPlaneLinear(self.solution(), self.bias, train_codes, target)
 
-    def operands(self) -> list[tuple[str, list[Tensor]]]:
+    def products(self) -> list[Product]:
         """One product."""
-        stored = list(self.weight_buffers().values())
-        return [("TwoPlaneMatMul", self._with_bias(stored))]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N)."""
-        return two_plane_matmul(
-            x,
-            self.codes,
-            self.selector,
-            self.levels,
-            self.outlier_bits,
-            self.input_scales,
-            self.input_range,
-            self.bias,
-            self.in_features,
-            self.group,
-            self.activation_bits,
-            self.outliers,
-        )
+        numbers = {
+            "in_features": self.in_features,
+            "group": self.group,
+            "activation_bits": self.activation_bits,
+            "outliers": self.outliers,
+        }
+        return [Product("TwoPlaneMatMul", list(self.weight_buffers().values()), numbers, self.bias)]

@@ -13,13 +13,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from formats import VARIANTS, packed_variant, random_layer
-from lit_binq.formats import FORMATS, PackedLinear
+from lit_binq.formats import FORMATS, OPERATORS, PackedLinear
 from lit_binq.formats.registry import packed_linears
 from lit_binq.hub.bits import true_bits
 from lit_binq.hub.save_load import WEIGHTS, load_packed, save_packed
 from lit_binq_onnx.build.check import check_onnx
 from lit_binq_onnx.build.export import export_onnx
-from lit_binq_onnx.build.operators import OPERATORS
 from lit_binq_onnx.functions import BODIES
 from lit_binq_onnx.runtime.library import library_path
 from lit_binq_onnx.runtime.session import MODEL, OnnxModel, positions, read_facts
@@ -65,7 +64,7 @@ def onnx_logits(model: OnnxModel) -> np.ndarray:
 
 def test_every_format_is_tried() -> None:
     assert {variant.partition("-")[0] for variant in VARIANTS} == {k for k, f in FORMATS.items() if f.deployable}
-    assert {o.name for o in OPERATORS} == set(BODIES)
+    assert set(OPERATORS) == set(BODIES)
 
 
 # --- packed folders
@@ -102,7 +101,7 @@ def test_layers_compute_with_what_they_store(variant: str, bias: bool) -> None:
     expected = torch.nn.functional.linear(x.double(), W, b)
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert (layer.bias is not None) == bias
-    empty = type(layer).empty(45, 27, bias, **layer.layout())
+    empty = type(layer)(45, 27, bias, **layer.layout())
     empty.load_state_dict(layer.state_dict())
     empty.refresh()
     assert torch.equal(empty(x), layer(x))
