@@ -126,11 +126,12 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self._options = in_features, out_features, options
         stored = self.tensors(out_features, in_features, **options)
-        for name in options.keys() - stored.keys():
+        derived = self.derived(out_features, in_features, **options)
+        for name in options.keys() - stored.keys() - derived.keys():
             setattr(self, name, options[name])
         for name, buffer in stored.items():
             self.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
-        for name, tensor in self.derived(out_features, in_features, **options).items():
+        for name, tensor in derived.items():
             self.register_buffer(name, tensor, persistent=False)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
 

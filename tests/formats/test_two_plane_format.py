@@ -193,7 +193,7 @@ def test_weights_that_cannot_be_stored_are_refused() -> None:
     with pytest.raises(LitBinqError, match="levels has values that float16 cannot hold"):
         s.pack()
     linear = nn.Linear(24, 3)
-    good = {"group": 8, "levels": 4}
+    good = {"group": 8, "levels": 4, "activation_bits": 0, "outliers": 0, "static": 0}
     for wrong in (
         {"levels": 5},
         {"activation_bits": 2},
@@ -205,7 +205,7 @@ def test_weights_that_cannot_be_stored_are_refused() -> None:
         with pytest.raises(LitBinqError, match="does not belong to format 'two_plane'"):
             empty_layer(linear, {"format": "two_plane", **good, **wrong})
     with pytest.raises(LitBinqError, match="multiple of 8"):
-        empty_layer(linear, {"format": "two_plane", "group": 12})
+        empty_layer(linear, {"format": "two_plane", **good, "group": 12})
     layer = weight(3, 24, P=8).pack()
     layer.outlier_bits[0] ^= 1
     with pytest.raises(ValueError, match="expected 8"):

@@ -326,8 +326,5 @@ def build_fused(model: PreTrainedModel, tables: Tables | None, data: DataFile) -
 
     Returns:
         A model whose external data is in `data`.
-
-    Raises:
-        LitBinqError: a format of packed linears that has no fused form.
     """
     return FusedBuilder(model, tables, data).build()
