@@ -73,8 +73,8 @@ def test_it_goes_through_a_fit_with_tuning(place, text_file):
         text_file,
         place / "fitted",
         closed_form=ClosedForm(solver=solver(threshold=0.6)),
-        tuning=BlockTuning(epochs=2, patience=0),
-        finish=ModelTuning(epochs=1, patience=0),
+        tuning=BlockTuning(epochs=2),
+        finish=ModelTuning(epochs=1),
     )
     assert all(r.after < r.before for r in module.records[:2])
     loaded, tokenizer = load_packed(place / "fitted")
