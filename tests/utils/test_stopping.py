@@ -151,9 +151,9 @@ def test_a_request_that_is_swallowed_is_raised_again(config, tmp_path):
 
         real = BlockStage._solve
 
-        def solve(self: Any, *args: Any) -> Any:
+        def solve(self: Any, *args: Any, **options: Any) -> Any:
             Gone()
-            return real(self, *args)
+            return real(self, *args, **options)
 
         monkeypatch.setattr(BlockStage, "_solve", solve)
 
