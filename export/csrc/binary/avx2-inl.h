@@ -1,9 +1,5 @@
-// The kernels for x86-64 with AVX2: multiplying; kernels_avx2_tables.cpp makes the tables. Knows kernels_avx2.h,
-// prefetch.h, silu.h and the intrinsics only.
-//
-// This file is compiled with -mavx2. It must not instantiate anything from the standard library: such a template
-// would be emitted here as AVX2 code under a shared name, and the linker could pick it for a machine without AVX2.
-// No fused multiply-add: results must equal kernels_scalar.cpp bit for bit.
+// The kernels for x86-64 with AVX2: multiplying; avx2_tables-inl.h makes the tables. No
+// standard library (sets/avx2.cpp says why). No fused multiply-add: results must equal scalar-inl.h bit for bit.
 #pragma once
 
 #include <immintrin.h>
@@ -301,7 +297,8 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
   }
 }
 
-constexpr BinaryKernels kKernels = {Layout::kBytes, largest, kFewestRows, build_lut, build_exact, add_lut, add_exact, apply_gate};
+constexpr BinaryKernels kKernels = {
+    Layout::kBytes, largest, kFewestRows, build_lut, build_exact, add_lut, add_exact, apply_gate};
 
 }  // namespace binary_avx2
 }  // namespace

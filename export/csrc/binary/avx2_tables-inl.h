@@ -1,6 +1,5 @@
-// The kernels for x86-64 with AVX2: making tables, and the magnitudes that their scale is chosen by. What
-// kernels_avx2.cpp says holds here too: no standard library, no fused multiply-add. Knows kernels_avx2.h and the
-// intrinsics only.
+// The kernels for x86-64 with AVX2: making tables, and the magnitudes that their scale is chosen by. No
+// standard library (sets/avx2.cpp says why), no fused multiply-add.
 #pragma once
 
 #include <immintrin.h>

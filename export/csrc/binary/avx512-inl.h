@@ -1,14 +1,11 @@
-// The kernels for x86-64 with AVX-512: F, BW, VL, VBMI and VNNI (Ice Lake, Zen 4 and later). Knows kernels_avx512.h,
-// prefetch.h, silu.h and the intrinsics only.
-//
+// The kernels for x86-64 with AVX-512: F, BW, VL, VBMI and VNNI (Ice Lake, Zen 4 and later).//
 // LUT mode here. vpermb picks 64 bytes from a table of 64, by 6 bits each. A register of codes (Layout::kQuads) is 16
 // rows of 4 weight bytes; byte j of a row looks into the j-th 16 entries of the table, so its index is a nibble and the
 // constant 16 j. The 4 picked bytes of a row lie beside each other: vpdpbusd adds all 4 to the row's 32-bit sum. For
 // 512 weights that is 1 load and 7 operations (2 x index, 1 shift, 2 x vpermb, 2 x vpdpbusd). Several rows of
-// activations are multiplied in kernels_avx512_lut5.cpp.
+// activations are multiplied in avx512_lut5-inl.h.
 //
-// As in kernels_avx2.cpp: nothing of the standard library may be instantiated here, and there is no fused
-// multiply-add: results must equal kernels_scalar.cpp bit for bit.
+// No standard library (sets/avx2.cpp says why). No fused multiply-add: results must equal scalar-inl.h bit for bit.
 #pragma once
 
 #include <immintrin.h>
@@ -243,7 +240,8 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
   }
 }
 
-constexpr BinaryKernels kKernels = {Layout::kQuads, largest, kLut5From, build_lut, build_exact, add_lut, add_exact, apply_gate};
+constexpr BinaryKernels kKernels = {
+    Layout::kQuads, largest, kLut5From, build_lut, build_exact, add_lut, add_exact, apply_gate};
 
 }  // namespace binary_avx512
 }  // namespace

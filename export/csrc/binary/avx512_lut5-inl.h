@@ -1,7 +1,7 @@
-// LUT mode of AVX-512 for several rows of activations: five weights for each lookup (kernel.h, lut5). Knows
-// kernels_avx512.h, prefetch.h and the intrinsics only; of the standard library nothing may be instantiated here.
+// LUT mode of AVX-512 for several rows of activations: five weights for each lookup (kernel.h, lut5). No
+// standard library (sets/avx2.cpp says why).
 //
-// A register of indices is 16 rows of 4 weight bytes, as in kernels_avx512.cpp, and beside it lies a register of signs,
+// A register of indices is 16 rows of 4 weight bytes, as in avx512-inl.h, and beside it lies a register of signs,
 // +1 and -1. Of 256 columns 13 registers are looked up for 16: as vpermb and vpdpbusd are all that a core has to do for
 // them, a product takes four fifths of the time. Signs come with the indices: they are made once for all rows.
 #pragma once

@@ -1,5 +1,5 @@
-// What the files of the AVX-512 kernels share: kernels_avx512.cpp, and kernels_avx512_lut5.cpp for several rows of
-// activations. Knows kernel.h and the intrinsics only, for files that are compiled with the flags of these sets.
+// What the files of the AVX-512 kernels share: avx512-inl.h, and avx512_lut5-inl.h for several rows of
+// activations.
 #pragma once
 
 #include <immintrin.h>

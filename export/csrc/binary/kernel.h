@@ -15,8 +15,8 @@
 // The bytes are biased by 128, hence unsigned: an AVX2 kernel adds them up in 16-bit lanes that hold two bytes each,
 // and splitting such a lane into its even and odd byte is right for unsigned bytes only.
 //
-// Five-input LUT, lut5 (AVX-512, for several rows of activations). A fifth activation costs no lookup where the product that adds up
-// bytes takes signed ones beside them, as VPDPBUSD does: the 16 sums that have + z4 are stored, and
+// Five-input LUT, lut5 (AVX-512, for several rows of activations). A fifth activation costs no lookup where the product
+// that adds up bytes takes signed ones beside them, as VPDPBUSD does: the 16 sums that have + z4 are stored, and
 //     +-z0 +-z1 +-z2 +-z3 +- z4 = s4 * table[i],  s4 the fifth sign, bit j of i set: z_j has the sign s4
 // A block of Q quads has 2 Q halves (of a quad, the low nibbles of its 4 bytes or the high ones). The last 2 Q / 5 of
 // them hold fifth signs: bit e of the 4 nibbles of the a-th of them belongs to the 4 nibbles of half 4 a + e. Halves
@@ -28,8 +28,8 @@
 // and 6-7 (8 floats fill one 256-bit register, which a lane permutation indexes by 3 bits).
 //
 // All sets compute the same integers and round the same float operations in the same order: their results are equal
-// bit for bit to those in plain C++ (scalar-inl.h; lut5: tests/scalar_lut5.cpp), in both modes. tests/test_native_kernels.py holds them to
-// it.
+// bit for bit to those in plain C++ (scalar-inl.h; lut5: tests/scalar_lut5.cpp), in both modes.
+// tests/native/test_native_kernels.py holds them to it.
 #pragma once
 
 #include <cstdint>

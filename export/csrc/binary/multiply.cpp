@@ -8,7 +8,6 @@
 #include "binary/multiply.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "common/powers.h"
 #include "common/prefetch.h"
@@ -36,10 +35,6 @@ constexpr int64_t kMinSegments = 4;
 constexpr int64_t kMinNormalized = int64_t{1} << 15;  // activations; 5 a nanosecond
 constexpr int64_t kManyRows = 16;  // tasks enough for the threads: a row is prepared by one of them, with one wait less
 
-// Tasks that a panel should at least give, so that few tiles and many rows still feed several threads.
-constexpr int64_t kWantedTasks = 16;
-constexpr int64_t kMinTaskRows = 4;
-
 // Power-of-two scale of one row: x * down is of order 1, and results are multiplied by up.
 struct RowScale {
   float down;
@@ -47,14 +42,11 @@ struct RowScale {
   bool finite;
 };
 
-// Chooses the power so that neither huge nor tiny activations leave the range of float32 on the way: the largest
-// magnitude of a column with c != 0 (of all columns, where c is nullptr) lands in [1, 4), or in [2^-23, 1) where it is
-// subnormal.
+// By the largest magnitude of a column with c != 0 (of all columns, where c is nullptr).
 RowScale row_scale(const BinaryKernels& kernels, const float* x, const float* c, int64_t K) {
   const Magnitudes largest = kernels.largest(x, c, K);
   if (largest.all >= kInfinity) return {0.0f, 0.0f, false};
-  if (largest.live == 0) return {1.0f, 1.0f, true};
-  const int exponent = std::clamp(static_cast<int>(largest.live >> 23) - 127, -126, 126);
+  const int exponent = row_exponent(largest.live);
   return {power_of_two(-exponent), power_of_two(exponent), true};
 }
 
@@ -201,10 +193,7 @@ template <typename Sum>
 void write_row(const Part& part, int64_t m, int64_t first, int64_t last, const Sum* sums, float* y) {
   const float* r = part.weights->row_scale() + first;
   const int64_t count = last - first;
-  if (!part.scale[m].finite) {
-    std::fill_n(y, count, std::numeric_limits<float>::quiet_NaN());
-    return;
-  }
+  if (!part.scale[m].finite) return write_nan(y, count);
   const Sum up = part.scale[m].up;
   if (part.bias != nullptr) {
     const float* bias = part.bias + first;
@@ -281,7 +270,6 @@ void prepare_whole_row(void* argument, size_t task) {
 }
 
 void run_panel(Panel& p, Executor& executor) {
-  SerialExecutor serial;
   int64_t tables = 0, signs = 0, tiles = 0;  // of a row; columns of tables
   p.segments = 0;
   for (size_t i = 0; i < p.count; ++i) {
@@ -302,20 +290,17 @@ void run_panel(Panel& p, Executor& executor) {
   const int64_t table_tasks = p.rows * p.segments;
   const bool share_tables = p.rows * tables >= kMinSegments * kSegmentColumns;
   if (p.rows >= kManyRows) {
-    (share_tables ? executor : serial).run(p.rows, p.rows, prepare_whole_row, &p);
+    run_tasks(share_tables, executor, p.rows, p.rows, prepare_whole_row, &p);
   } else {
     const bool share_norm = p.norm != nullptr && p.rows * p.parts[0].weights->cols() >= kMinNormalized;
-    (share_norm ? executor : serial).run(p.rows, p.rows, prepare_row, &p);
-    (share_tables ? executor : serial).run(table_tasks, table_tasks, make_tables, &p);
+    run_tasks(share_norm, executor, p.rows, p.rows, prepare_row, &p);
+    run_tasks(share_tables, executor, table_tasks, table_tasks, make_tables, &p);
   }
 
   const int64_t pieces = p.rows * signs / (p.mode == Mode::kLut ? kLutGrain : kExactGrain);
-  const bool share = pieces >= 2;
-  const int64_t wanted = share ? std::min(pieces, kWantedTasks) : 1;
-  const int64_t most_parts = std::max(p.rows / kMinTaskRows, int64_t{1});
-  p.row_parts = std::clamp((wanted + tiles - 1) / tiles, int64_t{1}, most_parts);
+  p.row_parts = row_parts(pieces, p.rows, tiles);
   const int64_t tasks = tiles * p.row_parts;
-  (share ? executor : serial).run(tasks, std::min(tasks, std::max(pieces, int64_t{1})), multiply_tile, &p);
+  run_tasks(pieces >= 2, executor, tasks, std::min(tasks, pieces), multiply_tile, &p);
 }
 
 // What is left of a call without rows of weights: the sums in front of the norm.
@@ -356,8 +341,8 @@ void multiply(const BinaryKernels& kernels, const PackedMatrix& weights, Mode mo
   multiply_all(kernels, &product, 1, mode, nullptr, x, M, executor);
 }
 
-void multiply_gated(const BinaryKernels& kernels, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
-                    Mode mode, const Norm* norm, const float* x, int64_t M, float* y, Executor& executor) {
+void multiply_gated(const BinaryKernels& kernels, const PackedMatrix& gate, const PackedMatrix& up,
+                    const PackedMatrix& down, Mode mode, const Norm* norm, const float* x, int64_t M, float* y, Executor& executor) {
   if (M == 0 || down.rows() == 0) return add_only(norm, x, M, gate.cols());
   const int64_t panel = panel_rows(mode, M), K = gate.cols(), H = gate.rows(), N = down.rows();
   const size_t opened_bytes = aligned(panel * H * static_cast<int64_t>(sizeof(float)));

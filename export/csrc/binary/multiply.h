@@ -35,7 +35,7 @@ void multiply_all(const BinaryKernels& kernels, const Product* products, size_t 
 
 // y = D (silu(G x) * (U x)), each of the three products bit for bit what `multiply` gives: gate G and up U (H, K),
 // down D (N, H), x (M, K), y (M, N). `norm` as above.
-void multiply_gated(const BinaryKernels& kernels, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down,
-                    Mode mode, const Norm* norm, const float* x, int64_t M, float* y, Executor& executor);
+void multiply_gated(const BinaryKernels& kernels, const PackedMatrix& gate, const PackedMatrix& up,
+                    const PackedMatrix& down, Mode mode, const Norm* norm, const float* x, int64_t M, float* y, Executor& executor);
 
 }  // namespace lit_binq

@@ -1,10 +1,10 @@
-// The kernels for 64-bit Arm, whose NEON unit is always there. Knows kernel.h and the intrinsics only.
+// The kernels for 64-bit Arm, whose NEON unit is always there.
 //
 // LUT mode here. tbl picks 16 bytes from a table of 16, by a nibble each; a register is one weight byte of 16 rows
 // (Layout::kBytes). uaddw and uaddw2 add the lower and the upper 8 picked bytes to 16-bit sums. For 128 weights that is
 // 1 load and 8 operations (and, shift, 2 x tbl, 4 x uaddw): a shift of bytes needs no mask.
 //
-// No fused multiply-add: results must equal kernels_scalar.cpp bit for bit.
+// No fused multiply-add: results must equal scalar-inl.h bit for bit.
 #pragma once
 
 #include <arm_neon.h>
@@ -218,7 +218,8 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
   }
 }
 
-constexpr BinaryKernels kKernels = {Layout::kBytes, largest, kNeverDense, build_lut, build_exact, add_lut, add_exact, apply_gate};
+constexpr BinaryKernels kKernels = {
+    Layout::kBytes, largest, kNeverDense, build_lut, build_exact, add_lut, add_exact, apply_gate};
 
 }  // namespace binary_neon
 }  // namespace

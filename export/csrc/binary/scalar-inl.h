@@ -104,7 +104,8 @@ void add_exact(const TileBlock& block, const float* tables, int64_t stride, cons
   }
 }
 
-constexpr BinaryKernels kKernels = {Layout::kBytes, largest, kNeverDense, build_lut, build_exact, add_lut, add_exact, apply_gate};
+constexpr BinaryKernels kKernels = {
+    Layout::kBytes, largest, kNeverDense, build_lut, build_exact, add_lut, add_exact, apply_gate};
 
 }  // namespace binary_scalar
 }  // namespace

@@ -1,9 +1,11 @@
-// Powers of two and magnitudes of floats through their bits: how rows of activations are scaled. For files
-// compiled without instruction sets of their own (see binary/kernels_avx2.cpp). Touches nothing.
+// How every family scales its rows of activations and writes those that are not finite: powers of two and magnitudes of
+// floats through their bits. For files compiled for the baseline of the processor (sets/avx2.cpp says why).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace lit_binq {
 
@@ -28,5 +30,12 @@ inline int32_t largest_magnitude(const float* x, int64_t count) {
   }
   return largest;
 }
+
+// Exponent of the power of two that a row is divided by, of the bits of its largest magnitude: it lands in [1, 2), or in
+// [2^-23, 1) where it is subnormal, so neither huge nor tiny activations leave the range of float32 on the way.
+inline int row_exponent(int32_t largest) { return largest == 0 ? 0 : std::clamp((largest >> 23) - 127, -126, 126); }
+
+// Results of a row that holds an infinity or a NaN.
+inline void write_nan(float* y, int64_t count) { std::fill_n(y, count, std::numeric_limits<float>::quiet_NaN()); }
 
 }  // namespace lit_binq

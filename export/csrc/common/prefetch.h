@@ -1,5 +1,5 @@
 // Prefetching weights. One row of activations reads every weight once, from memory.
-// Touches nothing; nothing of the standard library may be instantiated here (binary/kernels_avx2.cpp says why).
+// Touches nothing; nothing of the standard library may be instantiated here (sets/avx2.cpp says why).
 #pragma once
 
 #include <cstdint>

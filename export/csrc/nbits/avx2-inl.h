@@ -1,5 +1,5 @@
 // Kernels for 4 and 8 bits on x86-64 with AVX2 and F16C. Knows nbits/kernel.h, prefetch.h and the intrinsics only.
-// Compiled with the flags of these sets; no standard library, see binary/kernels_avx2.cpp.
+// Compiled with the flags of these sets; no standard library, see sets/avx2.cpp.
 //
 // A register is half a line: 8 rows. VPMADDUBSW adds two products of an unsigned and a signed byte in 16 bits, which
 // must not overflow, for it would saturate:

@@ -1,5 +1,5 @@
 // Kernels for 4 and 8 bits on x86-64 with AVX-512 F, BW and VNNI. Knows nbits/kernel.h, prefetch.h and the intrinsics
-// only. Compiled with the flags of these sets; no standard library, see binary/kernels_avx2.cpp.
+// only. Compiled with the flags of these sets; no standard library, see sets/avx2.cpp.
 //
 // A register is a line: a word of 4 bytes for each of the 16 rows. VPDPBUSD multiplies the 4 unsigned codes of a word
 // by 4 activations, the same for all rows, and adds up. High halves of bytes stay where they are: their sums are 16

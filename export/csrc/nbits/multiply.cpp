@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "common/powers.h"
 #include "common/workspace.h"
@@ -75,8 +74,6 @@ int64_t bytes_of_row(const NBitsMatrix& w, Mode mode) {
   return round_up(w.positions()) + 2 * round_up(w.blocks() * 4);
 }
 
-// x is divided by a power of two that brings its largest magnitude to [1, 2), so that neither huge nor tiny activations
-// leave the range of float32 on the way.
 void prepare(void* argument, size_t task) {
   Panel& p = *static_cast<Panel*>(argument);
   const NBitsMatrix& w = p.weights;
@@ -85,7 +82,7 @@ void prepare(void* argument, size_t task) {
   const int32_t largest = largest_magnitude(x, K);
   Row& row = p.row[m];
   row.finite = largest < kInfinity;
-  row.exponent = largest == 0 ? 0 : std::clamp((largest >> 23) - 127, -126, 126);
+  row.exponent = row_exponent(largest);
   if (!row.finite) return;
   const float down = power_of_two(-row.exponent);
   uint8_t* const bytes = p.prepared + m * p.prepared_bytes;
@@ -136,7 +133,7 @@ void multiply_tile(const Panel& p, int64_t index) {
         x[found] = p.activations[m];
         together[found++] = m;
       } else {
-        std::fill_n(p.y + m * w.rows() + first, count, std::numeric_limits<float>::quiet_NaN());
+        write_nan(p.y + m * w.rows() + first, count);
       }
     }
     if (found == 0) continue;
@@ -167,14 +164,10 @@ void multiply_tiles(void* argument, size_t task) {
 
 void run_panel(Panel& p, Executor& executor) {
   const NBitsMatrix& w = p.weights;
-  SerialExecutor serial;
-  const bool share_rows = p.rows > 1 && p.rows * w.cols() >= kPrepareGrain;
-  (share_rows ? executor : serial).run(static_cast<size_t>(p.rows), static_cast<size_t>(p.rows), prepare, &p);
+  run_tasks(p.rows > 1 && p.rows * w.cols() >= kPrepareGrain, executor, p.rows, p.rows, prepare, &p);
   const int64_t tasks = (w.tiles() + kTaskTiles - 1) / kTaskTiles;
   const int64_t batches = std::min(tasks, p.rows * w.rows() * w.cols() / kGrain);
-  const bool share = batches >= 2;
-  (share ? executor : serial)
-      .run(static_cast<size_t>(tasks), static_cast<size_t>(std::max(batches, int64_t{1})), multiply_tiles, &p);
+  run_tasks(batches >= 2, executor, tasks, batches, multiply_tiles, &p);
 }
 
 }  // namespace

@@ -29,6 +29,8 @@ class BinaryMatMul final : public MatrixOperator {
 
 }  // namespace
 
-Description binary_matmul_op(const OrtApi& ort, const SessionOptions& session) { return describe<BinaryMatMul>(ort, session); }
+Description binary_matmul_op(const OrtApi& ort, const SessionOptions& session) {
+  return describe<BinaryMatMul>(ort, session);
+}
 
 }  // namespace lit_binq

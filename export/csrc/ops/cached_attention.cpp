@@ -196,6 +196,8 @@ class CachedAttention final : public Operator {
 
 }  // namespace
 
-Description cached_attention_op(const OrtApi& ort, const SessionOptions& session) { return describe<CachedAttention>(ort, session); }
+Description cached_attention_op(const OrtApi& ort, const SessionOptions& session) {
+  return describe<CachedAttention>(ort, session);
+}
 
 }  // namespace lit_binq

@@ -94,6 +94,8 @@ class NBitsMatMul final : public Operator {
 
 }  // namespace
 
-Description nbits_matmul_op(const OrtApi& ort, const SessionOptions& session) { return describe<NBitsMatMul>(ort, session); }
+Description nbits_matmul_op(const OrtApi& ort, const SessionOptions& session) {
+  return describe<NBitsMatMul>(ort, session);
+}
 
 }  // namespace lit_binq

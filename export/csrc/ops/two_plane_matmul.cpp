@@ -94,6 +94,8 @@ class TwoPlaneMatMul final : public PackedOperator {
 
 }  // namespace
 
-Description two_plane_matmul_op(const OrtApi& ort, const SessionOptions& session) { return describe<TwoPlaneMatMul>(ort, session); }
+Description two_plane_matmul_op(const OrtApi& ort, const SessionOptions& session) {
+  return describe<TwoPlaneMatMul>(ort, session);
+}
 
 }  // namespace lit_binq

@@ -12,12 +12,11 @@
 
 using namespace lit_binq;
 
-// One row x column multiplication without ONNX Runtime, on the calling thread, with a kernel set that runs here:
-// x (M, K), y (M, N) row-major,
-// bias (N,) or null, scales as float16 bits. 0, or -1 where memory ran out.
-LIT_BINQ_EXPORT int lit_binq_matmul(const char* set, const float* x, int64_t M, int64_t K, int64_t N, const uint8_t* codes,
-                                    const uint16_t* row_scale, const uint16_t* col_scale, const float* bias, int exact,
-                                    float* y) {
+// One row x column multiplication on the calling thread: x (M, K), y (M, N) row-major, bias (N,) or null, scales as
+// float16 bits. 0, or -1 where memory ran out or the set is unknown.
+LIT_BINQ_EXPORT int lit_binq_matmul(const char* set, const float* x, int64_t M, int64_t K, int64_t N,
+                                    const uint8_t* codes, const uint16_t* row_scale, const uint16_t* col_scale,
+                                    const float* bias, int exact, float* y) {
   try {
     const BinaryKernels& kernels = test_set(set).binary;
     const PackedMatrix weights = PackedMatrix::row_column(codes, row_scale, col_scale, N, K, kernels.layout);
@@ -43,7 +42,8 @@ LIT_BINQ_EXPORT void lit_binq_normalize(const float* hidden, const float* skip, 
 
 // The tables that LUT mode makes of one row, K <= 256: ceil(K / 8) * 32 bytes, the 16 sums of 4 columns after those of
 // the 4 columns before, whatever the layout; and their scale.
-LIT_BINQ_EXPORT void lit_binq_build_lut(const char* set, const float* x, const float* c, int64_t K, uint8_t* table, float* scale) {
+LIT_BINQ_EXPORT void lit_binq_build_lut(const char* set, const float* x, const float* c, int64_t K, uint8_t* table,
+                                        float* scale) {
   const BinaryKernels& kernels = test_set(set).binary;
   uint8_t tables[kBlockBytes * kLutEntries];
   kernels.build_lut(x, c, K, 1.0f, false, tables, scale);
@@ -55,7 +55,8 @@ LIT_BINQ_EXPORT void lit_binq_build_lut(const char* set, const float* x, const f
 }
 
 // The lut5 tables of one row, K <= 256, as they are: lookups(quads of K) * 64 bytes. -1 where the set has none.
-LIT_BINQ_EXPORT int lit_binq_build_lut5(const char* set, const float* x, const float* c, int64_t K, uint8_t* table, float* scale) {
+LIT_BINQ_EXPORT int lit_binq_build_lut5(const char* set, const float* x, const float* c, int64_t K, uint8_t* table,
+                                        float* scale) {
   const BinaryKernels& kernels = test_set(set).binary;
   if (kernels.rows_for_dense != kLut5From) return -1;
   kernels.build_lut(x, c, K, 1.0f, true, table, scale);

@@ -10,8 +10,8 @@ namespace lit_binq {
 namespace {
 namespace binary_scalar {
 
-// Five-input LUT. Group (j, byte) is nibble j % 2 of byte 4 (j / 2) + byte; its sign is a bit of a nibble of the same byte of a
-// later quad.
+// Five-input LUT. Group (j, byte) is nibble j % 2 of byte 4 (j / 2) + byte; its sign is a bit of a nibble of
+// the same byte of a later quad.
 struct Fifth {
   int64_t byte;
   int bit;
@@ -82,7 +82,8 @@ void add_any(const TileBlock& block, const uint8_t* tables, bool lut5, int64_t s
   add_lut(block, tables, false, stride, scales, scale_stride, factors, rows, sums);
 }
 
-constexpr BinaryKernels kLut5 = {Layout::kBytes, largest, kLut5From, build_any, build_exact, add_any, add_exact, apply_gate};
+constexpr BinaryKernels kLut5 = {
+    Layout::kBytes, largest, kLut5From, build_any, build_exact, add_any, add_exact, apply_gate};
 
 }  // namespace binary_scalar
 }  // namespace

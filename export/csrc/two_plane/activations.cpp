@@ -104,14 +104,11 @@ void eight_bits(const float* x, int64_t count, const TwoPlaneRow& row, uint8_t* 
   }
 }
 
-// The power of two that brings a number of this size to [1, 2).
-int exponent_of(int32_t magnitude) { return magnitude == 0 ? 0 : std::clamp((magnitude >> 23) - 127, -126, 126); }
-
 // z and a_k of the parts that have columns, times a power of two that brings their numbers to order 1; the row's `up`
 // undoes it, so that nothing leaves the range of float32 on the way.
 void scale_parts(const TwoPlaneMatrix& w, TwoPlaneRow& row) {
   const float numbers[2 * kParts] = {row.low[0], row.low[1], row.range[0], row.range[1]};
-  const int exponent = exponent_of(largest_magnitude(numbers, 2 * kParts));
+  const int exponent = row_exponent(largest_magnitude(numbers, 2 * kParts));
   const float down = power_of_two(-exponent);
   row.up = power_of_two(exponent);
   for (int part = 0; part < kParts; ++part) {
@@ -175,7 +172,7 @@ void prepare_row(const TwoPlaneMatrix& w, const float* x, const TwoPlanePrepared
   }
   // A power of two that brings the largest magnitude to [1, 2), so that neither huge nor tiny activations leave the
   // range of float32 on the way.
-  const int exponent = exponent_of(largest);
+  const int exponent = row_exponent(largest);
   row.up = power_of_two(exponent);
   gather(w, x, power_of_two(-exponent), values);
   for (int64_t b = 0; b < w.blocks(); ++b) {

@@ -1,7 +1,7 @@
 // Two-plane kernels for x86-64 with AVX2, FMA and F16C. Knows two_plane/kernel.h, prefetch.h and the intrinsics only.
 //
 // This file is compiled with the flags of these sets. It must not instantiate anything from the standard library, see
-// binary/kernels_avx2.cpp.
+// sets/avx2.cpp.
 //
 // Lanes of 1 byte: a register is one byte, that is 8 columns, of 32 rows. A byte shuffle looks up 32 nibbles in a table
 // of 16 bytes, and both weight planes read the tables that are loaded once.

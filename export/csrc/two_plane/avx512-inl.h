@@ -1,5 +1,5 @@
 // Two-plane kernels for x86-64 with AVX-512 F, BW, VL, VBMI, VNNI and VPOPCNTDQ. Knows two_plane/kernel.h, prefetch.h
-// and the intrinsics only. Compiled with the flags of these sets; no standard library, see binary/kernels_avx2.cpp.
+// and the intrinsics only. Compiled with the flags of these sets; no standard library, see sets/avx2.cpp.
 //
 // Lanes of 4 bytes: a register is one word, that is 32 columns, of 16 rows.
 //

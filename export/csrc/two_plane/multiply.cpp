@@ -3,9 +3,9 @@
 #include "two_plane/multiply.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "common/cpu.h"
+#include "common/powers.h"
 #include "common/workspace.h"
 #include "two_plane/activations.h"
 
@@ -18,8 +18,6 @@ constexpr int64_t kPanel = 16;
 
 // Weights worth handing to another thread: some microseconds.
 constexpr int64_t kGrain = int64_t{1} << 18;
-constexpr int64_t kWantedTasks = 16;
-constexpr int64_t kMinTaskRows = 4;
 constexpr int64_t kPrepareGrain = int64_t{1} << 13;  // columns
 
 struct Panel {
@@ -49,10 +47,7 @@ void write_tile(const Panel& p, int64_t m, int64_t tile, const float* sums) {
   float* y = p.y + m * w.rows() + first;
   const TwoPlaneRow& row = p.row[m];
   const float* bias = p.bias != nullptr ? p.bias + first : nullptr;
-  if (!row.finite) {
-    std::fill_n(y, count, std::numeric_limits<float>::quiet_NaN());
-    return;
-  }
+  if (!row.finite) return write_nan(y, count);
   const auto write = [&](auto product) {
     for (int64_t n = 0; n < count; ++n) y[n] = product(n) * row.up + (bias != nullptr ? bias[n] : 0.0f);
   };
@@ -97,17 +92,11 @@ void multiply_tile(void* argument, size_t task) {
 
 void run_panel(Panel& p, Executor& executor) {
   const TwoPlaneMatrix& w = p.weights;
-  SerialExecutor serial;
-  const bool share_rows = p.rows > 1 && p.rows * w.cols() >= kPrepareGrain;
-  (share_rows ? executor : serial).run(static_cast<size_t>(p.rows), static_cast<size_t>(p.rows), prepare, &p);
+  run_tasks(p.rows > 1 && p.rows * w.cols() >= kPrepareGrain, executor, p.rows, p.rows, prepare, &p);
   const int64_t pieces = p.rows * w.rows() * w.cols() / kGrain;
-  const bool share = pieces >= 2;
-  const int64_t wanted = share ? std::min(pieces, kWantedTasks) : 1;
-  const int64_t most_parts = std::max(p.rows / kMinTaskRows, int64_t{1});
-  p.row_parts = std::clamp((wanted + w.tiles() - 1) / w.tiles(), int64_t{1}, most_parts);
+  p.row_parts = row_parts(pieces, p.rows, w.tiles());
   const int64_t tasks = w.tiles() * p.row_parts;
-  const int64_t batches = std::min(tasks, std::max(pieces, int64_t{1}));
-  (share ? executor : serial).run(static_cast<size_t>(tasks), static_cast<size_t>(batches), multiply_tile, &p);
+  run_tasks(pieces >= 2, executor, tasks, std::min(tasks, pieces), multiply_tile, &p);
 }
 
 }  // namespace
