@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, PreTrainedModel
 
 from lit_binq.errors import LitBinqError
@@ -84,13 +85,17 @@ def flat_cache(cache: DynamicCache) -> list[Tensor]:
 def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(heads, head_dim) of every cache tensor, in the order of `flat_cache`, from one pass over one token.
 
+    A pass of shapes alone, as tracing takes: nothing is unpacked or multiplied.
+
     Raises:
         LitBinqError: the model keeps no key-value cache, or not one for each block.
     """
-    ids = torch.zeros(1, 1, dtype=torch.long)
     try:
-        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=DynamicCache(), use_cache=True)
-        return [(t.shape[1], t.shape[3]) for t in flat_cache(out.past_key_values)]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            ids = torch.zeros(1, 1, dtype=torch.long)
+            ones = torch.ones_like(ids)
+            out = model(input_ids=ids, attention_mask=ones, past_key_values=DynamicCache(), use_cache=True)
+            return [(t.shape[1], t.shape[3]) for t in flat_cache(out.past_key_values)]
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise LitBinqError(
             f"export: {type(model).__name__} keeps no key-value cache of the usual kind "
