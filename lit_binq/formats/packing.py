@@ -9,6 +9,8 @@ bit first; a set bit is +1, a clear bit is -1. Rows are padded to whole bytes wi
     bytes:  0b1000_1101 = 141,  0b0000_0010 = 2
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -72,3 +74,42 @@ def unpack_signs(codes: Tensor, in_features: int, dtype: torch.dtype = torch.flo
         )
     table = _byte_table(dtype, codes.device)
     return torch.nn.functional.embedding(codes.int(), table).flatten(1)[:, :in_features]
+
+
+KEPT_BYTES = 1 << 30
+"""Most that `weights_kept` keeps."""
+
+_kept: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None
+
+
+@contextmanager
+def weights_kept() -> Iterator[None]:
+    """Inside, layers unpack a weight once and not at every pass, as far as `KEPT_BYTES` go.
+
+    For many passes over a few tokens each of a model that does not change, as a check of an export makes.
+    """
+    global _kept
+    before, _kept = _kept, {}
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+def kept(codes: Tensor, what: str, unpack: Callable[[], Tensor]) -> Tensor:
+    """What `unpack` gives, from the last time if `weights_kept` has it.
+
+    Args:
+        codes: stored codes that it is made from; they name it.
+        what: what is made of them.
+        unpack: makes it.
+    """
+    if _kept is None:
+        return unpack()
+    key = (codes.data_ptr(), what)
+    if key not in _kept:
+        weight = unpack()
+        if sum(t.nbytes for _, t in _kept.values()) + weight.nbytes > KEPT_BYTES:
+            return weight
+        _kept[key] = codes, weight  # with the codes: their address names nothing else while they are there
+    return _kept[key][1]

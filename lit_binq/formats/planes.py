@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lit_binq.formats.base import Buffer, LatentLinear, PackedLinear, Solution, code_buffer, half_buffer, register
 from lit_binq.formats.latent import latent_codes, signs, straight_through
 from lit_binq.formats.operators import Product
-from lit_binq.formats.packing import pack_signs, packed_width, unpack_signs
+from lit_binq.formats.packing import kept, pack_signs, packed_width, unpack_signs
 from lit_binq.formats.row_column import BinaryLinear, RowColumn
 
 
@@ -110,7 +110,7 @@ def planes_matmul(
     """
     # At least float32: in half precision the smaller planes would drown in the first one's rounding.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    W = unpacked(codes, row_scales, col_scales, columns, counts, dtype).dense()
+    W = kept(codes[0], f"sum {dtype}", lambda: unpacked(codes, row_scales, col_scales, columns, counts, dtype).dense())
     return nn.functional.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 

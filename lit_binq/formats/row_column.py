@@ -22,7 +22,7 @@ from lit_binq.formats.base import (
 )
 from lit_binq.formats.latent import latent_codes, signs, straight_through
 from lit_binq.formats.operators import Product, operator
-from lit_binq.formats.packing import pack_signs, unpack_signs
+from lit_binq.formats.packing import kept, pack_signs, unpack_signs
 
 
 @dataclass
@@ -78,7 +78,7 @@ def binary_matmul(
     Returns:
         (..., N), dtype of x.
     """
-    B = unpack_signs(codes, in_features, x.dtype)
+    B = kept(codes, f"signs {x.dtype}", lambda: unpack_signs(codes, in_features, x.dtype))
     y = torch.nn.functional.linear(x * col_scale.to(x.dtype), B) * row_scale.to(x.dtype)
     return y if bias is None else y + bias.to(x.dtype)
 

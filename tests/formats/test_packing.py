@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats import pack_signs, packed_width, unpack_signs
+from lit_binq.formats import pack_signs, packed_width, packing, unpack_signs
+from lit_binq.solvers import PlanesSolver, Problem
 
 
 def plain_pack(rows: list[list[int]]) -> list[list[int]]:
@@ -72,3 +73,20 @@ def test_bad_arrays_are_refused():
     for codes in (torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(2, 1), torch.zeros(2, dtype=torch.uint8)):
         with pytest.raises(LitBinqError, match=r"expected uint8 \(N, 1\) for 8 columns"):
             unpack_signs(codes, 8)
+
+
+@pytest.mark.parametrize("shares", [[], [1.0, 0.5]])
+def test_kept_weights_give_the_same_products_and_are_forgotten(shares, monkeypatch):
+    """Also where they are too many to keep, and for a layer that takes an older one's place."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 24, generator=generator)
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(packing, "KEPT_BYTES", limit)
+        with packing.weights_kept():
+            for _ in range(3):
+                T = torch.randn(5, 24, generator=generator)
+                layer = PlanesSolver(shares=shares).solve(Problem(T, torch.eye(24))).pack()
+                assert torch.equal(layer(x), layer(x))
+                torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.dequantize()))
+            assert len(packing._kept) == (3 if limit else 0)
+        assert packing._kept is None

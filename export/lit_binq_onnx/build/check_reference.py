@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_binq.formats import PackedLinear
+from lit_binq.formats.packing import weights_kept
 from lit_binq.hub.bits import activation_bits
 from lit_binq.models.kv_cache import kv_bits
 from lit_binq.models.rotary import dependent_modules
@@ -228,6 +229,7 @@ def _length_runs(model: PreTrainedModel, plan: Plan, kept: list[np.ndarray], *, 
     return Reference(generic | both, own, {*generic, *both, *own}, notes=plan.notes(), angles=angles)
 
 
+@weights_kept()
 def torch_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, fused: bool) -> Reference:
     """Run every case in torch.
 
