@@ -78,6 +78,14 @@ def require_deployable(solver: Solver, **epochs: int) -> None:
             )
 
 
+def _plain(value: Any) -> Any:
+    """Options as numbers, words and dictionaries; a solver's with its name."""
+    if not dataclasses.is_dataclass(value):
+        return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+    options = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {"name": type(value).__name__, **options} if isinstance(value, Solver) else options
+
+
 class BinQCalibration(PackedEvaluation):
     """Calibrate a causal language model to packed one-bit weights, block by block, in one fit.
 
@@ -127,6 +135,19 @@ class BinQCalibration(PackedEvaluation):
     ) -> None:
         super().__init__(model, packed, compare_fp, revision, drop_tensors)
         require_deployable(closed_form.solver, tuning=tuning.epochs, finish=finish.epochs)
+        self.save_hyperparameters(
+            {
+                "model": model,
+                "closed_form": _plain(closed_form),
+                "tuning": _plain(tuning),
+                "finish": _plain(finish),
+                "rest_dtype": rest_dtype,
+                "matmul_precision": matmul_precision,
+                "revision": revision,
+                "seed": seed,
+                "kv_bits": kv_bits,
+            }
+        )
         self.closed_form, self.tuning, self.finish = closed_form, tuning, finish
         self.stream_options, self.diagnostics, self.seed = streams, diagnostics, seed
         self.rest_dtype: torch.dtype = getattr(torch, rest_dtype)
@@ -352,6 +373,9 @@ class BinQCalibration(PackedEvaluation):
             )
             order = torch.randperm(self.work.streams.train, generator=generator)
             self._order = order.to(self.trainer.strategy.root_device)
+            # The highest of all groups', which a schedule moves alike.
+            highest = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+            self.log("lr", highest, rank_zero_only=True, sync_dist=True)
 
     def _enter(self) -> None:
         work, i = self.work, self.stage_index

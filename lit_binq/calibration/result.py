@@ -171,14 +171,21 @@ def _few(windows: Tensor, weights: int) -> Tensor:
     return windows[:2, : max(CHECKED_PRODUCTS // (2 * weights), 16)]
 
 
-def diagnostics_path(packed: Path) -> Path:
-    """diagnostics.json beside a packed folder named `packed`: the folder around it is the run's own.
+def beside(packed: Path, name: str) -> Path:
+    """Where something of a run is: beside a packed folder named `packed`, as the folder around it is the run's own.
 
-    A folder around a packed folder of another name may hold other runs, so it is inside that one (lit_binq.report.runs
-    reads it from there).
+    A folder around a packed folder of another name may hold other runs: files are inside that one then, where
+    lit_binq.report.runs reads them, and the folder of logs, which grows while that one is not there yet, has its name.
     """
     packed = packed.resolve()
-    return (packed.parent if packed.name == "packed" else packed) / DIAGNOSTICS
+    if packed.name == "packed":
+        return packed.parent / name
+    return packed / name if "." in name else packed.with_name(f"{packed.name}-{name}")
+
+
+def diagnostics_path(packed: Path) -> Path:
+    """diagnostics.json of a packed folder."""
+    return beside(packed, DIAGNOSTICS)
 
 
 def _remove_older(path: Path) -> None:

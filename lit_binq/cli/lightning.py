@@ -1,4 +1,4 @@
-"""The commands fit, validate and test: Lightning's command line over BinQCalibration and CalibrationData."""
+"""The commands fit, validate, test and predict: Lightning's command line over BinQCalibration and CalibrationData."""
 
 import logging
 import signal
@@ -9,23 +9,31 @@ from typing import Any
 
 import torch
 from jsonargparse import ActionConfigFile
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_binq import __version__
 from lit_binq.calibration.checkpoint import StageCheckpoint
+from lit_binq.calibration.figures import FitFigures
 from lit_binq.calibration.module import BinQCalibration
 from lit_binq.calibration.preflight.fit import ask_before_fit
+from lit_binq.calibration.progress import StageProgress
+from lit_binq.calibration.result import beside
 from lit_binq.calibration.trainer_checks import refuse_callbacks, refuse_sharding, require_no_epochs, require_trainer
 from lit_binq.cli.lightning_errors import one_line
 from lit_binq.data.module import CalibrationData
 from lit_binq.demo.fetch import require_model
 from lit_binq.errors import LitBinqError
+from lit_binq.evaluation.module import table
 from lit_binq.utils import stopping
 from lit_binq.utils.command_line import OneLine
-from lit_binq.utils.files import write_json
+from lit_binq.utils.files import write_bytes, write_json
 from lit_binq.utils.places import Place, require_output_places
 from lit_binq.utils.processes import together
+
+LOGS, OPTIONS, WINDOWS = "logs", "options.yaml", "perplexity.csv"
+"""What lies beside a result: figures of the fit, one folder a run; its options; the perplexity of every window."""
 
 
 class Asked(Exception):
@@ -40,7 +48,7 @@ class FitParser(OneLine, LightningArgumentParser):
 
 
 class LitBinqCLI(LightningCLI):
-    """Lightning's command line with the project's defaults and three of its commands."""
+    """Lightning's command line with the project's defaults and four of its commands."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -49,6 +57,7 @@ class LitBinqCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
             "test": {"model", "dataloaders", "datamodule"},
+            "predict": {"model", "dataloaders", "datamodule"},
         }
 
     def init_parser(self, **options: Any) -> LightningArgumentParser:
@@ -61,6 +70,14 @@ class LitBinqCLI(LightningCLI):
     def instantiate_trainer(self, **options: Any) -> Any:
         """The trainer. Raises LitBinqError for its wrong options."""
         refuse_sharding(str(self._get(self.config_init, "trainer.strategy")))
+        trainer = self._get(self.config_init, "trainer")
+        # Not there: that of the project. `false` is none, and whatever else is named takes its place.
+        if trainer.get("logger") is None:
+            logs = beside(self.model.packed, LOGS)
+            options["logger"] = self.subcommand == "fit" and FitFigures(logs.parent, name=logs.name)
+        callbacks = trainer.get("callbacks") or []
+        if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            options["callbacks"] = [*callbacks, StageProgress()]
         try:
             trainer = super().instantiate_trainer(**options)
         except Exception as error:  # whatever the parts raise that were chosen
@@ -174,7 +191,7 @@ class LitBinqCLI(LightningCLI):
         if self._get(self.config, "ckpt_path"):
             raise LitBinqError("ckpt_path: got one, expected none: validate and test read the folder `model.packed`")
 
-    before_test = before_validate
+    before_test = before_predict = before_validate
 
     def after_fit(self) -> None:
         """Evaluate, unless told not to. Raises LitBinqError if stages are left."""
@@ -183,10 +200,17 @@ class LitBinqCLI(LightningCLI):
                 f"the fit ended after {self.model.stage_index} of its stages, expected all (trainer.max_steps, "
                 "max_time or fast_dev_run?): go on with --ckpt_path and without that option"
             )
+        self._keep_options()
         if self._get(self.config, "evaluate"):
             self.model.release()
             self.trainer.validate(self.model, self.datamodule, verbose=False)
             self.after_validate()
+
+    def _keep_options(self) -> None:
+        """Write the options that took effect, defaults among them, beside the result: `--config` takes them again."""
+        if self.trainer.is_global_zero:
+            text = self._parser("fit").dump(self.config["fit"], skip_none=False)
+            write_bytes(beside(self.model.packed, OPTIONS), text.encode())
 
     def after_validate(self) -> None:
         """Write the results."""
@@ -195,6 +219,13 @@ class LitBinqCLI(LightningCLI):
             write_json(Path(path), self.model.summary())
 
     after_test = after_validate
+
+    def after_predict(self) -> None:
+        """Write the perplexity of every window."""
+        if self.trainer.is_global_zero:
+            path = beside(self.model.packed, WINDOWS)
+            write_bytes(path, table(self.model.window_perplexities).encode())
+            log.info("wrote %s", path)
 
 
 def lightning(arguments: list[str]) -> None:
@@ -227,9 +258,8 @@ def lightning(arguments: list[str]) -> None:
                 "max_epochs": -1,
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,
-                "enable_progress_bar": False,
                 "enable_model_summary": False,
-                "logger": False,
+                "log_every_n_steps": 1,
             },
         )
 

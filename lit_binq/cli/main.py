@@ -1,8 +1,8 @@
 """The command `litbinq`: the table of commands, help, one-line errors, exit codes.
 
-Every command is a function whose parameters are its options (jsonargparse), but for Lightning's own (fit, validate and
-test take its command line) and for generate, which runs where nothing but numpy, ONNX Runtime and tokenizers is
-installed. Nothing heavy is imported before a command is known.
+Every command is a function whose parameters are its options (jsonargparse), but for Lightning's own (fit, validate,
+test and predict take its command line) and for generate, which runs where nothing but numpy, ONNX Runtime and
+tokenizers is installed. Nothing heavy is imported before a command is known.
 """
 
 import atexit
@@ -71,6 +71,7 @@ COMMANDS = {
         _FIT, "--config FILE", "perplexity of a packed model beside its full-precision source", raw=True
     ),
     "test": Command(_FIT, "--config FILE", "the same on the test loaders", raw=True),
+    "predict": Command(_FIT, "--config FILE", "perplexity of every window, into perplexity.csv", raw=True),
     "compare": Command(
         f"{_HERE}:compare", "--config FILE", "a table of methods, one fit a row", False, "lit_binq.compare.plan"
     ),

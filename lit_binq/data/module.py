@@ -158,7 +158,7 @@ class CalibrationData(LightningDataModule):
             raise LitBinqError(f"take: got {self.take!r}, expected 'first' or 'random'")
 
     def setup(self, stage: str | None = None) -> None:
-        """Tokenize once what the stage needs: "fit" calibration, "validate" and "test" evaluation, None both.
+        """Tokenize once what the stage needs: "fit" calibration, None both, all others evaluation.
 
         Raises:
             LitBinqError: text or tokenizer that cannot be used, or too few windows for the ranks.
@@ -170,7 +170,7 @@ class CalibrationData(LightningDataModule):
             train, held_out = self._calibration
             self.train_windows = self._share(train, rank, ranks, "windows")
             self.held_out_windows = self._share(held_out, rank, ranks, "held_out")
-        if stage in ("validate", "test", None):
+        if stage in ("validate", "test", "predict", None):
             self.load_evaluation()
         if rank == 0 and self._described != (described := self.describe()):
             self._described = described
@@ -345,6 +345,10 @@ class CalibrationData(LightningDataModule):
         return [_loader(w[rank::ranks], self.eval_batch_size) for w in self._evaluation.values()]
 
     def test_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
+        """The same sets as val_dataloader."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
         """The same sets as val_dataloader."""
         return self.val_dataloader()
 

@@ -38,6 +38,12 @@ def highest_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def table(windows: list[tuple[Any, ...]]) -> str:
+    """CSV of `PackedEvaluation.window_perplexities`, with a header."""
+    head = ("set", "window", "packed", "fp")[: len(windows[0]) if windows else 2]
+    return "".join(",".join(map(str, row)) + "\n" for row in (head, *windows))
+
+
 class PackedEvaluation(pl.LightningModule):
     """Evaluates a packed folder; the calibration module builds on it.
 
@@ -48,6 +54,10 @@ class PackedEvaluation(pl.LightningModule):
         revision: branch, tag or commit of a hub model.
         drop_tensors: names, or regular expressions matched anywhere in them, of tensors of the source that may be left
             out although its architecture does not take them; such a checkpoint is refused otherwise.
+
+    Attributes:
+        results: perplexities by evaluation set and model, after `validate` or `test`.
+        window_perplexities: after `predict`, (set, window, packed) or (set, window, packed, full precision).
     """
 
     def __init__(
@@ -64,6 +74,7 @@ class PackedEvaluation(pl.LightningModule):
         self.source, self.packed, self.compare_fp, self.revision = model, Path(packed), compare_fp, revision
         self.results: dict[str, dict[str, float]] = {}
         self._metrics: dict[str, TokenPerplexity] = {}
+        self.window_perplexities: list[tuple[Any, ...]] = []
         # Big models stay out of the module registry, so that nobody moves, saves or wraps them.
         self._outside: dict[str, Any] = {}
 
@@ -164,6 +175,42 @@ class PackedEvaluation(pl.LightningModule):
                 fp = values.get("fp")
                 beside = f", full precision {fp:.2f}, ratio {values['packed'] / fp:.2f}" if fp is not None else ""
                 log.info("perplexity on %s: %.2f%s", name, values["packed"], beside)
+
+    def on_predict_start(self) -> None:
+        """No windows yet."""
+        self.on_validation_start()
+        self.window_perplexities = []
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Perplexity of each window of a batch (b, T): (b, 1), or (b, 2) with the full-precision model's behind it."""
+        name, ids = self.datamodule.eval_names[dataloader_idx], batch["input_ids"]
+        columns = []
+        with highest_precision(), torch.autocast(self.device.type, enabled=False):
+            for key in ("student", "teacher"):
+                if key in self._outside:
+                    logits = self._outside[key](input_ids=ids, use_cache=False).logits
+                    values = []
+                    for window, tokens in zip(logits, ids, strict=True):
+                        metric = TokenPerplexity(sync_on_compute=False).to(self.device)
+                        metric.update(window[None], tokens[None])
+                        values.append(metric.compute())
+                    columns.append(torch.stack(values))
+        rows = torch.stack(columns, 1)
+        # Window i of this rank is window rank + i * ranks of its set.
+        first = sum(name == row[0] for row in self.window_perplexities)
+        self.window_perplexities += [
+            (name, self.trainer.global_rank + (first + i) * self.trainer.world_size, *row.tolist())
+            for i, row in enumerate(rows)
+        ]
+        return rows
+
+    def on_predict_end(self) -> None:
+        """Every rank has the windows of all."""
+        if self.trainer.world_size > 1:
+            parts: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, self.window_perplexities)
+            names = self.datamodule.eval_names
+            self.window_perplexities = sorted((r for p in parts for r in p), key=lambda r: (names.index(r[0]), r[1]))
 
     on_test_start, test_step = on_validation_start, validation_step
     on_test_epoch_end = on_validation_epoch_end

@@ -1,7 +1,9 @@
 """The command line: the whole way on a tiny model, help, exit codes, and bad input in one line."""
 
+import csv
 import inspect
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -36,6 +38,30 @@ def way(tmp_path_factory, tokenizer, text_file):
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     assert cli.main(["fit", "--config", str(folder / "config.yaml")]) == 0
     return folder
+
+
+def test_a_fit_leaves_its_options_and_figures_beside_the_result(way, capsys):
+    (logs,) = (way / "logs").iterdir()
+    rows = list(csv.DictReader((logs / "metrics.csv").read_text().splitlines()))
+    assert [i for i, row in enumerate(rows) if row["lr"]] == [0, 1]  # an epoch of each block
+    assert rows[0]["loss/block_0"]
+    assert rows[1]["loss/block_1"]
+    assert rows[-1]["ppl_packed/text"]
+    assert yaml.safe_load((logs / "hparams.yaml").read_text())["tuning"]["epochs"] == 1
+    capsys.readouterr()
+    again = ["--model.packed", str(way / "again" / "packed"), "--preflight_only"]
+    assert cli.main(["fit", "--config", str(way / "options.yaml"), *again]) == 0
+    assert not (way / "again").exists()
+
+
+def test_predict_writes_the_perplexity_of_every_window(way):
+    assert cli.main(["predict", "--config", str(way / "config.yaml")]) == 0
+    rows = list(csv.DictReader((way / "perplexity.csv").read_text().splitlines()))
+    assert [row["window"] for row in rows] == ["0", "1", "2", "3"]
+    whole = json.loads((way / "results.json").read_text())["perplexity"]["text"]
+    for kind in ("packed", "fp"):
+        mean = sum(math.log(float(row[kind])) for row in rows) / 4  # windows are equally long
+        assert math.exp(mean) == pytest.approx(whole[kind], rel=1e-5)
 
 
 def test_fit_writes_results_beside_their_bits(way):

@@ -31,7 +31,8 @@ def make_data(source: Path, text: Path, **options: Any) -> CalibrationData:
 
 def make_trainer(**options: Any) -> pl.Trainer:
     settings = {"accelerator": "cpu", "devices": 1, "logger": False, "max_epochs": -1, "num_sanity_val_steps": 0}
-    return pl.Trainer(**settings | options, enable_progress_bar=False, enable_model_summary=False)
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(**settings | options)
 
 
 def two_processes() -> dict[str, Any]:

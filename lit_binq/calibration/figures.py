@@ -1,0 +1,40 @@
+"""The figures of a fit, as CSV."""
+
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class FitFigures(CSVLogger):
+    """Lightning's, but that its folder is made with the first figures: a fit that is refused leaves nothing behind."""
+
+    _first = False
+    _options: Any = None
+
+    @property
+    def experiment(self) -> Any:
+        """The writer; None before the first figures."""
+        if self._first and self._experiment is None:
+            self._experiment = ExperimentWriter(log_dir=self.log_dir)
+        return self._experiment
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Remember them."""
+        self._options = params
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Write figures, the options before the first."""
+        if not self._first:
+            self._first = True
+            super().log_hyperparams(self._options)
+        super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what is not written yet."""
+        if self._first:
+            super().save()
