@@ -1,16 +1,22 @@
 """The figures of a fit, as CSV."""
 
+import logging
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+log = logging.getLogger(__name__)
+
 
 class FitFigures(CSVLogger):
-    """Lightning's, but that its folder is made with the first figures: a fit that is refused leaves nothing behind."""
+    """Lightning's, but that its folder is made with the first figures: a fit that is refused leaves nothing behind.
 
-    _first = False
+    Figures that cannot be written are given up with a warning: they are not worth a fit.
+    """
+
+    _first = _lost = False
     _options: Any = None
 
     @property
@@ -28,13 +34,24 @@ class FitFigures(CSVLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Write figures, the options before the first."""
-        if not self._first:
-            self._first = True
-            super().log_hyperparams(self._options)
-        super().log_metrics(metrics, step)
+        try:
+            if not self._first:
+                self._first = True
+                super().log_hyperparams(self._options)
+            if not self._lost:
+                super().log_metrics(metrics, step)
+        except OSError as error:
+            self._give_up(error)
 
     @rank_zero_only
     def save(self) -> None:
         """Write what is not written yet."""
-        if self._first:
-            super().save()
+        try:
+            if self._first and not self._lost:
+                super().save()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._lost = True
+        log.warning("trainer.logger: figures are no longer written to %s (%s)", self.log_dir, error.strerror or error)
