@@ -14,12 +14,12 @@ from lit_binq.models.blocks import find_layers, replace_module
 
 
 @contextmanager
-def as_stored(module: nn.Module, rest_dtype: torch.dtype) -> Iterator[None]:
+def as_stored(module: nn.Module, unquantized_dtype: torch.dtype) -> Iterator[None]:
     """Inside, latents are packed layers and everything else is rounded; afterwards all is as it was, bit for bit.
 
     Args:
         module: a block, or the student.
-        rest_dtype: what the rest is stored in, see lit_binq.formats.unquantized.
+        unquantized_dtype: what the rest is stored in, see lit_binq.formats.unquantized.
 
     Raises:
         LitBinqError: a scale that float16 cannot hold.
@@ -31,7 +31,7 @@ def as_stored(module: nn.Module, rest_dtype: torch.dtype) -> Iterator[None]:
         for name, layer in packed.items():
             replace_module(module, name, layer)
         for *_, tensor in rest_tensors(module):
-            rounded = tensor.detach().to(rest_dtype).to(tensor.dtype)
+            rounded = tensor.detach().to(unquantized_dtype).to(tensor.dtype)
             if not torch.equal(rounded, tensor):
                 exact.append((tensor, tensor.detach().clone()))
                 tensor.detach().copy_(rounded)
@@ -45,7 +45,7 @@ def as_stored(module: nn.Module, rest_dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def score_as_stored(
-    module: nn.Module, rest_dtype: torch.dtype, device: torch.device, sums: Callable[[], Tensor]
+    module: nn.Module, unquantized_dtype: torch.dtype, device: torch.device, sums: Callable[[], Tensor]
 ) -> Tensor:
     """What `sums` gives of the module as it will be stored, in float32 whatever precision its steps run in.
 
@@ -54,7 +54,7 @@ def score_as_stored(
 
     Args:
         module: a block, or the student.
-        rest_dtype: what the rest is stored in.
+        unquantized_dtype: what the rest is stored in.
         device: where it runs.
         sums: gives (2,) float64, summed loss and its weight.
 
@@ -62,7 +62,7 @@ def score_as_stored(
         (2,) float64: (inf, 1) if it cannot be stored.
     """
     try:
-        with torch.autocast(device.type, enabled=False), as_stored(module, rest_dtype):
+        with torch.autocast(device.type, enabled=False), as_stored(module, unquantized_dtype):
             return sums()
     except LitBinqError:
         return torch.tensor((math.inf, 1.0), dtype=torch.float64, device=device)

@@ -2,7 +2,8 @@
 
 Legend: x (K,) a layer's input in the full-precision model, m_j = E[x_j^2] its moments.
 
-What is known then are the weights and the full-precision inputs; the solver says where bits gain most (Solver.spend).
+What is known then are the weights and the full-precision inputs; the solver says where bits gain most
+(Solver.allocate_bits).
 """
 
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ def plan(work: Workspace, solver: Solver, bits: float) -> dict[str, float]:
 
     Args:
         work: the workspace, its streams standing at the first block.
-        solver: its `spend` decides.
+        solver: its `allocate_bits` decides.
         bits: true bits a weight, over all layers.
 
     Raises:
@@ -54,7 +55,7 @@ def plan(work: Workspace, solver: Solver, bits: float) -> dict[str, float]:
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         for moment in moments.values():
             torch.distributed.all_reduce(moment)
-    return solver.spend(weights, moments, bits)
+    return solver.allocate_bits(weights, moments, bits)
 
 
 def _adder(total: Tensor) -> Any:

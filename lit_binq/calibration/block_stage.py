@@ -28,7 +28,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import LatentLinear, PackedLinear
 from lit_binq.formats.activations import mean_bits
 from lit_binq.formats.two_plane.linear import InputFormat
-from lit_binq.formats.unquantized import round_rest
+from lit_binq.formats.unquantized import round_unquantized
 from lit_binq.models.blocks import BlockCall, find_layers, linear_groups, linear_input, replace_module, run_block
 from lit_binq.solvers import Origin, Problem
 from lit_binq.statistics.activation_format import choose_input_format, output_error, quantized_input
@@ -216,7 +216,7 @@ class BlockStage(Stage):
         def sums() -> Tensor:
             return s.block_error(self.module, self.call, rows, self._criterion.sums)
 
-        return score_as_stored(self.module, self.work.rest_dtype, self.work.device, sums)
+        return score_as_stored(self.module, self.work.unquantized_dtype, self.work.device, sums)
 
     def leave(self) -> None:
         """Pack the block, put it into the student, advance both streams with exactly what is stored."""
@@ -225,7 +225,7 @@ class BlockStage(Stage):
         for name, layer in find_layers(self.module, LatentLinear).items():
             replace_module(self.module, name, layer.pack())
         self.module.requires_grad_(False)
-        round_rest(self.module, w.rest_dtype)
+        round_unquantized(self.module, w.unquantized_dtype)
         take_module_from_first(self.module)  # latents agree, but a tie may be rounded differently by unlike devices
         if self._diagnostics is not None:
             self.measures = self._diagnostics.end(self.module, self.closed_form.shrinkage)

@@ -17,7 +17,7 @@ from lit_binq.calibration.stage import Stage, mean_size
 from lit_binq.calibration.teacher_cache import TeacherCache, autocast_dtype, cache_teacher
 from lit_binq.calibration.workspace import Workspace
 from lit_binq.formats import LatentLinear, PackedLinear
-from lit_binq.formats.unquantized import round_rest
+from lit_binq.formats.unquantized import round_unquantized
 from lit_binq.models.blocks import find_layers, move, replace_module
 
 
@@ -98,12 +98,12 @@ class ModelStage(Stage):
                 total += torch.stack((self._of(loss, rows).double() * len(rows), torch.full_like(total[0], len(rows))))
             return total
 
-        return score_as_stored(self.module, self.work.rest_dtype, self.work.device, sums)
+        return score_as_stored(self.module, self.work.unquantized_dtype, self.work.device, sums)
 
     def rates(self) -> Iterator[tuple[nn.Parameter, float]]:
         """As of every stage, and the student's embeddings, with its head where that is not the same tensor."""
         yield from super().rates()
-        for p in self.work.loose_matrices().values():
+        for p in self.work.non_block_matrices().values():
             yield p, self.tuning.lr_embeddings * mean_size(p)
 
     def leave(self) -> None:
@@ -114,7 +114,7 @@ class ModelStage(Stage):
             for name, layer in find_layers(block, LatentLinear).items():
                 replace_module(block, name, layer.pack())
         self.module.requires_grad_(False)
-        round_rest(self.module, self.work.rest_dtype)
+        round_unquantized(self.module, self.work.unquantized_dtype)
         take_module_from_first(self.module)
 
 

@@ -48,7 +48,7 @@ from lit_binq.calibration.workspace import Workspace
 from lit_binq.diagnostics.measure import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
 from lit_binq.evaluation.module import PackedEvaluation, highest_precision
-from lit_binq.formats.manifest import PACKED_MARKER
+from lit_binq.formats.manifest import MANIFEST
 from lit_binq.models.kv_cache import KV_BITS
 from lit_binq.solvers import Solver
 from lit_binq.utils import stopping
@@ -60,7 +60,7 @@ from lit_binq.utils.places import Place, require_output_places
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "lit_binq"
-CLOSED_FORM, TUNING, FINISH, STREAMS = ClosedForm(), BlockTuning(epochs=24), ModelTuning(), StreamOptions()
+CLOSED_FORM, TUNING, END_TO_END, STREAMS = ClosedForm(), BlockTuning(epochs=24), ModelTuning(), StreamOptions()
 DIAGNOSTICS, PREFLIGHT = DiagnosticsOptions(), PreflightOptions()
 
 
@@ -94,11 +94,11 @@ class BinQCalibration(PackedEvaluation):
         packed: folder the packed model is written to (fit) or read from (validate, test).
         closed_form: how each linear layer is solved.
         tuning: how each block is tuned afterwards.
-        finish: how the whole model is tuned at the end; `finish.epochs: 0` leaves the stage out.
+        end_to_end: how the whole model is tuned at the end; `end_to_end.epochs: 0` leaves the stage out.
         streams: where activations are cached.
         diagnostics: what is measured of each block, into diagnostics.json beside a packed folder named `packed`, inside
             one of another name.
-        rest_dtype: dtype in which embeddings, norms and biases are stored.
+        unquantized_dtype: dtype in which embeddings, norms and biases are stored.
         matmul_precision: float32 matrix products of block passes; statistics and solves always use the highest.
         cuda_graphs: capture tuning steps as CUDA graphs, on one GPU; several times faster for small models.
         compare_fp: validate and test the full-precision model beside the packed one.
@@ -120,10 +120,10 @@ class BinQCalibration(PackedEvaluation):
         packed: str = "packed",
         closed_form: ClosedForm = CLOSED_FORM,
         tuning: BlockTuning = TUNING,
-        finish: ModelTuning = FINISH,
+        end_to_end: ModelTuning = END_TO_END,
         streams: StreamOptions = STREAMS,
         diagnostics: DiagnosticsOptions = DIAGNOSTICS,
-        rest_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        unquantized_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
         matmul_precision: Literal["highest", "high", "medium"] = "highest",
         cuda_graphs: bool = True,
         compare_fp: bool = True,
@@ -134,23 +134,23 @@ class BinQCalibration(PackedEvaluation):
         preflight: PreflightOptions = PREFLIGHT,
     ) -> None:
         super().__init__(model, packed, compare_fp, revision, drop_tensors)
-        require_deployable(closed_form.solver, tuning=tuning.epochs, finish=finish.epochs)
+        require_deployable(closed_form.solver, tuning=tuning.epochs, end_to_end=end_to_end.epochs)
         self.save_hyperparameters(
             {
                 "model": model,
                 "closed_form": _plain(closed_form),
                 "tuning": _plain(tuning),
-                "finish": _plain(finish),
-                "rest_dtype": rest_dtype,
+                "end_to_end": _plain(end_to_end),
+                "unquantized_dtype": unquantized_dtype,
                 "matmul_precision": matmul_precision,
                 "revision": revision,
                 "seed": seed,
                 "kv_bits": kv_bits,
             }
         )
-        self.closed_form, self.tuning, self.finish = closed_form, tuning, finish
+        self.closed_form, self.tuning, self.end_to_end = closed_form, tuning, end_to_end
         self.stream_options, self.diagnostics, self.seed = streams, diagnostics, seed
-        self.rest_dtype: torch.dtype = getattr(torch, rest_dtype)
+        self.unquantized_dtype: torch.dtype = getattr(torch, unquantized_dtype)
         self.matmul_precision, self.cuda_graphs = matmul_precision, cuda_graphs
         if kv_bits not in KV_BITS:
             raise LitBinqError(f"kv_bits: got {kv_bits}, expected one of {', '.join(map(str, KV_BITS))}")
@@ -177,7 +177,7 @@ class BinQCalibration(PackedEvaluation):
     @property
     def n_stages(self) -> int:
         """Blocks, and one more if the model stage is on."""
-        return len(self.work.blocks) + bool(self.finish.epochs)
+        return len(self.work.blocks) + bool(self.end_to_end.epochs)
 
     def train(self, mode: bool = True) -> "BinQCalibration":
         """Always evaluation mode: calibration matches outputs, dropout would only add noise to them."""
@@ -187,17 +187,17 @@ class BinQCalibration(PackedEvaluation):
         """What this rank of a fit with `trainer` will write, for `lit_binq.utils.places.require_output_places`."""
         places = []
         if trainer.is_global_zero:
-            places.append(Place("model.packed", self.packed, "folder", PACKED_MARKER))
+            places.append(Place("model.packed", self.packed, "folder", MANIFEST))
             if self.diagnostics.windows:
                 places.append(Place("model.diagnostics", diagnostics_path(self.packed), "file"))
             places += [
-                Place("checkpoint.dirpath", callback.path.parent, "room")
+                Place("checkpoint.dirpath", callback.path.parent, "parent")
                 for callback in trainer.callbacks  # type: ignore[attr-defined]  # a list, set by the Trainer
                 if isinstance(callback, StageCheckpoint)
             ]
         if self.stream_options.cache == "disk":
             folder = self.stream_options.cache_dir or tempfile.gettempdir()
-            places.append(Place("model.streams.cache_dir", Path(folder), "room"))
+            places.append(Place("model.streams.cache_dir", Path(folder), "parent"))
         return places
 
     def checkpoint_file(self, trainer: pl.Trainer) -> Path | None:
@@ -248,7 +248,7 @@ class BinQCalibration(PackedEvaluation):
             len(data.held_out_windows),
             self.trainer.strategy.root_device,
             self.stream_options,
-            self.rest_dtype,
+            self.unquantized_dtype,
             # Not under DDP: NCCL's own thread may touch the device while a capture is on, which ends it.
             self.cuda_graphs and self.trainer.world_size == 1,
             self.kv_bits,
@@ -276,11 +276,11 @@ class BinQCalibration(PackedEvaluation):
 
     def _identity(self) -> dict[str, str]:
         options: dict[str, Any] = {
-            name: dataclasses.asdict(getattr(self, name)) for name in ("closed_form", "tuning", "finish")
+            name: dataclasses.asdict(getattr(self, name)) for name in ("closed_form", "tuning", "end_to_end")
         }
         options |= {
             "solver": type(self.closed_form.solver).__name__,
-            "rest_dtype": str(self.rest_dtype),
+            "unquantized_dtype": str(self.unquantized_dtype),
             "kv_bits": self.kv_bits,
             "seed": self.seed,
             "ranks": self.trainer.world_size,
@@ -305,7 +305,7 @@ class BinQCalibration(PackedEvaluation):
         return {
             "stage": self.stage_index,
             "identity": self._identity(),
-            **student_state(self.work, done, matrices=self.finish.lr_embeddings > 0),
+            **student_state(self.work, done, matrices=self.end_to_end.lr_embeddings > 0),
             "records": [dataclasses.asdict(r) for r in self.records[: self.stage_index]],
             "measures": [dataclasses.asdict(m) for m in self.measures[:done]],
             "seconds": time.monotonic() - self._began,
@@ -333,13 +333,13 @@ class BinQCalibration(PackedEvaluation):
         checkpoint.pop("loops", None)
         self._resume = state
 
-    def _take_up(self, state: dict[str, Any]) -> None:
+    def _resume_from(self, state: dict[str, Any]) -> None:
         """Go on behind the checkpoint's last stage."""
         self.stage_index = int(state["stage"])
         self.records = [StageRecord(**r) for r in state["records"]]
         self.measures = [parse_as(BlockMeasures, m, "block") for m in state["measures"]]
         self._began -= state["seconds"]
-        restore_student(self.work, state, matrices=self.finish.lr_embeddings > 0)
+        restore_student(self.work, state, matrices=self.end_to_end.lr_embeddings > 0)
         log.info("resumed behind stage %d of %d", self.stage_index, self.n_stages)
         if self.stage_index == self.n_stages:  # only the folder was still to be written
             self._write()
@@ -350,7 +350,7 @@ class BinQCalibration(PackedEvaluation):
         """After a resume, compute the streams up to the stage to come."""
         if self._resume is not None:
             with highest_precision():
-                self._take_up(self._resume)
+                self._resume_from(self._resume)
             self._resume = None
 
     def on_train_start(self) -> None:
@@ -384,7 +384,7 @@ class BinQCalibration(PackedEvaluation):
         if i < len(work.blocks):
             stage = BlockStage(work, i, self.closed_form, self.tuning, self.diagnostics)
         else:
-            stage = ModelStage(work, self.finish)
+            stage = ModelStage(work, self.end_to_end)
             self._before = copy.deepcopy(self._state())  # the stage changes the student in place
         stage.ask = self.ask_stop
         announce(self.trainer, "on_stage_start", stage)

@@ -101,7 +101,7 @@ class ModelTuning:
     lr_embeddings: float = 0.0
 
     def __post_init__(self) -> None:
-        _require("finish", vars(self))
+        _require("end_to_end", vars(self))
 
 
 def _require(option: str, values: dict[str, Any]) -> None:

@@ -145,7 +145,7 @@ def write_result(
     tokenizer = load_tokenizer(run.source, revision=run.revision)
     student = work.student.cpu()
     windows = _few(work.streams.windows, dense_weights(student))
-    save_packed(student, tokenizer, folder, facts=facts, rest_dtype=work.rest_dtype, windows=windows)
+    save_packed(student, tokenizer, folder, facts=facts, unquantized_dtype=work.unquantized_dtype, windows=windows)
     path = diagnostics_path(folder)
     if measures:
         write_diagnostics(path, measures)

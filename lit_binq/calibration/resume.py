@@ -24,7 +24,7 @@ def student_state(work: Workspace, done: int, *, matrices: bool) -> dict[str, An
         matrices: keep embeddings and head too, because the model stage tunes them.
 
     Returns:
-        `blocks`: {number: state}, `formats`: {number: {layer: entry of `describe_layer`}}, `loose`: {name: tensor}.
+        `blocks`: {number: state}, `formats`: {number: {layer: entry of `describe_layer`}}, `non_block`: {name: tensor}.
     """
     return {
         "blocks": {i: work.blocks[i].state_dict() for i in range(done)},
@@ -32,7 +32,7 @@ def student_state(work: Workspace, done: int, *, matrices: bool) -> dict[str, An
             i: {name: describe_layer(m) for name, m in find_layers(work.blocks[i], PackedLinear).items()}
             for i in range(done)
         },
-        "loose": {name: p.detach().clone() for name, p in _loose(work, matrices).items()},
+        "non_block": {name: p.detach().clone() for name, p in _non_block(work, matrices).items()},
     }
 
 
@@ -58,9 +58,9 @@ def restore_student(work: Workspace, state: dict[str, Any], *, matrices: bool) -
         work.blocks[i] = block
         if not whole:
             work.skip(i)
-    for name, p in _loose(work, matrices).items():
-        p.copy_(state["loose"][name])
+    for name, p in _non_block(work, matrices).items():
+        p.copy_(state["non_block"][name])
 
 
-def _loose(work: Workspace, matrices: bool) -> dict[str, nn.Parameter]:
-    return {**work.loose_norms(), **(work.loose_matrices() if matrices else {})}
+def _non_block(work: Workspace, matrices: bool) -> dict[str, nn.Parameter]:
+    return {**work.non_block_norms(), **(work.non_block_matrices() if matrices else {})}

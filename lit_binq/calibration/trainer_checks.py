@@ -40,7 +40,7 @@ def require_no_epochs(epochs: int | None, *unset: int) -> None:
     if epochs is not None and epochs not in unset:
         raise LitBinqError(
             f"trainer.max_epochs: got {epochs}, expected none, each stage has its own epochs: set "
-            "`model.tuning.epochs` for the blocks and `model.finish.epochs` for the whole model"
+            "`model.tuning.epochs` for the blocks and `model.end_to_end.epochs` for the whole model"
         )
 
 

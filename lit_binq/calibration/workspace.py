@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_binq.calibration.streams import StreamOptions, Streams
-from lit_binq.formats.unquantized import require_holds, round_rest
+from lit_binq.formats.unquantized import require_holds, round_unquantized
 from lit_binq.hub.bits import left_matrices
 from lit_binq.models.block_calls import SHORT
 from lit_binq.models.blocks import BlockCall, capture_calls, find_blocks, norm_parameters, require_fitting
@@ -29,7 +29,7 @@ class Workspace:
         held_out: number of held-out windows at the end.
         device: where blocks run.
         options: activation cache.
-        rest_dtype: dtype in which everything but the packed weights is stored.
+        unquantized_dtype: dtype in which everything but the packed weights is stored.
         cuda_graphs: whether tuning steps may be captured as CUDA graphs.
         kv_bits: of the student's keys and values, see `lit_binq.models.kv_cache`; the teacher's are never quantized.
         calls: the blocks' arguments where they are known already.
@@ -45,13 +45,13 @@ class Workspace:
         held_out: int,
         device: torch.device,
         options: StreamOptions,
-        rest_dtype: torch.dtype,
+        unquantized_dtype: torch.dtype,
         cuda_graphs: bool = False,
         kv_bits: int = 0,
         calls: list[BlockCall] | None = None,
     ) -> None:
         teacher.requires_grad_(False)
-        self.teacher, self.device, self.rest_dtype = teacher, device, rest_dtype
+        self.teacher, self.device, self.unquantized_dtype = teacher, device, unquantized_dtype
         self.cuda_graphs, self.kv_bits = cuda_graphs, kv_bits
         self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.bits: dict[str, float] = {}  # "block.linear": true bits it may take, where a budget was planned
@@ -59,8 +59,8 @@ class Workspace:
         shared = {id(t): t for t in (*self.teacher_blocks.parameters(), *self.teacher_blocks.buffers())}
         self.student: PreTrainedModel = copy.deepcopy(teacher, shared)
         self.blocks = find_blocks(self.student)
-        require_storable(teacher, self.teacher_blocks, rest_dtype)
-        round_rest(self.student, rest_dtype, shared)
+        require_storable(teacher, self.teacher_blocks, unquantized_dtype)
+        round_unquantized(self.student, unquantized_dtype, shared)
         self._report_left()
         self.streams = Streams(windows, held_out, device, options)
         self.home = next(teacher.parameters()).device  # where blocks rest that are not in progress
@@ -102,12 +102,12 @@ class Workspace:
         self.blocks[i] = block.to(self.home)
         self.teacher_blocks[i].to(self.home)
 
-    def loose_norms(self) -> dict[str, nn.Parameter]:
+    def non_block_norms(self) -> dict[str, nn.Parameter]:
         """The student's norm parameters outside the blocks: only the model stage tunes them."""
         inside = {id(p) for p in self.blocks.parameters()}
         return {name: p for name, p in norm_parameters(self.student).items() if id(p) not in inside}
 
-    def loose_matrices(self) -> dict[str, nn.Parameter]:
+    def non_block_matrices(self) -> dict[str, nn.Parameter]:
         """The student's embeddings and head, a shared tensor once; only the model stage tunes them, if asked to."""
         inside = {id(p) for p in self.blocks.parameters()}
         return {name: p for name, p in self.student.named_parameters() if p.dim() == 2 and id(p) not in inside}
@@ -118,10 +118,10 @@ def linear_weights(blocks: nn.ModuleList) -> set[int]:
     return {id(m.weight) for m in blocks.modules() if isinstance(m, nn.Linear)}
 
 
-def require_storable(teacher: PreTrainedModel, blocks: nn.ModuleList, rest_dtype: torch.dtype) -> None:
+def require_storable(teacher: PreTrainedModel, blocks: nn.ModuleList, unquantized_dtype: torch.dtype) -> None:
     """Make sure that all that will not be packed can be stored, inside the blocks as well; tuned norms are asked again.
 
     Raises:
         LitBinqError: see `lit_binq.formats.unquantized.require_holds`.
     """
-    require_holds(teacher, rest_dtype, linear_weights(blocks))
+    require_holds(teacher, unquantized_dtype, linear_weights(blocks))

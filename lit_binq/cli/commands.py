@@ -33,7 +33,7 @@ def compare(config: str, only: list[str] | str | None = None) -> None:
         )
 
 
-def report(run: str, out: str | None = None, beside: list[str] | str | None = None) -> None:
+def report(run: str, out: str | None = None, baselines: list[str] | str | None = None) -> None:
     """Draw the diagnostics of a run: PNG pictures and one page that needs nothing else.
 
     The fit must have measured something: option `model.diagnostics.windows`.
@@ -41,11 +41,11 @@ def report(run: str, out: str | None = None, beside: list[str] | str | None = No
     Args:
         run: folder of a run, or its packed folder.
         out: folder to write; RUN/report if not given.
-        beside: other runs to draw on the same axes: FOLDER, or several with commas between.
+        baselines: other runs to draw on the same axes: FOLDER, or several with commas between.
     """
     from lit_binq.report.page import report as draw
 
-    draw(run, out, beside)
+    draw(run, out, baselines)
 
 
 def export(

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from typing import Literal
 
-Style = Literal["verbatim", "lower", "treebank"]
+Normalization = Literal["verbatim", "lower", "treebank"]
 
 VOCABULARY = 10_000
 """Words that keep their spelling in the style `treebank`; the usual language-modelling version has as many."""
@@ -26,18 +26,18 @@ _WORD = re.compile(
 )
 
 
-def restyle(text: str, style: Style) -> str:
+def normalize(text: str, normalization: Normalization) -> str:
     """The text in another style.
 
     Args:
         text: any text.
-        style: `verbatim` changes nothing; `lower` takes lower case; `treebank` imitates how the Penn Treebank comes as
-            a language-modelling corpus: one sentence a line with a space at both ends, lower case, no punctuation,
-            contractions split (`does n't`), numbers as `N`, all but the most frequent words as `<unk>`.
+        normalization: `verbatim` changes nothing; `lower` takes lower case; `treebank` imitates how the Penn Treebank
+            comes as a language-modelling corpus: one sentence a line with a space at both ends, lower case, no
+            punctuation, contractions split (`does n't`), numbers as `N`, all but the most frequent words as `<unk>`.
     """
-    if style == "lower":
+    if normalization == "lower":
         return text.lower()
-    if style == "verbatim":
+    if normalization == "verbatim":
         return text
     lines = [line for paragraph in text.splitlines() for line in _SENTENCE_END.split(paragraph)]
     sentences = [words for line in lines if (words := _WORD.findall(line.lower().replace("’", "'")))]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_binq.data.normalize import Style, restyle
+from lit_binq.data.normalize import Normalization, normalize
 from lit_binq.errors import LitBinqError, first_line
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class TextSource:
         begin: where the text begins, as a share of its characters; moved to the next line's start.
         end: where it ends, likewise: a file's parts can serve calibration and evaluation without overlap.
         skip_lines: regular expression; lines that begin with a match are left out (before `begin` and `end` count).
-        style: `verbatim`, or another style of the same words: `lower` (lower case), `treebank` (see
+        normalization: `verbatim`, or another style of the same words: `lower` (lower case), `treebank` (see
             lit_binq.data.normalize).
         share: weight of this source among several; windows are dealt in proportion.
     """
@@ -59,7 +59,7 @@ class TextSource:
     begin: float = 0.0
     end: float = 1.0
     skip_lines: str = ""
-    style: Style = "verbatim"
+    normalization: Normalization = "verbatim"
     share: float = 1.0
 
     def __post_init__(self) -> None:
@@ -71,8 +71,10 @@ class TextSource:
             raise LitBinqError(
                 f"skip_lines: {self.skip_lines!r} is no regular expression ({error}); expected one such as '<doc'"
             ) from error
-        if self.style not in get_args(Style):
-            raise LitBinqError(f"style: got {self.style!r}, expected one of {', '.join(get_args(Style))}")
+        if self.normalization not in get_args(Normalization):
+            raise LitBinqError(
+                f"normalization: got {self.normalization!r}, expected one of {', '.join(get_args(Normalization))}"
+            )
         if not 0 < self.share < float("inf"):
             raise LitBinqError(f"share: got {self.share}, expected a number above 0")
         if self.limit_documents is not None and self.limit_documents < 1:
@@ -89,7 +91,7 @@ class TextSource:
         """The source in a few words."""
         part = f" from {self.begin:g} to {self.end:g}" if (self.begin, self.end) != (0.0, 1.0) else ""
         part += f" without lines {self.skip_lines!r}" if self.skip_lines else ""
-        part += f" in style {self.style}" if self.style != "verbatim" else ""
+        part += f" in normalization {self.normalization}" if self.normalization != "verbatim" else ""
         part += f", share {self.share:g}" if self.share != 1 else ""
         path = Path(self.path).expanduser()
         if path.suffix in PLAIN or (path.is_dir() and any(f.suffix in PLAIN for f in path.iterdir())):
@@ -131,7 +133,7 @@ def read_text(source: TextSource) -> str:
         skip = re.compile(source.skip_lines)
         text = "".join(line for line in text.splitlines(keepends=True) if not skip.match(line))
     text = text[_line_start(text, source.begin) : _line_start(text, source.end)]
-    return restyle(text, source.style)
+    return normalize(text, source.normalization)
 
 
 def _line_start(text: str, share: float) -> int:

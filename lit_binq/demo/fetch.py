@@ -199,9 +199,9 @@ def convert(model: Path, out: Path) -> None:
     model, out = Path(model), Path(out)
     if model.suffix.lower() != ".gguf" or not model.is_file():
         raise LitBinqError(f"demo: --model {str(model)!r} is no .gguf file, expected one: run `fetch` first")
-    digest, marker = sha256(model), out / CONVERTED
-    if marker.is_file():
-        if marker.read_text(encoding="utf-8").strip() == digest:
+    digest, stamp = sha256(model), out / CONVERTED
+    if stamp.is_file():
+        if stamp.read_text(encoding="utf-8").strip() == digest:
             log.info("%s: converted already", out)
             return
     elif out.exists():

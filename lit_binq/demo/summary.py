@@ -205,15 +205,15 @@ def _perplexity(recipe: str, results: dict[str, Any], name: str, *wanted: str) -
     return [found[key] for key in wanted]
 
 
-def summarize(recipe: str, onnx: str, out: str, beside: str | None = None) -> None:
+def summarize(recipe: str, onnx: str, out: str, baseline: str | None = None) -> None:
     """Measure an exported run and write its summary.
 
     Args:
         recipe: the YAML file of the fit; its `results` file must exist.
         onnx: the exported folder.
         out: JSON file to write.
-        beside: the YAML file of another fit of the same model on the same data, whose bits, perplexity and text are to
-            stand beside; nothing of it needs to be exported.
+        baseline: the YAML file of another fit of the same model on the same data, whose bits, perplexity and text are
+            to stand beside; nothing of it needs to be exported.
 
     Raises:
         LitBinqError: a fit has left no results, the evaluation sets differ, or the export is of another fit.
@@ -221,15 +221,15 @@ def summarize(recipe: str, onnx: str, out: str, beside: str | None = None) -> No
     from lit_binq_onnx.runtime.session import DATA, FUSED, MODEL
 
     options, fit = _fitted(recipe)
-    other = None if beside is None else _fitted(beside)
+    other = None if baseline is None else _fitted(baseline)
     name = next(iter(options["data"]["evaluation"]))
     ppl_fp, ppl_torch = _perplexity(recipe, fit, name, "fp", "packed")
-    ppl_beside = [] if other is None else _perplexity(str(beside), other[1], name, "packed")
+    ppl_baseline = [] if other is None else _perplexity(str(baseline), other[1], name, "packed")
     _require_export_of(Path(onnx), recipe, options, fit)
     sets, fingerprint = evaluation_windows(options)
     _require_evaluated_on(recipe, fit, fingerprint)
     if other is not None:
-        _require_evaluated_on(str(beside), other[1], fingerprint)
+        _require_evaluated_on(str(baseline), other[1], fingerprint)
     windows = sets[name]
     perplexity = onnx_perplexities(Path(onnx), windows)
     log.info("decoding speed")
@@ -251,10 +251,10 @@ def summarize(recipe: str, onnx: str, out: str, beside: str | None = None) -> No
         "text": PROMPT + text,
     }
     if other is not None:
-        log.info("text of the recipe beside")
-        summary["beside"] = {
+        log.info("text of the recipe of comparison")
+        summary["baseline"] = {
             "true_bits": other[1]["true_bits"],
-            "ppl_torch": ppl_beside[0],
+            "ppl_torch": ppl_baseline[0],
             "calibration_seconds": other[1]["calibration_seconds"],
             "text": PROMPT + torch_text(other[0]["model"]["packed"], PROMPT, NEW_TOKENS),
         }
@@ -287,7 +287,7 @@ def table(s: dict[str, Any]) -> str:
         ("ONNX files", f"{s['onnx_megabytes']:.0f} MB"),
     ]
     written = [f"It writes: {s['text']!r}"]
-    if other := s.get("beside"):
+    if other := s.get("baseline"):
         rows.append((f"beside it, {other['true_bits']:.3f} bits, torch", f"{other['ppl_torch']:.2f}"))
         written.append(f"With {other['true_bits']:.3f} bits: {other['text']!r}")
     lines = [f"| {s['model'].rpartition('/')[2]} | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]

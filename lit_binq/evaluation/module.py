@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lit_binq.errors import LitBinqError
 from lit_binq.evaluation.perplexity import TokenPerplexity
 from lit_binq.formats.activations import FULL_BITS
-from lit_binq.formats.manifest import read_marker
+from lit_binq.formats.manifest import read_manifest
 from lit_binq.hub.bits import activation_bits, file_bits, how_counted, true_bits
 from lit_binq.hub.save_load import load_packed
 from lit_binq.models.blocks import move, require_fitting
@@ -103,7 +103,7 @@ class PackedEvaluation(pl.LightningModule):
     def summary(self) -> dict[str, Any]:
         """Perplexities by evaluation set, with the bits of the packed model they belong to and facts of its fit."""
         student = self._outside["student"]
-        facts = read_marker(self.packed)["facts"]
+        facts = read_manifest(self.packed)["facts"]
         return {
             "model": self.source,
             "packed": str(self.packed),

@@ -165,7 +165,7 @@ class PackedLinear(nn.Module):
 
     @abstractmethod
     def latent(self, train_codes: bool, target: Tensor | None = None) -> LatentLinear:
-        """The trainable twin.
+        """The trainable layer.
 
         Args:
             train_codes: whether codes may change.

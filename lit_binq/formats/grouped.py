@@ -142,7 +142,7 @@ class GroupedLinear(PackedLinear):
         return Grouped(self.scales.float(), unpack_signs(self.codes, self.in_features), self.group)
 
     def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentGroupedLinear":
-        """The trainable twin; see the base class."""
+        """The trainable layer; see the base class."""
         return LatentGroupedLinear(self.solution(), self.bias, train_codes, target)
 
     def products(self) -> list[Product]:
@@ -152,7 +152,7 @@ class GroupedLinear(PackedLinear):
 
 
 class LatentGroupedLinear(LatentLinear):
-    """The trainable twin: W^_ij = s_{i, j // g} sign(v_ij).
+    """The trainable layer: W^_ij = s_{i, j // g} sign(v_ij).
 
     Args:
         solution: s (N, G), B (N, K).

@@ -1,4 +1,4 @@
-"""What the trainable twins of all formats share: latent codes and their straight-through sign.
+"""What the trainable layers of all formats share: latent codes and their straight-through sign.
 
 Legend: v latent codes, any shape; their signs are the stored codes B.
 

@@ -143,7 +143,7 @@ class LowRankLinear(PackedLinear):
         return LowRank(self.left_scale.float(), A, self.inner_scale.float(), B, self.right_scale.float())
 
     def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentLowRankLinear":
-        """The trainable twin; see the base class."""
+        """The trainable layer; see the base class."""
         return LatentLowRankLinear(self.solution(), self.bias, train_codes, target)
 
     def products(self) -> list[Product]:
@@ -157,7 +157,7 @@ class LowRankLinear(PackedLinear):
 
 
 class LatentLowRankLinear(LatentLinear):
-    """The trainable twin: both factors learn.
+    """The trainable layer: both factors learn.
 
     Args:
         solution: both factors and their scales.

@@ -6,7 +6,8 @@ Its keys are
     linears        {module name: {"format": name, layout...}}, e.g. {"model.layers.0.mlp.up_proj": {"format":
                    "planes", "columns1": 58}}
     tied           {tensor name: name of the tensor it shares its memory with}; the former is not stored
-    rest_dtype     dtype of every floating-point tensor outside the packed weights
+    unquantized_dtype
+                   dtype of every floating-point tensor outside the packed weights; `rest_dtype` in older folders
     true_bits      stored bits of the weights inside the blocks, for each of them (lit_binq.hub.bits)
     kv_bits        bits of keys and values (lit_binq.models.kv_cache); 0, or no such key, leaves them as they are
     dense_weights  weights of the dense model, a tied embedding counted once
@@ -23,7 +24,7 @@ from typing import Any
 from lit_binq.errors import LitBinqError
 from lit_binq.utils.files import quoted, read_json
 
-PACKED_MARKER = "lit_binq.json"
+MANIFEST = "lit_binq.json"
 """The file that tells a packed folder from a Hugging Face checkpoint."""
 
 VERSION = 3
@@ -33,14 +34,14 @@ OLDER = (2,)
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "linears": dict,
     "tied": dict,
-    "rest_dtype": str,
+    "unquantized_dtype": str,
     "true_bits": (int, float),
     "dense_weights": int,
     "facts": dict,
 }
 
 
-def read_marker(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """lit_binq.json of a packed folder, checked; its keys are in this file's head.
 
     Raises:
@@ -49,22 +50,23 @@ def read_marker(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise LitBinqError(f"packed folder {str(folder)!r}: no such folder; check the path")
-    path = folder / PACKED_MARKER
+    path = folder / MANIFEST
     if not path.is_file():
         raise LitBinqError(
-            f"{str(folder)!r} is not a packed folder: it has no {PACKED_MARKER}; expected the output folder "
-            "of `litbinq fit`"
+            f"{str(folder)!r} is not a packed folder: it has no {MANIFEST}; expected the output folder of `litbinq fit`"
         )
-    where = f"packed folder {str(folder)!r}: {PACKED_MARKER}"
-    marker = {"facts": {}, **read_json(path, (VERSION, *OLDER), where, "write the folder again")}
+    where = f"packed folder {str(folder)!r}: {MANIFEST}"
+    manifest = {"facts": {}, **read_json(path, (VERSION, *OLDER), where, "write the folder again")}
+    if "rest_dtype" in manifest:
+        manifest["unquantized_dtype"] = manifest.pop("rest_dtype")
     for key, kind in _KINDS.items():
-        if key not in marker:
+        if key not in manifest:
             raise LitBinqError(f"{where} lacks {key!r}; write the folder again")
-        if not isinstance(marker[key], kind) or isinstance(marker[key], bool):
-            raise LitBinqError(f"{where}: {key} is {quoted(marker[key])}, which it cannot be; write the folder again")
-    for name, kept in marker["tied"].items():
+        if not isinstance(manifest[key], kind) or isinstance(manifest[key], bool):
+            raise LitBinqError(f"{where}: {key} is {quoted(manifest[key])}, which it cannot be; write the folder again")
+    for name, kept in manifest["tied"].items():
         if not isinstance(kept, str):
             raise LitBinqError(
                 f"{where}: {quoted(name)} is tied to {quoted(kept)}, expected a name; write the folder again"
             )
-    return marker
+    return manifest

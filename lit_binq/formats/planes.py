@@ -215,7 +215,7 @@ class PlanesLinear(PackedLinear):
         return unpacked(*self._planes())
 
     def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentPlanesLinear":
-        """The trainable twin; see the base class."""
+        """The trainable layer; see the base class."""
         return LatentPlanesLinear(self.solution(), self.bias, train_codes, target)
 
     def products(self) -> list[Product]:
@@ -234,7 +234,7 @@ class PlanesLinear(PackedLinear):
 
 
 class LatentPlanesLinear(LatentLinear):
-    """The trainable twin; the choice of columns stays.
+    """The trainable layer; the choice of columns stays.
 
     One latent v stands for all codes of a weight, by its binary expansion: u_0 = v, B_p = sign(u_p) and
     u_(p+1) = 2 (u_p - B_p). With two planes the levels have thresholds -1, 0 and 1, and a latent that is pushed passes

@@ -129,7 +129,7 @@ class BinaryLinear(PackedLinear):
         return RowColumn(self.row_scale.float(), self.col_scale.float(), unpack_signs(self.codes, self.in_features))
 
     def latent(self, train_codes: bool, target: Tensor | None = None) -> "LatentBinaryLinear":
-        """The trainable twin; see the base class."""
+        """The trainable layer; see the base class."""
         return LatentBinaryLinear(self.solution(), self.bias, train_codes, target)
 
     def products(self) -> list[Product]:
@@ -139,7 +139,7 @@ class BinaryLinear(PackedLinear):
 
 
 class LatentBinaryLinear(LatentLinear):
-    """The trainable twin: W^ = diag(r) sign(v) diag(c).
+    """The trainable layer: W^ = diag(r) sign(v) diag(c).
 
     Args:
         solution: r (N,), c (K,), B (N, K).

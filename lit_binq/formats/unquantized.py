@@ -54,7 +54,7 @@ def rest_tensors(module: nn.Module, skip: Container[int] = ()) -> Iterator[tuple
 
 @torch.no_grad()
 def require_holds(module: nn.Module, dtype: torch.dtype, skip: Container[int] = ()) -> None:
-    """Make sure that `round_rest` neither overflows nor loses a row of any tensor.
+    """Make sure that `round_unquantized` neither overflows nor loses a row of any tensor.
 
     Args:
         module: a model or a part of one.
@@ -73,7 +73,7 @@ def require_holds(module: nn.Module, dtype: torch.dtype, skip: Container[int] = 
         if not torch.isfinite(torch.stack((low, high)).to(dtype)).all():
             raise LitBinqError(
                 f"tensor {name} has values up to {float(tensor.abs().max()):g} that {shown} cannot hold; "
-                "expected values that stay finite: set the option `rest_dtype` to bfloat16 or float32"
+                "expected values that stay finite: set the option `unquantized_dtype` to bfloat16 or float32"
             )
         small = _small_rows(rows, dtype)
         if not len(small):
@@ -93,8 +93,8 @@ def require_holds(module: nn.Module, dtype: torch.dtype, skip: Container[int] = 
         if lost > LOSS:
             raise LitBinqError(
                 f"tensor {name} has values too small for {shown}: row {int(small[worst])}, of size "
-                f"{size:.1e}, would lose {lost:.1%}, expected at most {LOSS:.1%}: set the option `rest_dtype` to "
-                "bfloat16 or float32"
+                f"{size:.1e}, would lose {lost:.1%}, expected at most {LOSS:.1%}: set the option `unquantized_dtype` "
+                "to bfloat16 or float32"
             )
 
 
@@ -131,7 +131,7 @@ def _in_use(
 
 
 @torch.no_grad()
-def round_rest(module: nn.Module, dtype: torch.dtype = torch.float16, skip: Container[int] = ()) -> None:
+def round_unquantized(module: nn.Module, dtype: torch.dtype = torch.float16, skip: Container[int] = ()) -> None:
     """Round the rest of a model or block to the dtype it is stored in, in place, held as contiguous float32.
 
     `module.stored_dtype` says from then on which dtype that is.
@@ -163,6 +163,6 @@ def round_rest(module: nn.Module, dtype: torch.dtype = torch.float16, skip: Cont
 
 
 def stored_bits(module: nn.Module, tensor: Tensor) -> int:
-    """Bits that each value of a tensor outside packed weights takes in a file: of `round_rest`'s dtype, if it ran."""
+    """Bits in a file of each value of a tensor outside packed weights: of `round_unquantized`'s dtype, if it ran."""
     dtype = getattr(module, "stored_dtype", None)
     return torch.finfo(dtype).bits if dtype is not None and tensor.is_floating_point() else tensor.element_size() * 8

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PackedLinear
 from lit_binq.formats.activations import mean_bits
-from lit_binq.formats.manifest import read_marker
+from lit_binq.formats.manifest import read_manifest
 from lit_binq.formats.registry import packed_linears
 from lit_binq.formats.unquantized import stored_bits
 from lit_binq.models.blocks import find_blocks
@@ -98,7 +98,7 @@ def file_bits(folder: str | Path) -> float:
     Raises:
         LitBinqError: not a packed folder.
     """
-    folder, marker = Path(folder), read_marker(Path(folder))
-    names = marker.get("files") or [f for f in folder.rglob("*") if f.is_file() and f != folder / DIAGNOSTICS]
+    folder, manifest = Path(folder), read_manifest(Path(folder))
+    names = manifest.get("files") or [f for f in folder.rglob("*") if f.is_file() and f != folder / DIAGNOSTICS]
     size = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
-    return 8 * size / int(marker["dense_weights"])
+    return 8 * size / int(manifest["dense_weights"])

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lit_binq.errors import LitBinqError, first_line
-from lit_binq.formats.manifest import PACKED_MARKER, VERSION
+from lit_binq.formats.manifest import MANIFEST, VERSION
 from lit_binq.formats.registry import empty_layer, packed_linears
 from lit_binq.hub.bits import dense_weights, true_bits
 from lit_binq.hub.config import read_configuration
@@ -31,7 +31,7 @@ from lit_binq.models.ties import FLAG, state_ties, tie
 from lit_binq.utils.files import quoted
 
 WEIGHTS = "model.safetensors"
-REST_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+UNQUANTIZED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
@@ -61,7 +61,7 @@ def dtype_name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def rest_names(model: nn.Module, names: list[str]) -> list[str]:
+def unquantized_names(model: nn.Module, names: list[str]) -> list[str]:
     """Those of `names` that are not part of a packed weight. A packed linear's bias belongs to the rest."""
     packed = {f"{module}.{buffer}" for module, m in packed_linears(model).items() for buffer in m.weight_buffers()}
     return [name for name in names if name not in packed]
@@ -82,12 +82,12 @@ def damaged(name: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def read_model(folder: Path, marker: dict[str, Any]) -> PreTrainedModel:
+def read_model(folder: Path, manifest: dict[str, Any]) -> PreTrainedModel:
     """The model of a packed folder, on the host in evaluation mode, rest as float32; without generation settings.
 
     Args:
         folder: the folder.
-        marker: what `read_marker` read of it.
+        manifest: what `read_manifest` read of it.
 
     Raises:
         LitBinqError: a file is missing, damaged, or does not fit the others.
@@ -95,13 +95,13 @@ def read_model(folder: Path, marker: dict[str, Any]) -> PreTrainedModel:
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise LitBinqError(f"packed folder {str(folder)!r}: {name} is missing; expected a complete packed folder")
-    where = f"packed folder {str(folder)!r}: {PACKED_MARKER}"
-    if marker["rest_dtype"] not in REST_DTYPES:
+    where = f"packed folder {str(folder)!r}: {MANIFEST}"
+    if manifest["unquantized_dtype"] not in UNQUANTIZED_DTYPES:
         raise LitBinqError(
-            f"{where}: rest_dtype is {quoted(marker['rest_dtype'])}, expected one of {', '.join(REST_DTYPES)}; write "
-            "the folder again"
+            f"{where}: unquantized_dtype is {quoted(manifest['unquantized_dtype'])}, expected one of "
+            f"{', '.join(UNQUANTIZED_DTYPES)}; write the folder again"
         )
-    bits = marker.get("kv_bits", 0)
+    bits = manifest.get("kv_bits", 0)
     if isinstance(bits, bool) or bits not in KV_BITS:
         raise LitBinqError(
             f"{where} asks for kv_bits {quoted(bits)}, expected one of {', '.join(map(str, KV_BITS))}; it was written "
@@ -114,29 +114,29 @@ def read_model(folder: Path, marker: dict[str, Any]) -> PreTrainedModel:
         with torch.device("meta"), _counted(1000 + _PARTS * len(header)), no_init_weights():
             skeleton = _from_config(copy.deepcopy(config))
     with torch.device("meta"):
-        _replace_linears(skeleton, marker["linears"], folder)
-    _require_fit(skeleton, header, marker, folder)
+        _replace_linears(skeleton, manifest["linears"], folder)
+    _require_fit(skeleton, header, manifest, folder)
     with damaged("config.json", folder), no_init_weights():
         # Memory of the dense linears is reserved but never touched: they are replaced before reading.
         model = _from_config(config)
-    _replace_linears(model, marker["linears"], folder)
+    _replace_linears(model, manifest["linears"], folder)
     stated = getattr(model.config, FLAG, None)
-    with damaged(PACKED_MARKER, folder):
-        tie(model, marker["tied"])
+    with damaged(MANIFEST, folder):
+        tie(model, manifest["tied"])
         state_ties(model)
         set_kv_bits(model, bits)
-    if marker["version"] == VERSION and stated != getattr(model.config, FLAG, None):
+    if manifest["version"] == VERSION and stated != getattr(model.config, FLAG, None):
         raise LitBinqError(
-            f"packed folder {str(folder)!r}: config.json says {FLAG} {stated}, but {PACKED_MARKER} the opposite; "
+            f"packed folder {str(folder)!r}: config.json says {FLAG} {stated}, but {MANIFEST} the opposite; "
             "expected the same of both, as they were written: write the folder again"
         )
     _load_tensors(model, folder)
-    model.stored_dtype = REST_DTYPES[marker["rest_dtype"]]  # type: ignore[assignment]  # a plain attribute
+    model.stored_dtype = UNQUANTIZED_DTYPES[manifest["unquantized_dtype"]]  # type: ignore[assignment]  # a plain attribute
     counted = {"true_bits": true_bits(model), "dense_weights": dense_weights(model)}
     for key, value in counted.items():
-        if marker["version"] == VERSION and marker[key] != value:
+        if manifest["version"] == VERSION and manifest[key] != value:
             raise LitBinqError(
-                f"{where} says {key} {quoted(marker[key])}, but its tensors say {value}; write the folder again"
+                f"{where} says {key} {quoted(manifest[key])}, but its tensors say {value}; write the folder again"
             )
     return model.eval()
 
@@ -210,7 +210,7 @@ def _replace_linears(model: nn.Module, linears: dict[str, Any], folder: Path) ->
             linear = None
         if not isinstance(linear, nn.Linear):
             raise LitBinqError(
-                f"packed folder {str(folder)!r}: {PACKED_MARKER} names {quoted(name)[1:-1]}, which is no linear "
+                f"packed folder {str(folder)!r}: {MANIFEST} names {quoted(name)[1:-1]}, which is no linear "
                 "layer of config.json's model"
             )
         try:
@@ -219,14 +219,14 @@ def _replace_linears(model: nn.Module, linears: dict[str, Any], folder: Path) ->
             raise LitBinqError(f"packed folder {str(folder)!r}: linear {name}: {error}") from error
 
 
-def _require_fit(skeleton: PreTrainedModel, header: dict[str, Stored], marker: dict[str, Any], folder: Path) -> None:
+def _require_fit(skeleton: PreTrainedModel, header: dict[str, Stored], manifest: dict[str, Any], folder: Path) -> None:
     """Make sure that the weights file holds every tensor of a model, and no other."""
     where = f"packed folder {str(folder)!r}: {WEIGHTS}"
-    state, tied = skeleton.state_dict(), marker["tied"]
+    state, tied = skeleton.state_dict(), manifest["tied"]
     for name, kept in tied.items():
         if name not in state or kept not in state or kept in tied or state[name].shape != state[kept].shape:
             raise LitBinqError(
-                f"packed folder {str(folder)!r}: {PACKED_MARKER} ties {quoted(name)} to {quoted(kept)}, expected two "
+                f"packed folder {str(folder)!r}: {MANIFEST} ties {quoted(name)} to {quoted(kept)}, expected two "
                 "tensors of the model that are alike; write the folder again"
             )
     if wrong := sorted((state.keys() - tied.keys()) ^ header.keys()):
@@ -234,10 +234,13 @@ def _require_fit(skeleton: PreTrainedModel, header: dict[str, Stored], marker: d
         raise LitBinqError(
             f"{where} {there} tensor {quoted(wrong[0])[1:-1]} ({len(wrong)} differ); write the folder again"
         )
-    rest, rest_dtype = set(rest_names(skeleton, list(state))), REST_DTYPES[marker["rest_dtype"]]
+    rest, unquantized_dtype = (
+        set(unquantized_names(skeleton, list(state))),
+        UNQUANTIZED_DTYPES[manifest["unquantized_dtype"]],
+    )
     for name, stored in header.items():
         target = state[name]
-        dtype = rest_dtype if name in rest and target.is_floating_point() else target.dtype
+        dtype = unquantized_dtype if name in rest and target.is_floating_point() else target.dtype
         if stored != (dtype, tuple(target.shape)):
             raise LitBinqError(
                 f"{where}: {name} is {dtype_name(stored.dtype)} {stored.shape}, expected {dtype_name(dtype)} "

@@ -7,7 +7,7 @@ A packed folder holds
     config.json, generation_config.json, tokenizer files    as Hugging Face writes them
 
 What is stored is what is computed with: packed weights are the very buffers of their modules, and everything
-else (embeddings, norms, head, biases: "the rest") is rounded to `rest_dtype` in the model before writing.
+else (embeddings, norms, head, biases: "the rest") is rounded to `unquantized_dtype` in the model before writing.
 """
 
 import json
@@ -25,12 +25,12 @@ from transformers import (
 
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import FORMATS
-from lit_binq.formats.manifest import PACKED_MARKER, VERSION, read_marker
+from lit_binq.formats.manifest import MANIFEST, VERSION, read_manifest
 from lit_binq.formats.registry import describe_layer, packed_linears
-from lit_binq.formats.unquantized import round_rest
+from lit_binq.formats.unquantized import round_unquantized
 from lit_binq.hub.bits import dense_weights, true_bits
 from lit_binq.hub.config import FORMAT, difference, write_configuration
-from lit_binq.hub.reader import REST_DTYPES, WEIGHTS, damaged, dtype_name, read_model, rest_names
+from lit_binq.hub.reader import UNQUANTIZED_DTYPES, WEIGHTS, damaged, dtype_name, read_model, unquantized_names
 from lit_binq.models.blocks import move
 from lit_binq.models.kv_cache import kv_bits
 from lit_binq.models.ties import distinct_state
@@ -44,7 +44,7 @@ def require_target(folder: Path) -> None:
     Raises:
         LitBinqError: a file, or a folder with other files in it, or nowhere to write.
     """
-    require_folder(folder, "output", PACKED_MARKER)
+    require_folder(folder, "output", MANIFEST)
 
 
 def save_packed(
@@ -53,59 +53,63 @@ def save_packed(
     folder: str | Path,
     *,
     facts: dict[str, Any],
-    rest_dtype: torch.dtype = torch.float16,
+    unquantized_dtype: torch.dtype = torch.float16,
     windows: Tensor | None = None,
 ) -> None:
-    """Write a packed folder; the model's rest is rounded to `rest_dtype` in place first (`round_rest`).
+    """Write a packed folder; the model's rest is rounded to `unquantized_dtype` in place first (`round_unquantized`).
 
     Args:
         model: a causal language model whose packed linears are in place.
         tokenizer: its tokenizer.
         folder: where to; an empty folder or an older packed folder there is replaced once all is written.
         facts: JSON values to keep with the model, under the key `facts`.
-        rest_dtype: float16, bfloat16 or float32.
+        unquantized_dtype: float16, bfloat16 or float32.
         windows: (n, T) int64 tokens. If given, the folder is loaded before it takes its name, and its tensors, and its
             logits on these windows, must be the model's, bit for bit; both then compute on the host.
 
     Raises:
         LitBinqError: the folder holds something else, no linear is packed, the format of a packed linear has
-            no name here, a tensor does not fit `rest_dtype`, or what was written is read as another model. Nothing is
-            written then.
+            no name here, a tensor does not fit `unquantized_dtype`, or what was written is read as another model.
+            Nothing is written then.
     """
     folder = Path(folder)
     require_target(folder)
-    if dtype_name(rest_dtype) not in REST_DTYPES:
-        raise LitBinqError(f"rest_dtype: got {dtype_name(rest_dtype)}, expected one of {', '.join(REST_DTYPES)}")
+    if dtype_name(unquantized_dtype) not in UNQUANTIZED_DTYPES:
+        raise LitBinqError(
+            f"unquantized_dtype: got {dtype_name(unquantized_dtype)}, expected one of {', '.join(UNQUANTIZED_DTYPES)}"
+        )
     linears: dict[str, dict[str, Any]] = {}
     for name, module in packed_linears(model).items():
         if FORMATS.get(module.kind) is not type(module):
             raise LitBinqError(f"linear {name}: format {type(module).__name__} cannot be stored in a packed folder")
         linears[name] = describe_layer(module)
-    round_rest(model, rest_dtype)
+    round_unquantized(model, unquantized_dtype)
     bits = true_bits(model)
     state, tied = distinct_state(model)
-    rest = set(rest_names(model, list(state)))
+    rest = set(unquantized_names(model, list(state)))
     tensors = {
-        name: t.detach().to("cpu", rest_dtype if name in rest and t.is_floating_point() else t.dtype).contiguous()
+        name: t.detach()
+        .to("cpu", unquantized_dtype if name in rest and t.is_floating_point() else t.dtype)
+        .contiguous()
         for name, t in state.items()
     }
-    marker = {
+    manifest = {
         "version": VERSION,
         "linears": linears,
         "tied": tied,
-        "rest_dtype": dtype_name(rest_dtype),
+        "unquantized_dtype": dtype_name(unquantized_dtype),
         "true_bits": bits,
         "kv_bits": kv_bits(model),
         "dense_weights": dense_weights(model),
         "facts": facts,
     }
-    with new_folder(folder, PACKED_MARKER) as work:
+    with new_folder(folder, MANIFEST) as work:
         write_configuration(model, work)
         tokenizer.save_pretrained(work)
         save_file(tensors, work / WEIGHTS, metadata=FORMAT)
         (work / WEIGHTS).chmod(0o644)  # safetensors leaves 0600, which other users could not read
-        text = json.dumps(finite(marker), indent=1, allow_nan=False)
-        (work / PACKED_MARKER).write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(finite(manifest), indent=1, allow_nan=False)
+        (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
         if windows is not None:
             del tensors, state
             _require_same(model, work, windows, folder)
@@ -158,8 +162,8 @@ def load_packed(
             configuration, or an unknown format or version.
     """
     folder = Path(folder)
-    marker = read_marker(folder)
-    model = read_model(folder, marker)
+    manifest = read_manifest(folder)
+    model = read_model(folder, manifest)
     if (folder / "generation_config.json").is_file():
         with damaged("generation_config.json", folder):
             model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lit_binq.errors import LitBinqError, first_line
-from lit_binq.formats.manifest import PACKED_MARKER
+from lit_binq.formats.manifest import MANIFEST
 from lit_binq.models.gguf_checks import require_stated, tensors_left_out
 from lit_binq.models.gguf_files import read_gguf
 from lit_binq.models.gguf_loading import read_once
@@ -104,7 +104,7 @@ def load_model(
     path = _local(source)
     where: str | Path = source if path is None else path
     options: dict[str, Any] = {"revision": revision} if path is None and revision else {}
-    if path is not None and (path / PACKED_MARKER).is_file():
+    if path is not None and (path / MANIFEST).is_file():
         raise LitBinqError(
             f"model {source!r}: a packed folder; expected a full-precision checkpoint "
             "(packed folders are read by lit_binq.hub.load_packed)"

@@ -52,7 +52,7 @@ the block is at least 0.5 in size. The measures follow arXiv 2512.21651.</p>
 """
 
 
-def report(run: str, out: str | None = None, beside: list[str] | str | None = None) -> None:
+def report(run: str, out: str | None = None, baselines: list[str] | str | None = None) -> None:
     """Draw a run: figures and one self-contained page, report.html.
 
     Without diagnostics (option `diagnostics.windows` of the fit) only the losses of the stages can be drawn.
@@ -60,14 +60,14 @@ def report(run: str, out: str | None = None, beside: list[str] | str | None = No
     Args:
         run: packed folder written by `litbinq fit`, or the folder around it.
         out: folder to write; RUN/report if not given (beside RUN, as RUN-report, if RUN is the packed folder itself).
-        beside: other runs to draw into the same figures: one folder, several with commas between them, or a list.
+        baselines: other runs to draw into the same figures: one folder, several with commas between them, or a list.
 
     Raises:
         LitBinqError: a run that cannot be read, a place that cannot be written to, or matplotlib is missing.
     """
-    runs = load_runs([run, *_folders(beside)])
+    runs = load_runs([run, *_folders(baselines)])
     if len(runs) > MOST_RUNS:
-        raise LitBinqError(f"beside: got {len(runs) - 1} other runs, expected at most {MOST_RUNS - 1}")
+        raise LitBinqError(f"baselines: got {len(runs) - 1} other runs, expected at most {MOST_RUNS - 1}")
     target = Path(out) if out is not None else _default_target(Path(run), runs[0])
     require_folder(target, "out", PAGE)
     figures, plotting = _drawing_modules()
@@ -86,10 +86,10 @@ def report(run: str, out: str | None = None, beside: list[str] | str | None = No
     print(f"wrote {target / PAGE}")
 
 
-def _folders(beside: list[str] | str | None) -> list[str]:
-    if isinstance(beside, str):
-        return [beside] if Path(beside).is_dir() else [part for part in beside.split(",") if part]
-    return beside or []
+def _folders(baselines: list[str] | str | None) -> list[str]:
+    if isinstance(baselines, str):
+        return [baselines] if Path(baselines).is_dir() else [part for part in baselines.split(",") if part]
+    return baselines or []
 
 
 def _default_target(folder: Path, run: Run) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.manifest import PACKED_MARKER, read_marker
+from lit_binq.formats.manifest import MANIFEST, read_manifest
 from lit_binq.utils.json_records import DIAGNOSTICS, BlockMeasures, parse_as, read_diagnostics
 
 
@@ -72,22 +72,22 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise LitBinqError(f"run {str(folder)!r}: no such folder; expected a folder that `litbinq fit` wrote to")
-    packed = folder if (folder / PACKED_MARKER).is_file() else folder / "packed"
-    if not (packed / PACKED_MARKER).is_file():
+    packed = folder if (folder / MANIFEST).is_file() else folder / "packed"
+    if not (packed / MANIFEST).is_file():
         raise LitBinqError(
-            f"run {str(folder)!r}: holds neither {PACKED_MARKER} nor packed/{PACKED_MARKER}; expected the packed "
+            f"run {str(folder)!r}: holds neither {MANIFEST} nor packed/{MANIFEST}; expected the packed "
             "folder of `litbinq fit` or the folder around it"
         )
-    marker = read_marker(packed)
+    manifest = read_manifest(packed)
     # A folder around others may hold another run's diagnostics, one around `packed` does not.
     places = [packed, packed.resolve().parent] if packed.resolve().name == "packed" else [packed]
     found = next((p / DIAGNOSTICS for p in reversed(places) if (p / DIAGNOSTICS).is_file()), None)
     around = packed.resolve().parent if packed.resolve().name == "packed" else packed.resolve()
-    facts = marker.get("facts")
+    facts = manifest.get("facts")
     facts = facts if isinstance(facts, dict) else {}
-    where = f"run {str(folder)!r}: {PACKED_MARKER}"
+    where = f"run {str(folder)!r}: {MANIFEST}"
     try:
-        bits = parse_as(float, marker["true_bits"], "true_bits")
+        bits = parse_as(float, manifest["true_bits"], "true_bits")
         told = facts.get("stages", [])
         if not isinstance(told, list):
             raise ValueError(f"facts.stages: got {str(told)[:40]!r}, expected a list")
@@ -126,7 +126,7 @@ def load_runs(folders: list[str]) -> list[Run]:
     places = [r.packed.resolve() for r in runs]
     if len(set(places)) < len(places):
         twice = next(p for p, n in Counter(places).items() if n > 1)
-        raise LitBinqError(f"beside: the run {str(twice)!r} is named twice, expected different ones")
+        raise LitBinqError(f"baselines: the run {str(twice)!r} is named twice, expected different ones")
     counts = Counter(r.name for r in runs)
     for run, folder in zip(runs, folders, strict=True):
         if counts[run.name] > 1:

@@ -82,7 +82,7 @@ class Solver(ABC):
             LitBinqError: T or H holds NaN or inf, the format does not fit into `bits`, or `inputs` cannot be stored.
         """
 
-    def spend(self, weights: dict[str, Tensor], moments: dict[str, Tensor], bits: float) -> dict[str, float]:
+    def allocate_bits(self, weights: dict[str, Tensor], moments: dict[str, Tensor], bits: float) -> dict[str, float]:
         """How many bits each layer may take, so that all together take at most `bits` a weight.
 
         Here: as many for each. Solvers that know where a bit gains most do better.

@@ -75,7 +75,7 @@ class PlanesSolver(Solver):
             solution = update_scales(solution, TH, H)
         return solution
 
-    def spend(self, weights: dict[str, Tensor], moments: dict[str, Tensor], bits: float) -> dict[str, float]:
+    def allocate_bits(self, weights: dict[str, Tensor], moments: dict[str, Tensor], bits: float) -> dict[str, float]:
         """Further planes where they lower the layers' relative output errors most for each bit.
 
         The gain of a column is that of `column_gains` with rank-one fits of the weight itself for the planes and a

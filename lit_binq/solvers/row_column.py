@@ -133,10 +133,10 @@ def descend_codes(
     size, start_weights = scale.abs(), B.T * scale
     W, G = start_weights, TH.T - H @ start_weights  # (K, N)
     # The minimiser of one weight is w + g / H_jj; a code takes its sign. A hair more of w makes a tie keep its code.
-    lean_on = H.diagonal().clamp_min(1e-30) * (1 + torch.finfo(H.dtype).eps)
+    tie_break = H.diagonal().clamp_min(1e-30) * (1 + torch.finfo(H.dtype).eps)
 
     def step(j: int, weights: Tensor, residual: Tensor, out: Tensor) -> None:
-        torch.copysign(size[j], torch.addcmul(residual, weights, lean_on[j]), out=out)
+        torch.copysign(size[j], torch.addcmul(residual, weights, tie_break[j]), out=out)
 
     for _ in range(sweeps):
         W = descend_columns(W, G, H, step, inner=inner, outer=outer)

@@ -16,7 +16,7 @@ from typing import Literal
 from lit_binq.errors import LitBinqError
 from lit_binq.utils.files import PART, SUFFIX
 
-Kind = Literal["folder", "file", "room"]
+Kind = Literal["folder", "file", "parent"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Place:
     Attributes:
         option: its name in errors, such as `model.packed`.
         path: where.
-        kind: `folder` takes the place of what is there, `file` is a JSON file, `room` is a folder that files are put
+        kind: `folder` takes the place of what is there, `file` is a JSON file, `parent` is a folder that files are put
             into beside others.
         manifest: of a folder, the file that tells an older one of ours.
     """
@@ -121,7 +121,7 @@ def _require_writable(place: Place) -> None:
         return  # a device or a pipe is written to as it is
     path = Path(os.path.realpath(path))
     try:
-        there = _existing(path if place.kind == "room" or path.is_dir() else path.parent)
+        there = _existing(path if place.kind == "parent" or path.is_dir() else path.parent)
         if not there.is_dir():
             raise LitBinqError(
                 f"{place.option}: {str(place.path)!r} cannot be written: {str(there)!r} is a file, expected a folder"
@@ -129,7 +129,7 @@ def _require_writable(place: Place) -> None:
         probe = Path(tempfile.mkdtemp(prefix=f"{PART}-", dir=there))
         try:
             deep = probe.joinpath(*path.relative_to(there).parts)
-            deep = deep.with_name(f".{path.name}.{SUFFIX}") if deep != probe and place.kind != "room" else deep
+            deep = deep.with_name(f".{path.name}.{SUFFIX}") if deep != probe and place.kind != "parent" else deep
             deep.mkdir(parents=True, exist_ok=True)
             (deep / "probe").write_bytes(bytes(4096))  # a full disk still takes empty files
         finally:

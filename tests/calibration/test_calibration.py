@@ -21,7 +21,7 @@ from lit_binq.calibration.trainer_checks import refuse_sharding
 from lit_binq.diagnostics.measure import DiagnosticsOptions
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import LatentBinaryLinear, PackedLinear, Solution
-from lit_binq.formats.manifest import read_marker
+from lit_binq.formats.manifest import read_manifest
 from lit_binq.formats.registry import packed_linears
 from lit_binq.hub.bits import true_bits
 from lit_binq.hub.save_load import load_packed
@@ -56,7 +56,7 @@ def test_one_fit_gives_a_packed_model_that_reloads_bit_for_bit(any_model, tokeni
     bits = sum(8 * t.numel() * t.element_size() for n, t in tensors.items() if n.endswith(parts))
     weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
     assert true_bits(model) == pytest.approx(bits / weights, abs=1e-12)
-    facts = read_marker(tmp_path / "packed")["facts"]
+    facts = read_manifest(tmp_path / "packed")["facts"]
     assert facts["calibration_tokens"] == 16 * T
     assert len(facts["stages"]) == 3
 
@@ -71,8 +71,8 @@ def test_tuning_lowers_the_held_out_loss(make_source, text_file, tmp_path):
 def test_a_stage_keeps_at_least_the_closed_form(make_source, text_file, tmp_path):
     source = make_source()
     wild = BlockTuning(epochs=2, lr_codes=5.0, lr_scales=3.0, lr_norms=3.0)
-    module = fit(source, text_file, tmp_path / "wild", tuning=wild, finish=ModelTuning(epochs=0))
-    fit(source, text_file, tmp_path / "closed", tuning=BlockTuning(epochs=0), finish=ModelTuning(epochs=0))
+    module = fit(source, text_file, tmp_path / "wild", tuning=wild, end_to_end=ModelTuning(epochs=0))
+    fit(source, text_file, tmp_path / "closed", tuning=BlockTuning(epochs=0), end_to_end=ModelTuning(epochs=0))
     assert [(r.best_epoch, r.epochs) for r in module.records] == [(0, 2), (0, 2)]
     assert_same(tmp_path / "wild", tmp_path / "closed")
 
@@ -102,9 +102,9 @@ class SaveAmidst(pl.Callback):
 def test_a_checkpoint_amidst_the_model_stage_begins_the_stage_again(make_source, text_file, tmp_path):
     """The stage tunes norms where they stand: what was finished before must not follow them."""
     source, amidst = make_source(), tmp_path / "amidst.ckpt"
-    finish = ModelTuning(epochs=3, lr_codes=0.02, lr_norms=0.1, lr_embeddings=0.1)
-    fit(source, text_file, tmp_path / "whole", finish=finish, callbacks=[SaveAmidst(amidst)])
-    fit(source, text_file, tmp_path / "again", finish=finish, ckpt_path=amidst)
+    end_to_end = ModelTuning(epochs=3, lr_codes=0.02, lr_norms=0.1, lr_embeddings=0.1)
+    fit(source, text_file, tmp_path / "whole", end_to_end=end_to_end, callbacks=[SaveAmidst(amidst)])
+    fit(source, text_file, tmp_path / "again", end_to_end=end_to_end, ckpt_path=amidst)
     assert_same(tmp_path / "whole", tmp_path / "again")
 
 
@@ -140,7 +140,7 @@ def test_the_disk_cache_gives_the_same_bits(make_source, text_file, tmp_path):
 
 def test_two_processes_hold_identical_codes(make_source, text_file, tmp_path):
     source = make_source()
-    closed = {"tuning": BlockTuning(epochs=0), "finish": ModelTuning(epochs=0)}
+    closed = {"tuning": BlockTuning(epochs=0), "end_to_end": ModelTuning(epochs=0)}
     for name, options in (("closed", closed), ("tuned", {})):
         folder = tmp_path / name
         folder.mkdir()
@@ -177,8 +177,8 @@ class Drifting(Solver):
     def solve(self, problem: Problem) -> Solution:
         return self.inner.solve(replace(problem, T=self.drift(problem.T)))
 
-    def spend(self, weights: dict[str, Tensor], moments: dict[str, Tensor], bits: float) -> dict[str, float]:
-        return self.inner.spend({k: self.drift(W) for k, W in weights.items()}, moments, bits)
+    def allocate_bits(self, weights: dict[str, Tensor], moments: dict[str, Tensor], bits: float) -> dict[str, float]:
+        return self.inner.allocate_bits({k: self.drift(W) for k, W in weights.items()}, moments, bits)
 
 
 @pytest.mark.grid(1)
@@ -198,7 +198,7 @@ def test_the_first_process_is_right_about_every_format(form, epochs, make_source
     """Diagnostics, which only the first one takes, keep nobody waiting."""
     options = {
         "tuning": BlockTuning(epochs=epochs),
-        "finish": ModelTuning(epochs=0),
+        "end_to_end": ModelTuning(epochs=0),
         "diagnostics": DiagnosticsOptions(windows=1),
     }
     data, remember = {"windows": 10, "batch_size": 2}, Remember(tmp_path)
@@ -224,12 +224,12 @@ def test_the_epoch_before_tuning_is_the_same_on_both_processes(make_source, text
     monkeypatch.setattr(BlockStage, "parameter_groups", drifting)
     wild = BlockTuning(epochs=1, lr_codes=5.0, lr_scales=3.0, lr_norms=3.0)
     module = fit(make_source(blocks=1), text_file, tmp_path / "packed", callbacks=[Remember(tmp_path)], tuning=wild,
-                 finish=ModelTuning(epochs=0), trainer=two_processes())  # fmt: skip
-    assert read_marker(module.packed)["facts"]["stages"][0]["best_epoch"] == 0
+                 end_to_end=ModelTuning(epochs=0), trainer=two_processes())  # fmt: skip
+    assert read_manifest(module.packed)["facts"]["stages"][0]["best_epoch"] == 0
     assert (tmp_path / "rank-0").read_text() == (tmp_path / "rank-1").read_text()
 
 
-@pytest.mark.parametrize("stage", ["tuning", "finish"])
+@pytest.mark.parametrize("stage", ["tuning", "end_to_end"])
 def test_the_first_process_is_right_about_what_tuning_packs(stage, make_source, text_file, tmp_path, monkeypatch):
     """Latents that are the same everywhere, packed by a device that rounds otherwise, only more; norms as well."""
     pack = LatentBinaryLinear.pack
@@ -240,7 +240,7 @@ def test_the_first_process_is_right_about_what_tuning_packs(stage, make_source, 
         return pack(layer)
 
     monkeypatch.setattr(LatentBinaryLinear, "pack", drifting)
-    options = {"tuning": BlockTuning(), "finish": ModelTuning()} | {
+    options = {"tuning": BlockTuning(), "end_to_end": ModelTuning()} | {
         stage: (BlockTuning if stage == "tuning" else ModelTuning)(epochs=1)
     }
     fit(make_source(blocks=1), text_file, tmp_path / "packed", callbacks=[Remember(tmp_path)], trainer=two_processes(),
@@ -251,14 +251,14 @@ def test_the_first_process_is_right_about_what_tuning_packs(stage, make_source, 
 def test_a_model_that_shares_the_beginning_of_every_tensor_is_another(make_source, text_file, tmp_path, make_model):
     """A fine-tune may leave rows alone: 256 values of each are not the model."""
     source = make_source(blocks=1)
-    fit(source, text_file, tmp_path / "one", finish=ModelTuning())
+    fit(source, text_file, tmp_path / "one", end_to_end=ModelTuning())
     last = tmp_path / "one-ckpt" / "last.ckpt"
     other = make_model("llama", blocks=1)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight[-1, -1] += 1e-6
     other.save_pretrained(source)
     with pytest.raises(LitBinqError, match="another model"):
-        fit(source, text_file, tmp_path / "two", ckpt_path=last, finish=ModelTuning())
+        fit(source, text_file, tmp_path / "two", ckpt_path=last, end_to_end=ModelTuning())
 
 
 def test_a_fingerprint_sees_every_byte(make_model):
@@ -304,7 +304,7 @@ class KeepResults(pl.Callback):
 
 def test_two_processes_report_the_perplexity_of_one(make_source, text_file, tmp_path):
     source = make_source(blocks=1)
-    fit(source, text_file, tmp_path / "packed", tuning=BlockTuning(epochs=0), finish=ModelTuning(epochs=0))
+    fit(source, text_file, tmp_path / "packed", tuning=BlockTuning(epochs=0), end_to_end=ModelTuning(epochs=0))
     results = []
     for options in ({}, two_processes()):
         module = BinQCalibration(str(source), packed=str(tmp_path / "packed"))

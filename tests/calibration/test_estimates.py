@@ -104,7 +104,7 @@ def test_logits_rule_the_heads_step(make_model: Callable[..., PreTrainedModel]) 
 def run(**options: object) -> Run:
     settings: dict[str, object] = {
         "device": CPU, "windows": (20, 64), "batch": 4, "train": 16, "streams": StreamOptions(batch_windows=4),
-        "closed_form": ClosedForm(), "tuning": BlockTuning(epochs=1), "finish": ModelTuning(epochs=1),
+        "closed_form": ClosedForm(), "tuning": BlockTuning(epochs=1), "end_to_end": ModelTuning(epochs=1),
         "evaluation": (4, 64),
     }  # fmt: skip
     return Run(**settings | options)  # type: ignore[arg-type]
@@ -143,7 +143,7 @@ def test_options_move_what_they_should(counted: Callable[..., Estimate]) -> None
     disk = counted(streams=StreamOptions(cache="disk", batch_windows=4))
     assert disk.streams == 3 * 4 * 20 * 64 * 32
     assert "streams" not in phases(disk.host)["tuning"]
-    assert phases(counted(finish=ModelTuning(epochs=0)).host).keys() == base.keys() - {"model"}
+    assert phases(counted(end_to_end=ModelTuning(epochs=0)).host).keys() == base.keys() - {"model"}
     assert phases(counted(tuning=BlockTuning(epochs=0)).host).keys() == base.keys() - {"tuning"}
     larger = phases(counted(batch=8).host)
     assert larger["model"]["kept for the backward pass"] > 1.5 * base["model"]["kept for the backward pass"]

@@ -50,7 +50,7 @@ def test_figures_are_those_of_the_packed_model_and_its_teacher(kind, make_source
     """Recomputed from two whole models, as they are on disk, by the definitions."""
     source = make_source(kind)
     options = DiagnosticsOptions(windows=3)
-    module = fit(source, text_file, tmp_path / "packed", finish=NO_MODEL_STAGE, diagnostics=options,
+    module = fit(source, text_file, tmp_path / "packed", end_to_end=NO_MODEL_STAGE, diagnostics=options,
                  closed_form=ClosedForm(solver=PlanesSolver(), bits=2.6))  # fmt: skip
     blocks = read_diagnostics(tmp_path / DIAGNOSTICS)
     assert [b.block for b in blocks] == [0, 1]
@@ -89,7 +89,7 @@ def test_figures_are_those_of_the_packed_model_and_its_teacher(kind, make_source
 def test_the_loss_before_tuning_is_that_of_the_closed_form(make_source, text_file, tmp_path):
     source, options = make_source(blocks=1), DiagnosticsOptions(windows=16, attention=False)
     closed, tuned = (
-        fit(source, text_file, tmp_path / str(e) / "packed", tuning=BlockTuning(epochs=e), finish=NO_MODEL_STAGE,
+        fit(source, text_file, tmp_path / str(e) / "packed", tuning=BlockTuning(epochs=e), end_to_end=NO_MODEL_STAGE,
             diagnostics=options, data={"held_out": 0.0, "windows": 16})
         for e in (0, 2)
     )  # fmt: skip
@@ -127,7 +127,7 @@ def test_resuming_keeps_the_measures_of_earlier_blocks(make_source, text_file, t
 
 
 def test_a_run_without_diagnostics_does_not_keep_those_of_an_older_one(make_source, text_file, tmp_path):
-    source, off = make_source(blocks=1), {"tuning": OFF, "finish": NO_MODEL_STAGE}
+    source, off = make_source(blocks=1), {"tuning": OFF, "end_to_end": NO_MODEL_STAGE}
     fit(source, text_file, tmp_path / "packed", diagnostics=DiagnosticsOptions(windows=1), **off)
     assert len(load_run(tmp_path).blocks) == 1
     fit(source, text_file, tmp_path / "packed", **off)
@@ -140,7 +140,7 @@ def test_a_run_without_diagnostics_does_not_keep_those_of_an_older_one(make_sour
 
 def test_runs_side_by_side_keep_their_own(make_source, text_file, tmp_path):
     """Packed folders of other names than `packed` may share the folder around them."""
-    source, off = make_source(), {"tuning": OFF, "finish": NO_MODEL_STAGE}
+    source, off = make_source(), {"tuning": OFF, "end_to_end": NO_MODEL_STAGE}
     for n in (1, 2):
         fit(source, text_file, tmp_path / f"model-{n}", diagnostics=DiagnosticsOptions(windows=n), **off)
     for n in (1, 2):
@@ -156,7 +156,7 @@ def test_a_fit_that_cannot_write_leaves_no_diagnostics(make_source, text_file, t
 
     monkeypatch.setattr("lit_binq.calibration.result.save_packed", full)
     with pytest.raises(LitBinqError, match="no space left"):
-        fit(make_source(blocks=1), text_file, tmp_path / "run" / "packed", tuning=OFF, finish=NO_MODEL_STAGE,
+        fit(make_source(blocks=1), text_file, tmp_path / "run" / "packed", tuning=OFF, end_to_end=NO_MODEL_STAGE,
             diagnostics=DiagnosticsOptions(windows=1))  # fmt: skip
     assert not (tmp_path / "run" / DIAGNOSTICS).exists()
     assert not (tmp_path / "run" / "packed").exists()
@@ -164,7 +164,7 @@ def test_a_fit_that_cannot_write_leaves_no_diagnostics(make_source, text_file, t
 
 def test_more_windows_than_there_are_take_all(make_source, text_file, tmp_path):
     options = DiagnosticsOptions(windows=1000, attention=False)
-    module = fit(make_source(blocks=1), text_file, tmp_path / "packed", tuning=OFF, finish=NO_MODEL_STAGE,
+    module = fit(make_source(blocks=1), text_file, tmp_path / "packed", tuning=OFF, end_to_end=NO_MODEL_STAGE,
                  diagnostics=options, data={"windows": 6})  # fmt: skip
     assert [b.windows for b in module.measures] == [6]
 

@@ -5,14 +5,14 @@ import torch
 
 from fitting import KeepEach, Remember, assert_same, fit, stored
 from lit_binq.calibration.options import BlockTuning, ModelTuning
-from lit_binq.formats.manifest import read_marker
+from lit_binq.formats.manifest import read_manifest
 from lit_binq.hub.save_load import load_packed
 from lit_binq.models.load import load_model
 
 OFF, NO_MODEL_STAGE = BlockTuning(epochs=0), ModelTuning(epochs=0)
 
 
-def finish(lr: float, **options: float) -> ModelTuning:
+def end_to_end(lr: float, **options: float) -> ModelTuning:
     """One epoch of the model stage that is kept whatever it brings: the training loss falls."""
     return ModelTuning(epochs=1, lr_embeddings=lr, **{"lr_codes": 0.0} | options)
 
@@ -37,7 +37,7 @@ def test_embeddings_move_only_if_they_have_a_rate(kind, tied, lr, make_source, t
         text_file,
         tmp_path / "packed",
         tuning=OFF,
-        finish=finish(lr),
+        end_to_end=end_to_end(lr),
         callbacks=[remember],
         data={"held_out": 0.0},
     )
@@ -51,7 +51,7 @@ def test_embeddings_move_only_if_they_have_a_rate(kind, tied, lr, make_source, t
     model, _ = load_packed(tmp_path / "packed")
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (embedding is head) == tied
-    assert bool(read_marker(tmp_path / "packed")["tied"]) == tied
+    assert bool(read_manifest(tmp_path / "packed")["tied"]) == tied
     with torch.no_grad():
         assert torch.equal(model(input_ids=torch.arange(24).reshape(1, -1)).logits, remember.logits)
     # The teacher of the fit is the source still.
@@ -63,21 +63,21 @@ def test_embeddings_move_only_if_they_have_a_rate(kind, tied, lr, make_source, t
 @pytest.mark.parametrize("stage", [1, 2])
 def test_resuming_before_and_behind_the_model_stage(tied, stage, make_source, text_file, tmp_path):
     source, keep = make_source(tied=tied, blocks=1), KeepEach(str(tmp_path / "kept"))
-    options = {"tuning": OFF, "finish": finish(0.02, lr_codes=0.02)}
+    options = {"tuning": OFF, "end_to_end": end_to_end(0.02, lr_codes=0.02)}
     fit(source, text_file, tmp_path / "whole", callbacks=[keep], **options)
     resumed = fit(
         source, text_file, tmp_path / "resumed", ckpt_path=tmp_path / "kept" / f"stage-{stage}.ckpt", **options
     )
     assert [r.title for r in resumed.records] == ["block 0", "model"]
     assert_same(tmp_path / "whole", tmp_path / "resumed")
-    assert read_marker(tmp_path / "whole")["tied"] == read_marker(tmp_path / "resumed")["tied"]
+    assert read_manifest(tmp_path / "whole")["tied"] == read_manifest(tmp_path / "resumed")["tied"]
 
 
 def test_embeddings_alone_may_be_tuned(make_source, text_file, tmp_path):
     source = make_source(blocks=1)
-    fit(source, text_file, tmp_path / "none", tuning=OFF, finish=NO_MODEL_STAGE)
-    only = finish(0.02, lr_scales=0.0, lr_norms=0.0)
-    module = fit(source, text_file, tmp_path / "only", tuning=OFF, finish=only)
+    fit(source, text_file, tmp_path / "none", tuning=OFF, end_to_end=NO_MODEL_STAGE)
+    only = end_to_end(0.02, lr_scales=0.0, lr_norms=0.0)
+    module = fit(source, text_file, tmp_path / "only", tuning=OFF, end_to_end=only)
     assert module.records[-1].after < module.records[-1].before
     before, after = stored(tmp_path / "none"), stored(tmp_path / "only")
     assert [n for n in before if not torch.equal(before[n], after[n])] == ["model.embed_tokens.weight"]

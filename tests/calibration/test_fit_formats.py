@@ -11,7 +11,7 @@ from lit_binq import solvers
 from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import PlanesLinear
-from lit_binq.formats.manifest import read_marker
+from lit_binq.formats.manifest import read_manifest
 from lit_binq.formats.registry import packed_linears
 from lit_binq.hub.bits import true_bits
 from lit_binq.hub.save_load import load_packed
@@ -27,9 +27,9 @@ OFF, NO_MODEL_STAGE = BlockTuning(epochs=0), ModelTuning(epochs=0)
 
 def counted_bits(folder) -> float:
     """Bits of every stored tensor of a packed layer but its bias, or its counted ones, a weight: from the files."""
-    marker, tensors = read_marker(folder), stored(folder)
-    layers = {name: [] for name, entry in marker["linears"].items() if "counted_bits" not in entry}
-    counted = sum(entry.get("counted_bits", 0) for entry in marker["linears"].values())
+    manifest, tensors = read_manifest(folder), stored(folder)
+    layers = {name: [] for name, entry in manifest["linears"].items() if "counted_bits" not in entry}
+    counted = sum(entry.get("counted_bits", 0) for entry in manifest["linears"].values())
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if layer in layers and part != "bias":
@@ -67,7 +67,7 @@ def test_every_solver_runs_through_a_fit(solver, tuned, make_source, text_file, 
         data={"windows": 10},
         closed_form=ClosedForm(solver=solver()),
         tuning=BlockTuning(epochs=int(tuned)),
-        finish=ModelTuning(epochs=int(tuned), lr_codes=0.03),
+        end_to_end=ModelTuning(epochs=int(tuned), lr_codes=0.03),
     )
     assert [r.epochs for r in module.records] == [1, 1] * tuned + [0] * (not tuned)
     assert all(r.after <= r.before for r in module.records)
@@ -75,10 +75,10 @@ def test_every_solver_runs_through_a_fit(solver, tuned, make_source, text_file, 
     assert len(packed_linears(model)) == 7
     with torch.no_grad():
         assert torch.equal(model(input_ids=torch.arange(24).reshape(1, -1)).logits, remember.logits)
-    marker = read_marker(tmp_path / "packed")
+    manifest = read_manifest(tmp_path / "packed")
     bits = counted_bits(tmp_path / "packed")
     assert true_bits(model) == pytest.approx(bits, abs=1e-12)
-    assert marker["true_bits"] == pytest.approx(bits, abs=1e-12)
+    assert manifest["true_bits"] == pytest.approx(bits, abs=1e-12)
 
 
 # ---- bit budgets ---------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_a_budget_is_kept_and_nearly_spent(bits, make_source, text_file, tmp_pat
 
 def test_a_budget_of_ranks_is_kept(make_source, text_file, tmp_path):
     form = ClosedForm(solver=LowRankSolver(), bits=2.5)
-    fit(make_source(), text_file, tmp_path / "packed", closed_form=form, tuning=OFF, finish=NO_MODEL_STAGE)
+    fit(make_source(), text_file, tmp_path / "packed", closed_form=form, tuning=OFF, end_to_end=NO_MODEL_STAGE)
     assert 1.5 < counted_bits(tmp_path / "packed") <= 2.5
 
 
@@ -119,7 +119,7 @@ def test_resuming_brings_back_formats_and_layouts(solver, stage, make_source, te
     checkpoint = tmp_path / "kept" / f"stage-{stage}.ckpt"
     fit(source, text_file, tmp_path / "resumed", ckpt_path=checkpoint, closed_form=form)
     assert_same(tmp_path / "whole", tmp_path / "resumed")
-    whole, resumed = (read_marker(tmp_path / name)["linears"] for name in ("whole", "resumed"))
+    whole, resumed = (read_manifest(tmp_path / name)["linears"] for name in ("whole", "resumed"))
     assert whole == resumed
 
 
@@ -135,7 +135,7 @@ def test_resuming_brings_back_formats_and_layouts(solver, stage, make_source, te
     ids=["budget", "no budget", "option", "solver"],
 )
 def test_a_checkpoint_of_another_budget_is_refused(other, make_source, text_file, tmp_path):
-    source, off = make_source(blocks=1), {"tuning": OFF, "finish": NO_MODEL_STAGE}
+    source, off = make_source(blocks=1), {"tuning": OFF, "end_to_end": NO_MODEL_STAGE}
     form = ClosedForm(solver=PlanesSolver(), bits=2.7)
     fit(source, text_file, tmp_path / "one", closed_form=form, **off)
     with pytest.raises(LitBinqError, match="another options") as caught:
@@ -155,7 +155,7 @@ def test_a_budget_too_small_for_the_signs_is_one_line_and_leaves_nothing(make_so
 
 
 def test_a_budget_above_what_all_planes_take_is_one_line_and_leaves_nothing(make_source, text_file, tmp_path):
-    source, off = make_source(blocks=1), {"tuning": OFF, "finish": NO_MODEL_STAGE}
+    source, off = make_source(blocks=1), {"tuning": OFF, "end_to_end": NO_MODEL_STAGE}
     with pytest.raises(LitBinqError, match=r"closed_form\.bits: got 9\.0, expected at most \d\.\d+") as caught:
         fit(source, text_file, tmp_path / "packed", closed_form=ClosedForm(solver=PlanesSolver(), bits=9.0), **off)
     assert "\n" not in str(caught.value)
@@ -191,7 +191,7 @@ def packed_layers(folder):
 
 def test_the_objective_may_be_for_the_last_layer_only(make_source, text_file, tmp_path):
     """The paper's form: every layer but a block's last is the plain fit to its weight, whatever went before it."""
-    source, off = make_source(), {"tuning": OFF, "finish": NO_MODEL_STAGE}
+    source, off = make_source(), {"tuning": OFF, "end_to_end": NO_MODEL_STAGE}
     forms = {
         "last": ClosedForm(solver=OutputAlignment(amp=False)),
         "weight": ClosedForm(objective="weight"),
@@ -209,7 +209,7 @@ def test_the_objective_may_be_for_the_last_layer_only(make_source, text_file, tm
 @pytest.mark.parametrize("scope", ["last", "all"])
 def test_amp_runs_through_a_fit(scope, make_source, text_file, tmp_path):
     """It changes what is solved, and only where the objective applies."""
-    source, off = make_source(), {"tuning": OFF, "finish": NO_MODEL_STAGE}
+    source, off = make_source(), {"tuning": OFF, "end_to_end": NO_MODEL_STAGE}
     for name, amp in (("plain", False), ("gated", True)):
         fit(
             source,

@@ -41,7 +41,7 @@ class Fit:
         read = {"path": str(text)}
         config = {
             "model": {"model": str(source), "packed": str(folder / "packed"), "tuning": tuning}
-            | {"finish": {"epochs": 1}, "streams": {"cache": "disk", "cache_dir": str(self.temporary)}}
+            | {"end_to_end": {"epochs": 1}, "streams": {"cache": "disk", "cache_dir": str(self.temporary)}}
             | {"diagnostics": {"windows": 1}},
             "data": {"train": read, "window_length": 48, "windows": 10, "held_out": 0.2, "batch_size": 4}
             | {"evaluation": {"text": read}, "eval_windows": 2, "eval_length": 48},

@@ -41,7 +41,7 @@ def test_stages_are_named_and_lines_of_the_log_stand_alone(terminal, tmp_path, t
             tmp_path / "packed",
             callbacks=[StageProgress()],
             tuning=BlockTuning(epochs=2),
-            finish=ModelTuning(epochs=1),
+            end_to_end=ModelTuning(epochs=1),
             trainer={"enable_progress_bar": True},
         )
     finally:

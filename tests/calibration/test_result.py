@@ -7,7 +7,7 @@ import pytest
 
 from fitting import T, fit
 from lit_binq.calibration.options import BlockTuning, ModelTuning
-from lit_binq.formats.manifest import read_marker
+from lit_binq.formats.manifest import read_manifest
 
 
 def test_one_line_a_stage(make_source, text_file, tmp_path, caplog):
@@ -31,9 +31,13 @@ def test_one_line_a_stage(make_source, text_file, tmp_path, caplog):
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_facts_of_the_run(epochs, make_source, text_file, tmp_path):
     module = fit(
-        make_source(blocks=1), text_file, tmp_path / "packed", tuning=BlockTuning(epochs=epochs), finish=ModelTuning()
+        make_source(blocks=1),
+        text_file,
+        tmp_path / "packed",
+        tuning=BlockTuning(epochs=epochs),
+        end_to_end=ModelTuning(),
     )
-    facts = read_marker(tmp_path / "packed")["facts"]
+    facts = read_manifest(tmp_path / "packed")["facts"]
     assert [(s["title"], s["epochs"]) for s in facts["stages"]] == [("block 0", epochs)]
     assert facts["stages"][0]["before"] == module.records[0].before
     assert facts["calibration_seconds"] >= 0

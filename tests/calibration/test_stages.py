@@ -18,7 +18,7 @@ from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.calibration.streams import StreamOptions
 from lit_binq.calibration.workspace import Workspace
 from lit_binq.formats import BinaryLinear, LatentBinaryLinear, RowColumn
-from lit_binq.hub.save_load import round_rest
+from lit_binq.hub.save_load import round_unquantized
 from lit_binq.models.blocks import find_blocks, norm_parameters
 from lit_binq.solvers import Problem
 from lit_binq.solvers.row_column import RowColumnSolver
@@ -268,7 +268,7 @@ def test_the_teacher_is_left_alone(kind: str) -> None:
 
 def test_the_student_starts_as_the_rounded_teacher_and_stays_tied() -> None:
     teacher = tiny_model("llama")
-    work = workspace(teacher, rest_dtype=torch.bfloat16)
+    work = workspace(teacher, unquantized_dtype=torch.bfloat16)
     embedding = teacher.get_input_embeddings().weight
     assert torch.equal(work.student.get_input_embeddings().weight, embedding.bfloat16().float())
     assert work.student.lm_head.weight is work.student.get_input_embeddings().weight
@@ -288,7 +288,7 @@ def test_streams_advance_with_exactly_what_is_stored(kind: str) -> None:
     with torch.no_grad():
         student(input_ids=make_windows(), use_cache=False)
     torch.testing.assert_close(work.streams.x_tilde, last[0], rtol=1e-6, atol=1e-6)
-    round_rest(student, torch.float16)
+    round_unquantized(student, torch.float16)
     assert all(torch.equal(t, states[name]) for name, t in student.state_dict().items())
     assert not any(p.requires_grad for p in student.parameters())
 

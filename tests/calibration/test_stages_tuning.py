@@ -16,7 +16,7 @@ from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.calibration.workspace import Workspace
 from lit_binq.errors import LitBinqError
 from lit_binq.formats import LatentBinaryLinear
-from lit_binq.formats.unquantized import round_rest
+from lit_binq.formats.unquantized import round_unquantized
 from lit_binq.models.blocks import norm_parameters
 from staging import TOKENS, TRAIN, differing_codes, make_windows, packed, quantize, same_weights, step, workspace
 
@@ -175,23 +175,26 @@ def test_what_does_not_fit_the_stored_dtype_is_refused(which: str) -> None:
         (block.final_layer_norm.weight if which == "norm" else block.fc1.bias)[3] = 1e6
     name = "final_layer_norm.weight" if which == "norm" else "fc1.bias"
     with pytest.raises(LitBinqError, match=rf"{name} has values up to 1e\+06 that float16 cannot hold"):
-        round_rest(block, torch.float16)
-    round_rest(block, torch.bfloat16)
+        round_unquantized(block, torch.float16)
+    round_unquantized(block, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": -1}, r"finish\.epochs: got -1"),
-        ({"lr_norms": math.nan}, r"finish\.lr_norms: got nan"),
-        ({"epochs": 1, "lr_codes": 0, "lr_scales": 0, "lr_norms": 0}, r"finish: got epochs with every learning rate 0"),
-        ({"lr_scales": math.inf}, r"finish\.lr_scales: got inf"),
+        ({"epochs": -1}, r"end_to_end\.epochs: got -1"),
+        ({"lr_norms": math.nan}, r"end_to_end\.lr_norms: got nan"),
+        (
+            {"epochs": 1, "lr_codes": 0, "lr_scales": 0, "lr_norms": 0},
+            r"end_to_end: got epochs with every learning rate 0",
+        ),
+        ({"lr_scales": math.inf}, r"end_to_end\.lr_scales: got inf"),
     ],
 )
 def test_errors_of_the_model_stage_name_its_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LitBinqError, match=message):
         ModelTuning(**options)
-    with pytest.raises(LitBinqError, match=message.replace("finish", "tuning")):
+    with pytest.raises(LitBinqError, match=message.replace("end_to_end", "tuning")):
         BlockTuning(**options)
 
 

@@ -134,8 +134,11 @@ def test_nothing_heavy_is_imported_before_a_command_is_known():
     ("arguments", "words"),
     [
         (["--model.tuning.epochs", "-3"], ["tuning.epochs", "-3"]),
-        (["--model.finish.epochs", "-3"], ["finish.epochs", "-3"]),
-        (["--trainer.max_epochs", "1000"], ["trainer.max_epochs", "`model.tuning.epochs`", "`model.finish.epochs`"]),
+        (["--model.end_to_end.epochs", "-3"], ["end_to_end.epochs", "-3"]),
+        (
+            ["--trainer.max_epochs", "1000"],
+            ["trainer.max_epochs", "`model.tuning.epochs`", "`model.end_to_end.epochs`"],
+        ),
         (["--model.drop_tensors", "['(']"], ["drop_tensors", "'('"]),
         (["--model.model", "./nowhere"], ["./nowhere", "no such file"]),
         (["--data.train", '{"path": "nowhere.txt"}'], ["nowhere.txt", "no such file"]),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_binq.data.module import TextSource
-from lit_binq.data.normalize import restyle
+from lit_binq.data.normalize import normalize
 from lit_binq.data.text import encode, read_text
 from lit_binq.errors import LitBinqError
 from lit_binq.models.load import load_tokenizer
@@ -126,14 +126,14 @@ def test_parts_of_a_text_meet_without_overlap(tmp_path_factory, text: str, cut: 
 def test_lower_case_is_a_rule_of_its_own(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("The End\n", encoding="utf-8")
-    plain, lower = TextSource(str(path)), TextSource(str(path), style="lower")
+    plain, lower = TextSource(str(path)), TextSource(str(path), normalization="lower")
     assert read_text(lower) == "the end\n"
     assert plain.rules() != lower.rules()
-    assert "style lower" in lower.words()
+    assert "normalization lower" in lower.words()
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"begin": 0.5, "end": 0.5}, {"begin": -0.1}, {"end": 1.1}, {"share": 0.0}, {"style": "upper"}]
+    "wrong", [{"begin": 0.5, "end": 0.5}, {"begin": -0.1}, {"end": 1.1}, {"share": 0.0}, {"normalization": "upper"}]
 )
 def test_impossible_parts_are_refused(wrong):
     with pytest.raises(LitBinqError, match="expected"):
@@ -150,12 +150,12 @@ def test_lines_can_be_left_out(tmp_path):
 
 def test_treebank_style():
     text = "Mr. Smith doesn't own 1,234.5 shares (yet). \"We'll see,\" he said; U.S. stocks fell 3%!\nThe End"
-    assert restyle(text, "treebank") == (
+    assert normalize(text, "treebank") == (
         " mr. smith does n't own N shares yet \n we 'll see he said u.s. stocks fell N % \n the end \n"
     )
-    assert restyle(text, "verbatim") == text
+    assert normalize(text, "verbatim") == text
 
 
 def test_treebank_style_keeps_frequent_words_only(monkeypatch):
     monkeypatch.setattr("lit_binq.data.normalize.VOCABULARY", 2)
-    assert restyle("a b a c b a 7", "treebank") == " a b a <unk> b a N \n"
+    assert normalize("a b a c b a 7", "treebank") == " a b a <unk> b a N \n"

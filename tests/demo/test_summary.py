@@ -72,10 +72,10 @@ def test_perplexities_in_two_parts_are_those_of_the_whole(extra: int, tmp_path: 
 
 
 def test_a_fit_beside_has_its_own_lines() -> None:
-    beside = {"true_bits": 1.046, "ppl_torch": 600.5, "calibration_seconds": 250.0, "text": "The history 2000"}
-    alone, both = table(dict(FIGURES)), table({**FIGURES, "beside": beside})
+    baseline = {"true_bits": 1.046, "ppl_torch": 600.5, "calibration_seconds": 250.0, "text": "The history 2000"}
+    alone, both = table(dict(FIGURES)), table({**FIGURES, "baseline": baseline})
     assert "45.05 (+1.0e-03)" in alone
-    assert "beside" not in alone
+    assert "baseline" not in alone
     assert "| beside it, 1.046 bits, torch | 600.50 |" in both
     assert both.endswith("With 1.046 bits: 'The history 2000'")
 
@@ -138,13 +138,13 @@ def test_an_infinite_perplexity_is_a_figure(
     monkeypatch.setattr(summary, "onnx_tokens_per_second", lambda *_: (1.0, " is long"))
     monkeypatch.setattr(summary, "torch_tokens_per_second", lambda *_: 1.0)
     monkeypatch.setattr(summary, "torch_text", lambda *_: " is short")
-    summarize(path, str(tmp_path), str(tmp_path / "summary.json"), beside=path)
+    summarize(path, str(tmp_path), str(tmp_path / "summary.json"), baseline=path)
     shown = capsys.readouterr().out
     assert "| - packed, torch | inf |" in shown
     assert "bits, torch | inf |" in shown
     assert "| - full precision, torch | 2.50 |" in shown
     written = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
-    assert (written["ppl_fp"], written["ppl_torch"], written["beside"]["ppl_torch"]) == (2.5, None, None)
+    assert (written["ppl_fp"], written["ppl_torch"], written["baseline"]["ppl_torch"]) == (2.5, None, None)
 
 
 class Measured(Exception):
@@ -181,13 +181,13 @@ def run(tmp_path: Path, text_file: Path, make_source: Any, monkeypatch: pytest.M
     }
 
 
-def summarized(run: dict[str, Any], folder: Path, beside: dict[str, Any] | None = None) -> None:
+def summarized(run: dict[str, Any], folder: Path, baseline: dict[str, Any] | None = None) -> None:
     """Summarize a run, with another fit's results beside it."""
     places = [folder / "a", folder / "b"]
     for place in places:
         place.mkdir(exist_ok=True)
     path = recipe(places[0], json.dumps(run["results"]), run["options"])
-    other = None if beside is None else recipe(places[1], json.dumps(beside), run["options"])
+    other = None if baseline is None else recipe(places[1], json.dumps(baseline), run["options"])
     summarize(path, str(folder / "onnx"), str(folder / "summary.json"), other)
 
 

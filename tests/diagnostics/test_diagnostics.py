@@ -83,8 +83,8 @@ def rank_by_svd(Y: Tensor) -> float:
 
 
 def test_a_block_that_is_not_quantized_has_no_errors(case: Case) -> None:
-    twin = dataclasses.replace(case, module=copy.deepcopy(case.reference), x_tilde=case.x)
-    record = twin.measure()
+    other = dataclasses.replace(case, module=copy.deepcopy(case.reference), x_tilde=case.x)
+    record = other.measure()
     assert record.after.block == record.after.token == 0
     assert record.attention_divergence == pytest.approx(0, abs=1e-6)
     assert record.ranks.reference == record.ranks.quantized

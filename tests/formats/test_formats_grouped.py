@@ -109,7 +109,7 @@ def test_the_custom_operator_is_well_formed() -> None:
     )
 
 
-# --- latent twin
+# --- trainable layer
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -96,7 +96,7 @@ def test_scales_that_do_not_fit_are_refused(bad: float) -> None:
         s.pack()
 
 
-# --- latent twin
+# --- trainable layer
 
 
 @pytest.mark.parametrize("train_codes", [False, True])

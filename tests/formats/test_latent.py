@@ -1,4 +1,4 @@
-"""The trainable twin of the packed layer: the same weight forward, the dense formula's gradients, and back again."""
+"""The trainable layer of the packed layer: the same weight forward, the dense formula's gradients, and back again."""
 
 import pytest
 import torch

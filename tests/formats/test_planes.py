@@ -257,7 +257,7 @@ def test_a_budget_is_kept_and_spent_where_it_gains(bits: float) -> None:
     weights = {name: torch.randn(96, 128, generator=g) for name in ("even", "peaked", "other")}
     moments = {name: torch.ones(128) for name in weights}
     moments["peaked"][:16] = 1000.0  # a few columns make nearly all of this layer's output
-    spent = PlanesSolver().spend(weights, moments, bits)
+    spent = PlanesSolver().allocate_bits(weights, moments, bits)
     mean = sum(spent.values()) / 3
     assert bits - 0.15 < mean <= bits  # nearly all is spent
     if bits < 1.5:
@@ -270,7 +270,7 @@ def test_a_budget_is_kept_and_spent_where_it_gains(bits: float) -> None:
 def test_a_budget_below_the_signs_is_refused() -> None:
     weights, moments = {"a": torch.randn(8, 16)}, {"a": torch.ones(16)}
     with pytest.raises(LitBinqError, match="expected at least"):
-        PlanesSolver().spend(weights, moments, 1.0)
+        PlanesSolver().allocate_bits(weights, moments, 1.0)
 
 
 @pytest.mark.parametrize(

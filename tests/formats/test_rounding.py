@@ -8,7 +8,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 from lit_binq.cli import main as cli
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.unquantized import round_rest
+from lit_binq.formats.unquantized import round_unquantized
 from lit_binq.hub.save_load import load_packed, save_packed
 from packed_models import logits, pack
 from staging import workspace
@@ -40,9 +40,9 @@ def test_tiny_embeddings_before_a_norm_are_refused_at_the_start() -> None:
     ) as caught:
         workspace(tiny)
     assert "\n" not in str(caught.value)
-    assert "lose 100.0%, expected at most 0.4%: set the option `rest_dtype` to bfloat16" in str(caught.value)
+    assert "lose 100.0%, expected at most 0.4%: set the option `unquantized_dtype` to bfloat16" in str(caught.value)
     for dtype in (torch.bfloat16, torch.float32):
-        workspace(tiny, rest_dtype=dtype)
+        workspace(tiny, unquantized_dtype=dtype)
 
 
 def test_bfloat16_holds_them(tokenizer, tmp_path) -> None:
@@ -53,7 +53,7 @@ def test_bfloat16_holds_them(tokenizer, tmp_path) -> None:
         save_packed(model, tokenizer, tmp_path / "p", facts={})
     assert list(tmp_path.iterdir()) == []
     before = logits(model)
-    save_packed(model, tokenizer, tmp_path / "p", facts={}, rest_dtype=torch.bfloat16)
+    save_packed(model, tokenizer, tmp_path / "p", facts={}, unquantized_dtype=torch.bfloat16)
     again = load_packed(tmp_path / "p")[0].model.embed_tokens.weight
     torch.testing.assert_close(again, model.model.embed_tokens.weight)
     torch.testing.assert_close(logits(model), before, atol=0.05, rtol=0.05)
@@ -68,11 +68,11 @@ def test_where_float16_ends(scale: float, held: bool) -> None:
     losses = (exact - exact.half().float()).norm(dim=1) / exact.norm(dim=1)
     assert bool((losses < 2**-8).all()) == held
     if held:
-        round_rest(embedding)
+        round_unquantized(embedding)
         assert torch.equal(embedding.weight, exact.half().float())
     else:
         with pytest.raises(LitBinqError, match="too small"):
-            round_rest(embedding)
+            round_unquantized(embedding)
         assert torch.equal(embedding.weight, exact)
 
 
@@ -117,19 +117,19 @@ def test_a_norm_that_adds_one_may_have_tiny_weights() -> None:
 def test_biases_are_seen_beside_their_weights() -> None:
     linear = nn.Linear(32, 16)
     linear.bias.normal_().mul_(1e-9)
-    round_rest(linear)
+    round_unquantized(linear)
     assert not linear.bias.any()
     linear.bias.normal_().mul_(1e-9)
     linear.weight.zero_()
     with pytest.raises(LitBinqError, match="tensor bias has values too small"):
-        round_rest(linear)
+        round_unquantized(linear)
     norm = nn.LayerNorm(32)
     norm.bias.normal_().mul_(1e-9)
-    round_rest(norm)
+    round_unquantized(norm)
     norm.weight.zero_()
     norm.bias.normal_().mul_(1e-9)
     with pytest.raises(LitBinqError, match="tensor bias has values too small"):
-        round_rest(norm)
+        round_unquantized(norm)
 
 
 @torch.no_grad()
@@ -137,11 +137,11 @@ def test_a_packed_layers_bias_too() -> None:
     model = pack(tiny_model("opt"))
     layer = model.model.decoder.layers[0].fc1
     layer.bias.normal_().mul_(1e-9)
-    round_rest(model)
+    round_unquantized(model)
     layer.row_scale.zero_()
     layer.bias.normal_().mul_(1e-9)
     with pytest.raises(LitBinqError, match=r"layers\.0\.fc1\.bias has values too small"):
-        round_rest(model)
+        round_unquantized(model)
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def test_persistent_buffers_are_rounded_and_others_are_not() -> None:
     module = nn.Module()
     module.register_buffer("kept", torch.tensor([1.00001, 3.0]))
     module.register_buffer("made", torch.tensor([1.00001, 3.0]), persistent=False)
-    round_rest(module)
+    round_unquantized(module)
     assert module.kept.tolist() == [1.0, 3.0]
     assert module.made[0] != 1.0
 
@@ -167,7 +167,7 @@ def test_strides_become_plain() -> None:
     """Products of the same numbers in another order of memory may differ in their last bits."""
     linear = nn.Linear(8, 6)
     linear.weight.data = torch.randn(8, 6).T
-    round_rest(linear)
+    round_unquantized(linear)
     assert linear.weight.is_contiguous()
 
 

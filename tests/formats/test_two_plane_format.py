@@ -1,4 +1,4 @@
-"""The two-plane format: counted bits, exact reload, quantized inputs. Its twin: test_two_plane_latent.py."""
+"""The two-plane format: counted bits, exact reload, quantized inputs. Its other: test_two_plane_latent.py."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A block, its quantized twin and both streams, for tests of what is measured of them."""
+"""A block, its quantized other and both streams, for tests of what is measured of them."""
 
 import copy
 import dataclasses
@@ -26,7 +26,7 @@ WINDOWS, LENGTH = 3, 10
 
 @dataclasses.dataclass
 class Case:
-    """A block of a model, its quantized twin, and both streams."""
+    """A block of a model, its quantized other, and both streams."""
 
     reference: nn.Module
     module: nn.Module

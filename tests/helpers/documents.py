@@ -19,7 +19,7 @@ DOCUMENTS = [ROOT / "README.md", *GUIDES]
 _FENCE = re.compile(r"^```(?P<language>\w+)?(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$", re.M | re.S)
 
 TINY = {
-    "model": {"tuning": {"epochs": 1}, "finish": {"epochs": 1}},
+    "model": {"tuning": {"epochs": 1}, "end_to_end": {"epochs": 1}},
     "data": {"window_length": 48, "windows": 12, "held_out": 0.2, "batch_size": 4}
     | {"eval_windows": 2, "eval_length": 48, "eval_batch_size": 2},
     "trainer": {"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False},

@@ -54,7 +54,7 @@ def fit(
     """Run a fit; by default two epochs a block and one of the whole model."""
     settings = {
         "tuning": BlockTuning(epochs=2),
-        "finish": ModelTuning(epochs=1, lr_codes=0.02),
+        "end_to_end": ModelTuning(epochs=1, lr_codes=0.02),
     } | options
     module = BinQCalibration(str(source), packed=str(packed), **settings)
     made = make_trainer(callbacks=[*callbacks, StageCheckpoint(str(packed) + "-ckpt")], **(trainer or {}))

@@ -1,6 +1,6 @@
 """Tiny models in which something depends on the length of the text, packed, and the same in plain transformers.
 
-The twin is made from the packed bits by numpy: nothing of the project computes in it.
+The other is made from the packed bits by numpy: nothing of the project computes in it.
 """
 
 from typing import Any
@@ -100,9 +100,9 @@ def dense_weight(layer: BinaryLinear) -> torch.Tensor:
     return torch.from_numpy(r[:, None] * (2 * bits.astype(np.float32) - 1) * c)
 
 
-def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The same model in plain transformers, made anew from its configuration with dense weights."""
-    twin = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).eval()
+    other = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).eval()
     state = {}
     for name, module in model.named_modules():
         if isinstance(module, BinaryLinear):
@@ -112,16 +112,16 @@ def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
         else:
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             state |= {f"{name}.{leaf}": tensor.detach() for leaf, tensor in own}
-    wanted = twin.state_dict()
-    twin.load_state_dict({name: state[name] for name in wanted})
-    assert not any(isinstance(m, BinaryLinear) for m in twin.modules())
-    assert any(isinstance(m, nn.Linear) for m in twin.modules())
-    return twin
+    wanted = other.state_dict()
+    other.load_state_dict({name: state[name] for name in wanted})
+    assert not any(isinstance(m, BinaryLinear) for m in other.modules())
+    assert any(isinstance(m, nn.Linear) for m in other.modules())
+    return other
 
 
 @torch.no_grad()
 def plain_logits(
-    twin: PreTrainedModel, ids: np.ndarray, parts: list[tuple[int, int]], mask: np.ndarray | None = None
+    other: PreTrainedModel, ids: np.ndarray, parts: list[tuple[int, int]], mask: np.ndarray | None = None
 ) -> np.ndarray:
     """Logits (b, n, V) of a text read part by part with transformers' own cache.
 
@@ -133,10 +133,10 @@ def plain_logits(
     mask = np.ones_like(ids) if mask is None else mask
     where = np.maximum(mask.cumsum(1) - 1, 0)
     # the dynamic embedding remembers the longest text it has seen, until it sees a short one
-    twin(input_ids=torch.zeros(1, 1, dtype=torch.long))
+    other(input_ids=torch.zeros(1, 1, dtype=torch.long))
     cache, found = DynamicCache(), []
     for start, end in parts:
-        out = twin(
+        out = other(
             input_ids=torch.from_numpy(ids[:, start:end]),
             attention_mask=torch.from_numpy(mask[:, :end]),
             position_ids=torch.from_numpy(where[:, start:end]),

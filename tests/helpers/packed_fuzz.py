@@ -31,14 +31,14 @@ from torch import nn
 
 from formats import packed_variant
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.manifest import read_marker
+from lit_binq.formats.manifest import read_manifest
 from lit_binq.hub import reader as packed_reader
 from lit_binq.hub.reader import read_model
 from lit_binq.hub.save_load import load_packed, save_packed
 from lit_binq.models.kv_cache import kv_bits, set_kv_bits
 
 Files = dict[str, bytes]
-WEIGHTS, MARKER, CONFIG = "model.safetensors", "lit_binq.json", "config.json"
+WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "lit_binq.json", "config.json"
 DTYPES = {"U8": np.uint8, "I8": np.int8, "F16": np.float16, "F32": np.float32, "I64": np.int64, "BOOL": np.bool_}
 ROOM = 2 << 30
 WORDS = [
@@ -107,7 +107,7 @@ def seeds(folder: Path) -> list[Files]:
                 model.config.layer_types = model.config.layer_types[:1]
         set_kv_bits(model, bits)
         place = folder / f"seed-{len(made)}"
-        save_packed(model, byte_tokenizer(), place, facts={"made": "to be broken"}, rest_dtype=rest)
+        save_packed(model, byte_tokenizer(), place, facts={"made": "to be broken"}, unquantized_dtype=rest)
         made.append({f.name: f.read_bytes() for f in place.iterdir()})
     return made
 
@@ -215,9 +215,9 @@ def damage(rng: random.Random, files: Files, *, others: bool) -> tuple[Files, se
     """Damaged files, and the names of those that are."""
     files, touched = dict(files), set()
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        names = [MARKER] * 5 + [CONFIG] + [WEIGHTS] * 5
+        names = [MANIFEST] * 5 + [CONFIG] + [WEIGHTS] * 5
         if others:
-            names = [n for n in files if n not in (MARKER, CONFIG, WEIGHTS)] * 3 + [CONFIG]
+            names = [n for n in files if n not in (MANIFEST, CONFIG, WEIGHTS)] * 3 + [CONFIG]
         name = rng.choice(names)
         data = files[name]
         if rng.random() < 0.01:
@@ -312,19 +312,19 @@ def plain_tensors(data: bytes) -> dict[str, np.ndarray]:
 
 def require_what_the_files_say(model: nn.Module, files: Files) -> None:
     """Every stored tensor is in the model, bit for bit, and every other of the model's is tied to one."""
-    stored, marker = plain_tensors(files[WEIGHTS]), json.loads(files[MARKER])
+    stored, manifest = plain_tensors(files[WEIGHTS]), json.loads(files[MANIFEST])
     state = model.state_dict()
-    assert state.keys() - stored.keys() == set(marker["tied"]), "names"
+    assert state.keys() - stored.keys() == set(manifest["tied"]), "names"
     for name, tensor in stored.items():
         mine = state[name].numpy()
         wanted = tensor.astype(mine.dtype)
         assert mine.shape == wanted.shape, name
         assert np.array_equal(mine, wanted, equal_nan=wanted.dtype.kind == "f"), name
-    for name, kept in marker["tied"].items():
+    for name, kept in manifest["tied"].items():
         assert state[name].data_ptr() == state[kept].data_ptr(), name
-    assert kv_bits(model) == marker.get("kv_bits", 0), "kv_bits"
+    assert kv_bits(model) == manifest.get("kv_bits", 0), "kv_bits"
     layers = {n: m.kind for n, m in model.named_modules() if hasattr(m, "weight_buffers")}
-    assert layers == {n: entry["format"] for n, entry in marker["linears"].items()}, "formats"
+    assert layers == {n: entry["format"] for n, entry in manifest["linears"].items()}, "formats"
 
 
 WRITTEN: Files = {}
@@ -347,7 +347,7 @@ def run(folder: Path, files: Files, *, others: bool) -> str:
             WRITTEN[name] = data
     signal.setitimer(signal.ITIMER_PROF, 20)
     try:
-        model = load_packed(folder)[0] if others else read_model(folder, read_marker(folder))
+        model = load_packed(folder)[0] if others else read_model(folder, read_manifest(folder))
     except LitBinqError as error:
         text = str(error)
         assert "\n" not in text, "an error of several lines"

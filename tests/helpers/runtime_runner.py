@@ -1,6 +1,6 @@
 """Run an exported folder under another ONNX Runtime: started by test_runtimes.py in an environment of its own.
 
-    python runtime_runner.py FOLDER LOGITS.npz generic|auto native|stock
+    python runtime_runner.py FOLDER LOGITS.npz generic|auto native|unmodified
 
 Prints one JSON object: version, route, and for each way to read the text the largest difference of the logits over the
 largest logit. Imports neither torch nor transformers.

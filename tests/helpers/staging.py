@@ -21,10 +21,10 @@ def make_windows(n: int = TRAIN + HELD_OUT, seed: int = 0) -> Tensor:
 
 
 def workspace(
-    teacher: PreTrainedModel, windows: Tensor | None = None, rest_dtype: torch.dtype = torch.float16
+    teacher: PreTrainedModel, windows: Tensor | None = None, unquantized_dtype: torch.dtype = torch.float16
 ) -> Workspace:
     windows = make_windows() if windows is None else windows
-    return Workspace(teacher, windows, HELD_OUT, CPU, StreamOptions(), rest_dtype)
+    return Workspace(teacher, windows, HELD_OUT, CPU, StreamOptions(), unquantized_dtype)
 
 
 def quantize(work: Workspace, form: ClosedForm | None = None, tuning: BlockTuning | None = None) -> PreTrainedModel:

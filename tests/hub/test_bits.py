@@ -27,8 +27,8 @@ from lit_binq.calibration.options import BlockTuning, ModelTuning
 from lit_binq.calibration.preflight.checks import PreflightOptions
 from lit_binq.errors import LitBinqError
 from lit_binq.evaluation.module import PackedEvaluation
-from lit_binq.formats.manifest import read_marker
-from lit_binq.formats.unquantized import round_rest
+from lit_binq.formats.manifest import read_manifest
+from lit_binq.formats.unquantized import round_unquantized
 from lit_binq.hub.bits import true_bits
 from lit_binq.hub.save_load import load_packed
 from lit_binq.models.load import load_model
@@ -49,7 +49,7 @@ def test_what_stays_at_full_precision_counts_with_its_own_bits(rest: torch.dtype
     block.spare, block.mixer, block.experts = nn.Linear(24, 8), Conv1D(16, 24), nn.Module()
     block.experts.gate_up_proj = nn.Parameter(torch.ones(3, 8, 8))
     model.model.outside = nn.Linear(1000, 1000)
-    round_rest(model, rest)
+    round_unquantized(model, rest)
     left = 24 * 8 + 24 * 16 + 3 * 8 * 8
     assert true_bits(model) == (packed_bits + bits * left) / (weights + left)
     assert true_bits(model, [model.model.layers[0]]) == packed_bits / weights  # its two blocks are alike
@@ -62,7 +62,7 @@ def test_a_fit_counts_what_it_reports(tokenizer, text_file, tmp_path, caplog) ->
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with caplog.at_level(logging.INFO, logger="lit_binq"):
-        options = {"tuning": BlockTuning(), "finish": ModelTuning(), "preflight": PreflightOptions(torch_only=True)}
+        options = {"tuning": BlockTuning(), "end_to_end": ModelTuning(), "preflight": PreflightOptions(torch_only=True)}
         fit(tmp_path / "model", text_file, tmp_path / "packed", **options)
     dense = load_file(tmp_path / "model" / "model.safetensors")
     stored = load_file(tmp_path / "packed" / "model.safetensors")
@@ -70,7 +70,7 @@ def test_a_fit_counts_what_it_reports(tokenizer, text_file, tmp_path, caplog) ->
     outside = {n for n, t in dense.items() if n not in inside}
     bits = sum(8 * t.nbytes for n, t in stored.items() if n not in outside)
     expected = bits / sum(t.numel() for t in inside.values())
-    assert read_marker(tmp_path / "packed")["true_bits"] == pytest.approx(expected, abs=1e-12)
+    assert read_manifest(tmp_path / "packed")["true_bits"] == pytest.approx(expected, abs=1e-12)
     assert true_bits(load_packed(tmp_path / "packed")[0]) == pytest.approx(expected, abs=1e-12)
     assert "conv.conv.weight" in {n.partition("layers.0.")[2] for n in inside}
     assert "1 matrices inside the blocks" in caplog.text
@@ -133,7 +133,7 @@ def test_what_transformers_makes_itself_may_be_there(make_source) -> None:
 
 def test_a_fit_and_its_evaluation_take_the_option(make_source, text_file, tmp_path) -> None:
     source = Path(with_surplus(make_source(blocks=1), surplus=torch.ones(3)))
-    closed = {"tuning": BlockTuning(), "finish": ModelTuning()}
+    closed = {"tuning": BlockTuning(), "end_to_end": ModelTuning()}
     with pytest.raises(LitBinqError, match=r"does not take 1 tensors.*surplus"):
         fit(source, text_file, tmp_path / "packed", **closed)
     fit(source, text_file, tmp_path / "packed", **closed, drop_tensors=["^surplus$"])

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_binq.errors import LitBinqError
-from lit_binq.formats.manifest import read_marker
+from lit_binq.formats.manifest import read_manifest
 from lit_binq.formats.registry import packed_linears
 from lit_binq.hub import save_load as hub
 from lit_binq.hub.bits import block_linear_weights, dense_weights, file_bits, true_bits
-from lit_binq.hub.save_load import load_packed, round_rest, save_packed
+from lit_binq.hub.save_load import load_packed, round_unquantized, save_packed
 from lit_binq.utils.json_records import DIAGNOSTICS
 from packed_models import logits, pack
 
@@ -28,14 +28,14 @@ def packed_folder(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tm
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "qwen2"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rest_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_reload_is_bit_identical(kind, tied, rest_dtype, make_model, tokenizer, tmp_path):
+@pytest.mark.parametrize("unquantized_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_reload_is_bit_identical(kind, tied, unquantized_dtype, make_model, tokenizer, tmp_path):
     model = pack(make_model(kind, tied=tied))
     before = logits(model)
-    save_packed(model, tokenizer, tmp_path / "p", facts={}, rest_dtype=rest_dtype)
+    save_packed(model, tokenizer, tmp_path / "p", facts={}, unquantized_dtype=unquantized_dtype)
     again, reloaded_tokenizer = load_packed(tmp_path / "p")
     assert torch.equal(logits(again), logits(model))
-    assert torch.equal(logits(model), before) == (rest_dtype == torch.float32)  # rounding really happened
+    assert torch.equal(logits(model), before) == (unquantized_dtype == torch.float32)  # rounding really happened
     assert packed_linears(again).keys() == packed_linears(model).keys()
     assert not again.training
     text = "Tokens survive, too: 1984!"
@@ -77,7 +77,7 @@ def test_bit_counts_equal_the_bytes_on_disk(any_model, tokenizer, tmp_path):
     )
     assert block_linear_weights(model) == linear_weights
     assert true_bits(model) == 8 * weight_bytes / linear_weights
-    assert read_marker(folder)["true_bits"] == true_bits(model)
+    assert read_manifest(folder)["true_bits"] == true_bits(model)
     assert dense_weights(model) == dense
     assert file_bits(folder) == 8 * sum(f.stat().st_size for f in folder.iterdir()) / dense
     before = file_bits(folder)
@@ -87,7 +87,7 @@ def test_bit_counts_equal_the_bytes_on_disk(any_model, tokenizer, tmp_path):
     assert others == {torch.float16}
 
 
-def test_the_marker_is_json_for_every_reader(llama, tokenizer, tmp_path):
+def test_the_manifest_is_json_for_every_reader(llama, tokenizer, tmp_path):
     save_packed(pack(llama), tokenizer, tmp_path / "p", facts={"loss": float("inf")})
     text = (tmp_path / "p" / "lit_binq.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["facts"] == {"loss": None}
@@ -99,10 +99,10 @@ def test_other_users_can_read_the_folder(packed_folder):
 
 
 def test_facts_are_kept(packed_folder):
-    marker = read_marker(packed_folder)
-    assert marker["facts"] == {"made": "in a test"}
-    assert marker["version"] == 3
-    assert all(entry == {"format": "row_column"} for entry in marker["linears"].values())
+    manifest = read_manifest(packed_folder)
+    assert manifest["facts"] == {"made": "in a test"}
+    assert manifest["version"] == 3
+    assert all(entry == {"format": "row_column"} for entry in manifest["linears"].values())
 
 
 def test_true_bits_needs_packed_linears(llama):
@@ -113,10 +113,10 @@ def test_true_bits_needs_packed_linears(llama):
 def test_round_rest_rounds_once_and_leaves_packed_weights(llama):
     model = pack(llama)
     scale = model.model.layers[0].mlp.up_proj.row_scale.clone()
-    round_rest(model)
+    round_unquantized(model)
     once = {k: v.clone() for k, v in model.state_dict().items()}
     assert all(torch.equal(v.half().float(), v) for v in once.values() if v.dtype == torch.float32)
-    round_rest(model)
+    round_unquantized(model)
     assert all(torch.equal(v, once[k]) for k, v in model.state_dict().items())
     assert torch.equal(model.model.layers[0].mlp.up_proj.row_scale, scale)
 
@@ -124,7 +124,7 @@ def test_round_rest_rounds_once_and_leaves_packed_weights(llama):
 def test_round_rest_widens_a_bfloat16_model_and_keeps_ties(make_model):
     model = make_model("qwen2").to(torch.bfloat16)
     model = pack(model)
-    round_rest(model)
+    round_unquantized(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.model.layers[0].self_attn.q_proj.bias.dtype == torch.float32
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -135,11 +135,11 @@ def test_overflow_is_refused_and_changes_nothing(llama, tokenizer, tmp_path):
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[3] = 1e6
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(LitBinqError, match=r"layers\.1\.input_layernorm\.weight.*1e\+06.*rest_dtype"):
+    with pytest.raises(LitBinqError, match=r"layers\.1\.input_layernorm\.weight.*1e\+06.*unquantized_dtype"):
         save_packed(model, tokenizer, tmp_path / "p", facts={})
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert list(tmp_path.iterdir()) == []
-    save_packed(model, tokenizer, tmp_path / "p", facts={}, rest_dtype=torch.bfloat16)
+    save_packed(model, tokenizer, tmp_path / "p", facts={}, unquantized_dtype=torch.bfloat16)
     assert torch.isfinite(logits(load_packed(tmp_path / "p")[0])).all()
 
 
@@ -159,11 +159,11 @@ def test_an_older_packed_folder_is_replaced_and_files_of_others_stay(packed_fold
     model, _ = load_packed(packed_folder)
     (packed_folder / "notes.txt").write_text("x")
     (packed_folder / "chat_template.jinja").write_text("x")
-    marker = json.loads((packed_folder / "lit_binq.json").read_text())
-    marker["files"].append("chat_template.jinja")  # as if the older model had had one
-    (packed_folder / "lit_binq.json").write_text(json.dumps(marker))
+    manifest = json.loads((packed_folder / "lit_binq.json").read_text())
+    manifest["files"].append("chat_template.jinja")  # as if the older model had had one
+    (packed_folder / "lit_binq.json").write_text(json.dumps(manifest))
     save_packed(model, tokenizer, packed_folder, facts={"made": "later"})
-    assert read_marker(packed_folder)["facts"] == {"made": "later"}
+    assert read_manifest(packed_folder)["facts"] == {"made": "later"}
     assert (packed_folder / "notes.txt").exists()
     assert not (packed_folder / "chat_template.jinja").exists()
     assert list(packed_folder.parent.iterdir()) == [packed_folder]

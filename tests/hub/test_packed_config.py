@@ -53,7 +53,7 @@ def recomputed(source: Path, packed: Path) -> PreTrainedModel:
 
 def test_a_head_of_its_own_survives_a_configuration_that_says_tied(make_source, text_file, tmp_path, recwarn):
     source = own_head(make_source())
-    closed = {"tuning": BlockTuning(), "finish": ModelTuning()}
+    closed = {"tuning": BlockTuning(), "end_to_end": ModelTuning()}
     fit(source, text_file, tmp_path / "packed", **closed)
     model, _ = load_packed(tmp_path / "packed")
     torch.testing.assert_close(logits(model), logits(recomputed(source, tmp_path / "packed")), atol=1e-5, rtol=1e-5)
@@ -65,7 +65,7 @@ def test_a_head_of_its_own_survives_a_configuration_that_says_tied(make_source, 
 
 def test_a_tied_fit_is_what_plain_transformers_computes(make_source, text_file, tmp_path):
     source = make_source()
-    fit(source, text_file, tmp_path / "packed", tuning=BlockTuning(), finish=ModelTuning())
+    fit(source, text_file, tmp_path / "packed", tuning=BlockTuning(), end_to_end=ModelTuning())
     model, _ = load_packed(tmp_path / "packed")
     torch.testing.assert_close(logits(model), logits(recomputed(source, tmp_path / "packed")), atol=1e-5, rtol=1e-5)
 
@@ -125,7 +125,7 @@ def test_generation_settings_inside_the_configuration_do_no_harm(make_source, te
     source = make_source(blocks=1)
     path = source / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.7, "do_sample": True}))
-    fit(source, text_file, tmp_path / "packed", tuning=BlockTuning(), finish=ModelTuning())
+    fit(source, text_file, tmp_path / "packed", tuning=BlockTuning(), end_to_end=ModelTuning())
     load_packed(tmp_path / "packed")
 
 
@@ -142,7 +142,7 @@ def test_a_fit_refuses_what_it_reads_differently(make_source, text_file, tmp_pat
     with pytest.raises(
         LitBinqError, match=r"layers\.1\.mlp\.up_proj\.codes\), expected the same bits; nothing"
     ) as caught:
-        fit(source, text_file, tmp_path / "out" / "packed", tuning=BlockTuning(), finish=ModelTuning())
+        fit(source, text_file, tmp_path / "out" / "packed", tuning=BlockTuning(), end_to_end=ModelTuning())
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["packed-ckpt"]
 
@@ -167,8 +167,8 @@ def test_a_reader_that_computes_otherwise_is_noticed(llama, tokenizer, tmp_path,
     """Configuration and tensors are the same, and the model that is made of them is not."""
     read = hub.read_model
 
-    def other(folder, marker):
-        model = read(folder, marker)
+    def other(folder, manifest):
+        model = read(folder, manifest)
         model.model.norm.variance_epsilon = 0.1
         return model
 
@@ -189,7 +189,7 @@ def test_a_configuration_that_is_not_kept_is_refused_before_the_fit(make_source,
 
     monkeypatch.setattr(packed_config, "read_configuration", forgetful)
     with pytest.raises(LitBinqError, match="configuration does not survive being written: rope_parameters is"):
-        fit(make_source(), text_file, tmp_path / "out" / "packed", tuning=BlockTuning(), finish=ModelTuning())
+        fit(make_source(), text_file, tmp_path / "out" / "packed", tuning=BlockTuning(), end_to_end=ModelTuning())
     assert not (tmp_path / "out" / "packed").exists()
 
 

@@ -43,12 +43,12 @@ def refused(folder: Path, match: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 3, 0.5, "text", [], ["a"], True])
-@pytest.mark.parametrize("key", ["linears", "tied", "rest_dtype", "true_bits", "dense_weights", "facts"])
+@pytest.mark.parametrize("key", ["linears", "tied", "unquantized_dtype", "true_bits", "dense_weights", "facts"])
 def test_values_of_another_kind(key, value, packed):
     if (key in ("true_bits", "dense_weights") and value in (3, 0.5) and value is not True) or (
-        key == "rest_dtype" and value == "text"
+        key == "unquantized_dtype" and value == "text"
     ):
-        match = rf"{key} is 0\.5|says {key}|rest_dtype is 'text', expected one of float16"
+        match = rf"{key} is 0\.5|says {key}|unquantized_dtype is 'text', expected one of float16"
     else:
         match = f"lit_binq.json: {key} is "
     change(packed / "lit_binq.json", key, value=value)

@@ -143,10 +143,10 @@ def test_a_packed_folder_remembers(tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
     assert "kv4" not in (tmp_path / "packed" / "config.json").read_text()
     path = tmp_path / "packed" / "lit_binq.json"
-    marker = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in marker.items() if k != "kv_bits"}))  # as older folders are
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in manifest.items() if k != "kv_bits"}))  # as older folders are
     assert kv_bits(load_packed(tmp_path / "packed")[0]) == 0
-    path.write_text(json.dumps(marker | {"kv_bits": 3}))
+    path.write_text(json.dumps(manifest | {"kv_bits": 3}))
     with pytest.raises(LitBinqError, match="asks for kv_bits 3, expected one of 0, 4"):
         load_packed(tmp_path / "packed")
 

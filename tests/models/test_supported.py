@@ -10,7 +10,7 @@ import transformers as hf
 from conftest import VOCAB, byte_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from length_models import LENGTH_KINDS, length_config, length_model, plain_logits, plain_twin
+from length_models import LENGTH_KINDS, length_config, length_model, plain_copy, plain_logits
 from lit_binq.errors import LitBinqError
 from lit_binq.models.supported import unsupported_reason
 from lit_binq_onnx.build.export import export_onnx
@@ -99,19 +99,19 @@ def test_every_length_equals_transformers(kind: str, tmp_path: Path) -> None:
     """In one pass, in parts, token by token over every border, and a short row beside a long one."""
     model = length_model(kind)
     export_onnx(model, byte_tokenizer(), tmp_path / "out", check=False)
-    twin = plain_twin(model)
+    other = plain_copy(model)
     ids = np.random.default_rng(0).integers(0, 256, (2, 420))
     steps = [(i, i + 1) for i in range(298, 304)]
     for route in ("generic", "auto"):
         session = OnnxModel(tmp_path / "out", native=False, route=route)
         for parts in ([(0, 420)], [(0, 256), (256, 420)], [(0, 20), (20, 298), *steps, (304, 420)]):
-            expected = plain_logits(twin, ids[:1], parts)
+            expected = plain_logits(other, ids[:1], parts)
             got = onnx_logits(session, ids[:1], parts)
             np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)
     mask = np.ones_like(ids)
     mask[0, :390] = 0
     seen = mask.astype(bool)
     session = OnnxModel(tmp_path / "out", native=False, route="generic")
-    expected = plain_logits(twin, ids, [(0, 420)], mask)[seen]
+    expected = plain_logits(other, ids, [(0, 420)], mask)[seen]
     got = onnx_logits(session, ids, [(0, 420)], mask)[seen]
     np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)

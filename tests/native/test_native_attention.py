@@ -122,8 +122,8 @@ def test_the_body_is_the_runtimes_operator(
         pytest.skip("ONNX Runtime 1.18 sees a token more than its window, and reads prompts in one part only")
     p = Problem(6, 2, 32, lengths, s, 100, total, window=window, packed=packed)
     p.inputs |= {name: np.nan_to_num(p.inputs[name]) for name in ("past_key", "past_value")}
-    got, stock = p.run(native), p.run(None)
-    for mine, theirs in zip(got, stock, strict=True):
+    got, unmodified = p.run(native), p.run(None)
+    for mine, theirs in zip(got, unmodified, strict=True):
         assert mine.shape == theirs.shape
         for i, n in enumerate(p.lengths):
             a, b = (x[i, : p.new(i)] if x.ndim == 3 else x[i, :, :n] for x in (mine, theirs))

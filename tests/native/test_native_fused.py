@@ -178,11 +178,11 @@ def test_one_skip_for_all_rows(native: KernelLibrary, kind: str, M: int, exact: 
         want, _ = session(full, native).run(None, {"hidden": hidden, "skip": repeated})
         np.testing.assert_array_equal(total, hidden + skip)
         np.testing.assert_array_equal(y, want)
-        stock, stock_total = session(made, None).run(None, {"hidden": hidden, "skip": skip})
-        np.testing.assert_array_equal(stock_total, total)
-        assert stock.shape == y.shape
+        unmodified, unmodified_total = session(made, None).run(None, {"hidden": hidden, "skip": skip})
+        np.testing.assert_array_equal(unmodified_total, total)
+        assert unmodified.shape == y.shape
         if M and exact:
-            np.testing.assert_allclose(stock, y, atol=1e-5 * np.abs(stock).max(), rtol=0)
+            np.testing.assert_allclose(unmodified, y, atol=1e-5 * np.abs(unmodified).max(), rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["NormBinaryMatMulQKV", "NormBinaryGatedMLP"])
@@ -249,5 +249,5 @@ def test_the_mlp_in_exact_mode_equals_float64(native: KernelLibrary, scale: floa
         h = g / (1 + np.exp(-g)) * u
     got = run(model("NormBinaryGatedMLP", parts, [5, 300], exact=1), native, x)
     np.testing.assert_allclose(got, down.reference(h), atol=1e-5 * down.magnitude(h).max(), rtol=0)
-    stock = run(model("NormBinaryGatedMLP", parts, [5, 300], body=True), None, x)
-    np.testing.assert_allclose(stock, got, atol=1e-5 * down.magnitude(h).max(), rtol=0)
+    unmodified = run(model("NormBinaryGatedMLP", parts, [5, 300], body=True), None, x)
+    np.testing.assert_allclose(unmodified, got, atol=1e-5 * down.magnitude(h).max(), rtol=0)

@@ -78,7 +78,7 @@ def test_threads_change_nothing(native: KernelLibrary, M: int) -> None:
 @pytest.mark.parametrize("g", [16, 32, 128])
 @pytest.mark.parametrize("native_too", [False, True])
 def test_the_body_computes_the_same(bits: int, zeros: bool, g: int, native_too: bool) -> None:
-    """On stock ONNX Runtime within the rounding of activations, with a tail too; native sessions ignore the body."""
+    """Within the rounding of activations, with a tail too; sessions with the library ignore the body."""
     library = require_kernels() if native_too else None
     for K in (128, 2 * g + 16):
         p, x = problem(33, K, bits=bits, g=g, zeros=zeros), activations(3, K)

@@ -55,9 +55,9 @@ def make_run(tmp_path: Path) -> Make:
             "data": {"rules": "2 windows"},
             **facts,
         }
-        marker = {"version": VERSION, "linears": {}, "tied": {}, "rest_dtype": "float16", "true_bits": 1.046,
+        manifest = {"version": VERSION, "linears": {}, "tied": {}, "unquantized_dtype": "float16", "true_bits": 1.046,
                   "dense_weights": 100, "facts": told}  # fmt: skip
-        (folder / "packed" / "lit_binq.json").write_text(json.dumps(marker))
+        (folder / "packed" / "lit_binq.json").write_text(json.dumps(manifest))
         if blocks is not None:
             write_diagnostics(folder / DIAGNOSTICS, blocks)
         return folder
@@ -278,7 +278,7 @@ def test_what_was_not_measured_is_left_out(make_run: Make) -> None:
 def test_names_are_harmless(make_run: Make) -> None:
     names = ["_hidden", "a$b$c", "<i>&", "量子"]
     runs = [make_run(n, FALLING) for n in names]
-    report(str(runs[0]), beside=[str(r) for r in runs[1:]])
+    report(str(runs[0]), baselines=[str(r) for r in runs[1:]])
     text = (runs[0] / "report" / PAGE).read_text(encoding="utf-8")
     assert "<i>" not in text
     assert all(n in Page(text).text for n in names)
@@ -297,14 +297,14 @@ def test_runs_are_found_and_named(make_run: Make, tmp_path: Path) -> None:
     assert len(load_run(run / "other").blocks) == BLOCKS
     report(str(run / "other"))
     assert (run / "other-report" / PAGE).is_file()  # never inside: the packed folder's size is counted
-    twins = load_runs([str(make_run("x/twin")), str(make_run("y/twin")) + "/"])
-    assert [t.name for t in twins] == [str(tmp_path / "x/twin"), str(tmp_path / "y/twin")]
+    twins = load_runs([str(make_run("x/other")), str(make_run("y/other")) + "/"])
+    assert [t.name for t in twins] == [str(tmp_path / "x/other"), str(tmp_path / "y/other")]
 
 
 @pytest.mark.parametrize("form", ["{a},{b}", "[{a},{b}]"])
 def test_the_command_line_takes_several_runs(make_run: Make, form: str) -> None:
     main, a, b = (make_run(n) for n in ("main", "a", "b"))
-    run(report, [str(main), "--beside", form.format(a=a, b=b), "--out", str(main / "o")], "litbinq report")
+    run(report, [str(main), "--baselines", form.format(a=a, b=b), "--out", str(main / "o")], "litbinq report")
     assert "lit_binq: main, a, b" in (main / "o" / PAGE).read_text()
 
 
@@ -321,8 +321,8 @@ def test_errors_are_one_line(make_run: Make, tmp_path: Path) -> None:
     run = make_run("run", FALLING)
     one_line("no such folder", str(tmp_path / "none"))
     one_line("holds neither", str(tmp_path))
-    one_line("is named twice", str(run), beside=str(run / "packed"))
-    one_line("at most 5", str(run), beside=[str(make_run(f"r{i}")) for i in range(6)])
+    one_line("is named twice", str(run), baselines=str(run / "packed"))
+    one_line("at most 5", str(run), baselines=[str(make_run(f"r{i}")) for i in range(6)])
     (tmp_path / "file").write_text("")
     one_line("a file of this name", str(run), out=str(tmp_path / "file"))
     one_line("holds other files", str(run), out=str(run))

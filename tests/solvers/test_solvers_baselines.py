@@ -12,7 +12,7 @@ from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.cli import main as cli
 from lit_binq.errors import LitBinqError
 from lit_binq.formats.dense_only import CountedSolution
-from lit_binq.formats.manifest import read_marker
+from lit_binq.formats.manifest import read_manifest
 from lit_binq.formats.registry import packed_linears
 from lit_binq.formats.row_column import RowColumn
 from lit_binq.hub.bits import file_bits
@@ -157,9 +157,9 @@ def test_a_fit_keeps_dense_weights_and_says_so(name: str, tokenizer, text_file, 
     packed = packed_linears(load_packed(tmp_path / "packed")[0])
     assert {layer.kind for layer in packed.values()} == {"dense_only"}
     assert len(packed) == 7
-    marker = read_marker(tmp_path / "packed")
-    counted = sum(entry["counted_bits"] for entry in marker["linears"].values())
-    assert marker["true_bits"] == counted / sum(layer.weight.numel() for layer in packed.values()) < 8
+    manifest = read_manifest(tmp_path / "packed")
+    counted = sum(entry["counted_bits"] for entry in manifest["linears"].values())
+    assert manifest["true_bits"] == counted / sum(layer.weight.numel() for layer in packed.values()) < 8
     assert file_bits(tmp_path / "packed") > 16  # what the folder takes is another matter
     capsys.readouterr()
     assert cli.main(["export", str(tmp_path / "packed"), str(tmp_path / "onnx")]) == 1
@@ -167,10 +167,10 @@ def test_a_fit_keeps_dense_weights_and_says_so(name: str, tokenizer, text_file, 
     assert not (tmp_path / "onnx").exists()
 
 
-@pytest.mark.parametrize("stage", ["tuning", "finish"])
+@pytest.mark.parametrize("stage", ["tuning", "end_to_end"])
 @pytest.mark.parametrize("solver", [ARB(), ARBX(), BiLLM(), CGB(), PBLLM()], ids=lambda s: type(s).__name__)
 def test_tuning_a_baseline_is_refused_at_once(solver: Solver, stage: str) -> None:
-    epochs = {"tuning": BlockTuning(epochs=0), "finish": ModelTuning(epochs=0)}
+    epochs = {"tuning": BlockTuning(epochs=0), "end_to_end": ModelTuning(epochs=0)}
     BinQCalibration("nowhere", closed_form=ClosedForm(solver=solver), **epochs)
     epochs[stage] = type(epochs[stage])(epochs=2)
     with pytest.raises(LitBinqError, match=rf"^{stage}\.epochs: got 2 with {type(solver).__name__}, a published"):

@@ -252,7 +252,7 @@ def test_a_fit_of_a_tiny_model(options: dict[str, object], make_source, text_fil
         callbacks=[remember],
         closed_form=ClosedForm(solver=TwoPlaneSolver(**options)),
         tuning=BlockTuning(epochs=1),
-        finish=ModelTuning(epochs=1, lr_codes=0.03),
+        end_to_end=ModelTuning(epochs=1, lr_codes=0.03),
     )
     assert all(r.after <= r.before for r in module.records)
     model, _ = load_packed(tmp_path / "packed")

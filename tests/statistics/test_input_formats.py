@@ -353,7 +353,7 @@ def test_two_processes_agree(model_folder: Path, text_file: Path, tmp_path: Path
         closed_form=QUANTIZED,
         trainer=two_processes(),
         tuning=BlockTuning(epochs=1),
-        finish=ModelTuning(epochs=0),
+        end_to_end=ModelTuning(epochs=0),
     )
     assert (digests / "rank-0").read_text() == (digests / "rank-1").read_text()
     assert any("input_scales" in name for name in stored(tmp_path / "two"))

@@ -125,7 +125,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(disk, tmp_path):
     assert names(target) == ["a", MANIFEST]
     (target / "fill").write_bytes(bytes(free_bytes(target / "new" / "folder")))
     assert free_bytes(target) == 0
-    for kind in ("folder", "file", "room"):
+    for kind in ("folder", "file", "parent"):
         with pytest.raises(LitBinqError, match=r"^x: .*No space left on device"):
             require_output_places([Place("x", target / "new", kind)])
 
@@ -172,7 +172,7 @@ def refused(place: Place, *words: str) -> None:
     assert [w for w in words if w not in line] == []
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "room"])
+@pytest.mark.parametrize("kind", ["folder", "file", "parent"])
 def test_places_that_cannot_be_written_to(kind, disk, tmp_path):
     locked = disk("locked")
     subprocess.run(["mount", "-o", "remount,ro", str(locked)], check=True)
@@ -198,7 +198,7 @@ def test_a_folder_of_another_user(tmp_path):
     script = (
         "import sys; from pathlib import Path; from lit_binq.utils.places import *\n"
         "from lit_binq.errors import LitBinqError\n"
-        "for kind in ('folder', 'file', 'room'):\n"
+        "for kind in ('folder', 'file', 'parent'):\n"
         "    try:\n        require_output_places([Place('x', Path(sys.argv[1]) / 'new', kind)])\n"
         "    except LitBinqError as error:\n        print(error)\n"
     )
@@ -226,14 +226,14 @@ def test_files_that_are_not_ours_are_not_replaced(tmp_path):
 def test_places_in_each_others_way(tmp_path):
     packed = Place("model.packed", tmp_path / "packed", "folder", MANIFEST)
     for other in (
-        Place("checkpoint.dirpath", tmp_path / "packed" / "checkpoints", "room"),
-        Place("checkpoint.dirpath", tmp_path / "packed", "room"),
+        Place("checkpoint.dirpath", tmp_path / "packed" / "checkpoints", "parent"),
+        Place("checkpoint.dirpath", tmp_path / "packed", "parent"),
         Place("results", tmp_path / "packed", "file"),
     ):
         with pytest.raises(LitBinqError, match=rf"^{other.option}.*model\.packed"):
             require_output_places([packed, other])
     require_output_places([packed, Place("results", tmp_path / "packed" / "results.json", "file")])
-    require_output_places([packed, Place("checkpoint.dirpath", tmp_path, "room")])
+    require_output_places([packed, Place("checkpoint.dirpath", tmp_path, "parent")])
 
 
 @pytest.fixture

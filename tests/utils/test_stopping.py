@@ -121,7 +121,7 @@ def test_other_signals_and_a_second_one(number, name, config, tmp_path):
 
 
 def test_a_signal_while_a_stage_is_tuned(config, tmp_path):
-    arguments = ["fit", "--config", str(config), "--model.tuning.epochs", "2", "--model.finish.epochs", "1"]
+    arguments = ["fit", "--config", str(config), "--model.tuning.epochs", "2", "--model.end_to_end.epochs", "1"]
     patch = strike("lit_binq.calibration.module.BinQCalibration.training_step", 9)
     code, lines = run(arguments, tmp_path / "said", patch)
     assert code == 143, lines
@@ -286,7 +286,7 @@ def test_slurm_starts_a_run_again_from_the_last_finished_stage(stage, config, tm
     (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     (tmp_path / "bin" / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    arguments = ["fit", "--config", str(config), "--model.tuning.epochs", "1", "--model.finish.epochs", "2"]
+    arguments = ["fit", "--config", str(config), "--model.tuning.epochs", "1", "--model.end_to_end.epochs", "2"]
     assert run([*arguments, "--model.packed", "whole"], tmp_path / "said")[0] == 0
     for name, value in {"NTASKS": 1, "JOB_NAME": "fit", "JOB_ID": 7, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))

@@ -1,4 +1,4 @@
-"""One contestant of `litbinq bench ops`: a kernel at a shape, checked against float64 and ready to be timed.
+"""One candidate of `litbinq bench ops`: a kernel at a shape, checked against float64 and ready to be timed.
 
 It is one session with several copies of its layer, `bench_operators.graph_of`, so many that their weights are ROTATION
 times the last cache: when a copy's turn comes again, its weights have left the cache. Knows nothing of rounds and
@@ -40,7 +40,7 @@ class Shape:
 
 
 class NotTimed(Exception):
-    """Why a contestant is not timed."""
+    """Why a candidate is not timed."""
 
 
 def copies_for(layer_bytes: int, cache: int, M: int) -> int:
@@ -68,7 +68,7 @@ def relative_error(y: np.ndarray, x: np.ndarray, layer: Layer) -> float:
     return math.sqrt(difference / total) if total else math.sqrt(difference)
 
 
-class Contestant:
+class Candidate:
     """A kernel at a shape, ready to be timed.
 
     Args:

@@ -1,4 +1,4 @@
-"""The contestants of `litbinq bench decode` and `prefill`: one interface to the programs that write text.
+"""The candidates of `litbinq bench decode` and `prefill`: one interface to the programs that write text.
 
 Each engine is opened in a process of its own (`lit_binq_onnx.bench.worker`), imports nothing but its own program,
 decodes greedily, and takes the likeliest token with numpy or by itself, whichever its user would.
@@ -228,7 +228,7 @@ class LlamaEngine:
 
 ENGINES: dict[str, Callable[[Setting], Engine]] = {
     "native": lambda setting: OnnxEngine(setting, native=True),
-    "stock": lambda setting: OnnxEngine(setting, native=False),
+    "unmodified": lambda setting: OnnxEngine(setting, native=False),
     "torch": TorchEngine,
     "genai": GenaiEngine,
     "llama": LlamaEngine,
@@ -237,7 +237,7 @@ ENGINES: dict[str, Callable[[Setting], Engine]] = {
 
 IMPORTS = {
     "native": "lit_binq_onnx.runtime.session",
-    "stock": "lit_binq_onnx.runtime.session",
+    "unmodified": "lit_binq_onnx.runtime.session",
     "torch": "lit_binq.models.load",
     "genai": "onnxruntime_genai",
     "llama": "llama_cpp",

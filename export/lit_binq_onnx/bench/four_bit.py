@@ -1,4 +1,4 @@
-"""The rival of `litbinq bench shape`: the same model as a graph of ONNX Runtime's own operators with 4-bit weights.
+"""The baseline of `litbinq bench shape`: the same model as a graph of ONNX Runtime's own operators with 4-bit weights.
 
 What ONNX Runtime offers at its best for a LLaMA-like model on a CPU, and nothing of ours:
 

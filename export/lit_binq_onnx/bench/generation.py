@@ -1,6 +1,6 @@
 """`litbinq bench decode` and `prefill`: tokens a second of a model in several programs, in one run.
 
-Every contestant has a process of its own, in which its load time, its first token and its memory are measured; the
+Every candidate has a process of its own, in which its load time, its first token and its memory are measured; the
 processes then take turns with short bursts of the same work (`bench_timing.alternate`), each timed inside its process.
 All read the same token numbers. A decoding burst always starts at the end of the same context, so that attention costs
 the same in all of them; a prefill burst reads the context into an empty cache.
@@ -40,10 +40,10 @@ Status = Literal["measured", "not installed", "not given", "failed"]
 
 @dataclass
 class Record:
-    """One contestant; `--json` writes a list of these.
+    """One candidate; `--json` writes a list of these.
 
     Attributes:
-        kernel: the contestant's name.
+        kernel: the candidate's name.
         job: "decode" or "prefill".
         source: folder or file it read.
         context: n.
@@ -53,7 +53,7 @@ class Record:
         note: how to get what is missing, or what failed.
         tokens_per_s: the median of the bursts.
         tokens_per_s_low, tokens_per_s_high: quartiles.
-        ratio: tokens_per_s of the first contestant over this one's.
+        ratio: tokens_per_s of the first candidate over this one's.
         ratio_low, ratio_high: quartiles of that ratio taken round by round.
         rounds: bursts.
         import_seconds: importing the program.
@@ -103,17 +103,17 @@ class Sources:
     """What to compare.
 
     Attributes:
-        out: the exported folder; the first contestant.
-        beside: other exported folders.
-        stock: whether `out` runs without the native library too.
+        out: the exported folder; the first candidate.
+        baselines: other exported folders.
+        unmodified: whether `out` runs without the native library too.
         source: the full-precision model for eager torch: hub id, folder or .gguf file; None: not given.
         genai: folder for onnxruntime-genai; None: not given.
         gguf: file for llama.cpp; None: not given.
     """
 
     out: str
-    beside: list[str] = field(default_factory=list)
-    stock: bool = True
+    baselines: list[str] = field(default_factory=list)
+    unmodified: bool = True
     source: str | None = None
     genai: str | None = None
     gguf: str | None = None
@@ -121,7 +121,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant.
+    """A candidate.
 
     Attributes:
         name: what it is called.
@@ -141,7 +141,7 @@ class Entry:
 
 
 def _entries(sources: Sources) -> list[Entry]:
-    """All contestants, those included that cannot run."""
+    """All candidates, those included that cannot run."""
     missing = None if library_path() is not None else HOW_TO_BUILD
 
     def ours(name: str, folder: str) -> Entry:
@@ -158,9 +158,9 @@ def _entries(sources: Sources) -> list[Entry]:
         return Entry(name, engine, given)
 
     entries = [ours("lit-binq", sources.out)]
-    entries += [ours(f"lit-binq {Path(folder).name}", folder) for folder in sources.beside]
-    if sources.stock:
-        entries.append(Entry("lit-binq file, stock ONNX Runtime", "stock", sources.out))
+    entries += [ours(f"lit-binq {Path(folder).name}", folder) for folder in sources.baselines]
+    if sources.unmodified:
+        entries.append(Entry("lit-binq file, unmodified ONNX Runtime", "unmodified", sources.out))
     genai = ("onnxruntime_genai", "onnxruntime-genai")
     llama = ("llama_cpp", "llama-cpp-python")
     entries.append(other("torch eager float32", "torch", sources.source, "`--source MODEL`, the full-precision model"))
@@ -183,7 +183,7 @@ def _refuse(sources: Sources, context: int, burst: int, rounds: int, threads: in
     """The facts of the first export, after checking all options."""
     require_numbers(context=context, tokens=burst, rounds=rounds, threads=threads)
     facts = read_facts(sources.out)
-    for folder in sources.beside:
+    for folder in sources.baselines:
         read_facts(folder)
     for option, given, what in (("genai", sources.genai, "folder"), ("gguf", sources.gguf, "file")):
         path = Path(given).expanduser() if given is not None else None
@@ -217,7 +217,7 @@ def token_numbers(folder: str, n: int) -> list[int]:
 
 
 class _Runner:
-    """A contestant while it runs: its process, its record, and its turn."""
+    """A candidate while it runs: its process, its record, and its turn."""
 
     def __init__(self, entry: Entry, record: Record, ids: list[int]) -> None:
         self.record, self._ids = record, ids
@@ -250,7 +250,7 @@ class _Runner:
 
 
 def _fill(record: Record, seconds: list[float], first: list[float] | None, read: float, data_bytes: int | None) -> None:
-    """Write a contestant's bursts into its record. first: those of the contestant that all are compared with."""
+    """Write a candidate's bursts into its record. first: those of the candidate that all are compared with."""
     record.rounds = len(seconds)
     rate = Spread.of_rates(record.burst, seconds)
     record.tokens_per_s, record.tokens_per_s_low, record.tokens_per_s_high = rate.median, rate.low, rate.high
@@ -266,18 +266,18 @@ def _fill(record: Record, seconds: list[float], first: list[float] | None, read:
 def bench_generation(
     sources: Sources, job: Job, *, context: int, burst: int, rounds: int, threads: int
 ) -> list[Record]:
-    """Time all contestants.
+    """Time all candidates.
 
     Args:
         sources: what to compare.
         job: "decode" or "prefill".
         context: n.
         burst: tokens decoded in a burst; for a prefill it is n.
-        rounds: bursts of each contestant; one more before them is not counted.
+        rounds: bursts of each candidate; one more before them is not counted.
         threads: of arithmetic.
 
     Returns:
-        A record for each contestant, those that are missing or failed included; our own is the first.
+        A record for each candidate, those that are missing or failed included; our own is the first.
 
     Raises:
         LitBinqError: an option out of its range, a folder or file that is not there, or our own export fails.
@@ -290,7 +290,7 @@ def bench_generation(
 def time_entries(
     entries: Sequence[Entry], job: Job, ids: list[int], *, burst: int, rounds: int, threads: int
 ) -> list[Record]:
-    """Time contestants; the first is what the others are compared with.
+    """Time candidates; the first is what the others are compared with.
 
     Args:
         entries: at least one.

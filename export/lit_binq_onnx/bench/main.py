@@ -6,7 +6,7 @@
     bench shape MODEL            decoding at a model's shapes with random weights, beside ONNX Runtime's 4 bits
     bench perplexity OUT TEXT    how well an exported model predicts a text file
 
-Contestants take turns in one run, so that noise hits all alike; figures are medians with quartiles. A contestant that
+Candidates take turns in one run, so that noise hits all alike; figures are medians with quartiles. A candidate that
 is missing is listed with what would bring it.
 
 Each function is a command of lit_binq.cli.main's table. What it measures with is imported by the command that needs it.
@@ -52,16 +52,16 @@ def ops(
 ) -> None:
     """Time one product by our kernels and by ONNX Runtime's: fp32, 8, 4 and 2 bits.
 
-    Weights rotate past the last cache, so that every call reads cold ones, as decoding does. Each contestant's result
+    Weights rotate past the last cache, so that every call reads cold ones, as decoding does. Each candidate's result
     is compared with float64 first. The rate at which this machine reads memory is measured in the same rounds.
 
     Args:
         shapes: K x N of the weights, with commas between.
         M: rows of activations, with commas between.
         threads: threads inside an operator; several numbers with commas between take turns too.
-        rounds: timed runs of each contestant at M = 1; a third of them at other M.
+        rounds: timed runs of each candidate at M = 1; a third of them at other M.
         cache_mb: MiB of last-level cache to rotate past; 0 asks the system.
-        kernels: names of the contestants, as the table has them, with commas between; all without it.
+        kernels: names of the candidates, as the table has them, with commas between; all without it.
         json: file for the figures, a list of records.
     """
     from lit_binq_onnx.bench.memory import cache_bytes
@@ -80,11 +80,11 @@ def ops(
 
 def decode(
     out: str,
-    beside: str | None = None,
+    baselines: str | None = None,
     source: str | None = None,
     genai: str | None = None,
     gguf: str | None = None,
-    stock: bool = True,
+    unmodified: bool = True,
     context: int = 128,
     tokens: int = 32,
     rounds: int = 7,
@@ -95,27 +95,27 @@ def decode(
 
     Args:
         out: folder written by `litbinq export`.
-        beside: other exported folders, with commas between.
+        baselines: other exported folders, with commas between.
         source: the full-precision model for torch: hub id, folder or .gguf file.
         genai: folder for onnxruntime-genai (`pip install onnxruntime-genai`; its model builder writes one).
         gguf: file for llama.cpp (`pip install llama-cpp-python`).
-        stock: run the same file without our operator library too.
+        unmodified: run the same file without our operator library too.
         context: tokens in the cache when a burst begins.
         tokens: tokens of a burst.
         rounds: timed bursts of each program.
         threads: threads of each program.
         json: file for the figures, a list of records.
     """
-    _generation("decode", out, beside, source, genai, gguf, stock, context, tokens, rounds, threads, json)
+    _generation("decode", out, baselines, source, genai, gguf, unmodified, context, tokens, rounds, threads, json)
 
 
 def prefill(
     out: str,
-    beside: str | None = None,
+    baselines: str | None = None,
     source: str | None = None,
     genai: str | None = None,
     gguf: str | None = None,
-    stock: bool = True,
+    unmodified: bool = True,
     tokens: int = 512,
     rounds: int = 5,
     threads: int = 1,
@@ -125,27 +125,27 @@ def prefill(
 
     Args:
         out: folder written by `litbinq export`.
-        beside: other exported folders, with commas between.
+        baselines: other exported folders, with commas between.
         source: the full-precision model for torch: hub id, folder or .gguf file.
         genai: folder for onnxruntime-genai (`pip install onnxruntime-genai`; its model builder writes one).
         gguf: file for llama.cpp (`pip install llama-cpp-python`).
-        stock: run the same file without our operator library too.
+        unmodified: run the same file without our operator library too.
         tokens: tokens of the prompt.
         rounds: timed prompts of each program.
         threads: threads of each program.
         json: file for the figures, a list of records.
     """
-    _generation("prefill", out, beside, source, genai, gguf, stock, tokens, tokens, rounds, threads, json)
+    _generation("prefill", out, baselines, source, genai, gguf, unmodified, tokens, tokens, rounds, threads, json)
 
 
 def _generation(
     job: Any,
     out: str,
-    beside: str | None,
+    baselines: str | None,
     source: str | None,
     genai: str | None,
     gguf: str | None,
-    stock: bool,
+    unmodified: bool,
     context: int,
     tokens: int,
     rounds: int,
@@ -155,7 +155,7 @@ def _generation(
     from lit_binq_onnx.bench.generation import Sources, bench_generation
     from lit_binq_onnx.bench.table import generation_table
 
-    sources = Sources(out, _names(beside), stock, source, genai, gguf)
+    sources = Sources(out, _names(baselines), unmodified, source, genai, gguf)
     records = bench_generation(sources, job, context=context, burst=tokens, rounds=rounds, threads=threads)
     _write(json, records)
     print(generation_table(records), end="")
@@ -207,7 +207,7 @@ def shape(
 def perplexity(
     out: str,
     text: str,
-    beside: str | None = None,
+    baselines: str | None = None,
     windows: int = 24,
     length: int = 256,
     mode: Literal["lut", "exact"] = "lut",
@@ -218,7 +218,7 @@ def perplexity(
     Args:
         out: folder written by `litbinq export`.
         text: a text file; tokenized whole, without special tokens.
-        beside: other exported folders of the same tokenizer, with commas between.
+        baselines: other exported folders of the same tokenizer, with commas between.
         windows: how many windows; fewer where the text is too short.
         length: tokens of a window.
         mode: kernels of our operators, see `litbinq generate`.
@@ -227,6 +227,6 @@ def perplexity(
     from lit_binq_onnx.bench.table import perplexity_table
     from lit_binq_onnx.bench.texts import text_perplexities
 
-    records = text_perplexities([out, *_names(beside)], text, windows=windows, length=length, mode=mode)
+    records = text_perplexities([out, *_names(baselines)], text, windows=windows, length=length, mode=mode)
     _write(json, records)
     print(perplexity_table(records), end="")

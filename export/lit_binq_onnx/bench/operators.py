@@ -1,4 +1,4 @@
-"""The contestants of `litbinq bench ops`: each one a layer y = x W^T that ONNX Runtime multiplies by.
+"""The candidates of `litbinq bench ops`: each one a layer y = x W^T that ONNX Runtime multiplies by.
 
     lit-binq-lut, -exact     BinaryMatMul, W = diag(r) B diag(c): 1 bit
     lit-binq-planes          the same and a second one on an eighth of the columns (two BinaryMatMul, Gather, Add)
@@ -40,7 +40,7 @@ BLOCKS = (32, 128)
 
 FLOAT_ERROR = 1e-4
 INT8_ERROR = 3e-2
-"""Largest relative error with which a contestant is timed: one that computes something else is no contestant. Sums of
+"""Largest relative error with which a candidate is timed: one that computes something else is no candidate. Sums of
 float32 err by 1e-6; int8 activations or tables by 5e-3 to 1e-2."""
 
 A4_ERROR = 0.25
@@ -51,7 +51,7 @@ LUT_KEY = "mlas.use_lut_gemm"
 
 @dataclass
 class Layer:
-    """One weight of one contestant.
+    """One weight of one candidate.
 
     Attributes:
         nodes: from value `x` to value `y`.
@@ -71,7 +71,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A contestant at one shape.
+    """A candidate at one shape.
 
     Attributes:
         name: as in the table of this file's head.
@@ -251,7 +251,7 @@ def nbits_blocks(K: int) -> tuple[int, ...]:
 
 
 def our_kernels() -> list[Kernel]:
-    """Contestants that need our library."""
+    """Candidates that need our library."""
     g = NBITS_BLOCK
     tables = [Kernel(f"lit-binq-{b}bit", nbits_maker(b, g, None), INT8_ERROR, "lut", block=g) for b in (8, 4)]
     return [
@@ -271,7 +271,7 @@ def float_kernel() -> Kernel:
 
 
 def nbits_kernels(K: int) -> list[list[Kernel]]:
-    """ONNX Runtime's low-bit contestants: for each name one candidate a block length."""
+    """ONNX Runtime's low-bit candidates: for each name one candidate a block length."""
     families = [
         [Kernel(f"ort-{b}bit", nbits_maker(b, g, 4), INT8_ERROR, block=g) for g in nbits_blocks(K)] for b in (8, 4, 2)
     ]
@@ -291,7 +291,7 @@ def nbits_kernels(K: int) -> list[list[Kernel]]:
 
 
 def kernel_names(K: int = 1024) -> list[str]:
-    """All contestants at a width of `K`, in the order in which they take turns."""
+    """All candidates at a width of `K`, in the order in which they take turns."""
     ours = [kernel.name for kernel in our_kernels()]
     return [float_kernel().name, *(family[0].name for family in nbits_kernels(K)), *ours]
 

@@ -1,9 +1,9 @@
 """`litbinq bench ops`: one product by many kernels, in one process and one run, each with cold weights.
 
-The contestants (bench_contestant.py) take turns (`bench_timing.alternate`), inputs and outputs are bound to memory that
+The candidates (bench_contestant.py) take turns (`bench_timing.alternate`), inputs and outputs are bound to memory that
 stays. Reading a large buffer takes turns with them: its rate is the physical limit in the same noise.
 
-Before it is timed a contestant's first and last copy are compared with a product in float64. A contestant that errs
+Before it is timed a candidate's first and last copy are compared with a product in float64. A candidate that errs
 more than its arithmetic allows, or that the runtime refuses, is listed with the reason and not timed.
 
 Legend: M rows of x, K columns, N rows of W.
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lit_binq.errors import LitBinqError
-from lit_binq_onnx.bench.candidate import Contestant, NotTimed, Shape
+from lit_binq_onnx.bench.candidate import Candidate, NotTimed, Shape
 from lit_binq_onnx.bench.memory import MemoryReader, buffer_bytes
 from lit_binq_onnx.bench.operators import (
     Kernel,
@@ -43,7 +43,7 @@ PILOT_ROUNDS = 3
 
 @dataclass
 class Record:
-    """One contestant at one shape; `--json` writes a list of these.
+    """One candidate at one shape; `--json` writes a list of these.
 
     Attributes:
         kernel: its name, see `bench_operators`.
@@ -91,7 +91,7 @@ class OpsResult:
     """What a run gave.
 
     Attributes:
-        records: every contestant at every shape.
+        records: every candidate at every shape.
         cache: bytes of last-level cache that the rotation was made for.
         cached_read_gbytes_per_s: the memory reader within a cache, see `bench_memory`.
         kernels: the set of our kernels, or "" without the library.
@@ -103,9 +103,9 @@ class OpsResult:
     kernels: str = ""
 
 
-def _fastest(family: list[Kernel], build: Callable[[Kernel], Contestant], pause: float) -> tuple[Contestant, str]:
+def _fastest(family: list[Kernel], build: Callable[[Kernel], Candidate], pause: float) -> tuple[Candidate, str]:
     """The block length a runtime is fastest with, found by a short alternation of its own, and what was tried."""
-    built: dict[int, Contestant] = {}
+    built: dict[int, Candidate] = {}
     reasons = []
     for kernel in family:
         try:
@@ -123,27 +123,27 @@ def _fastest(family: list[Kernel], build: Callable[[Kernel], Contestant], pause:
 
 def _enter(
     shape: Shape, threads: int, cache: int, x: np.ndarray, native: bool, names: list[str] | None
-) -> tuple[list[Record], list[Contestant]]:
-    """The contestants at a shape with a number of threads: their records so far, and those that will be timed."""
+) -> tuple[list[Record], list[Candidate]]:
+    """The candidates at a shape with a number of threads: their records so far, and those that will be timed."""
     records: list[Record] = []
-    contestants: list[Contestant] = []
+    candidates: list[Candidate] = []
 
-    def build(kernel: Kernel) -> Contestant:
-        return Contestant(kernel, shape, threads, cache, x)
+    def build(kernel: Kernel) -> Candidate:
+        return Candidate(kernel, shape, threads, cache, x)
 
     def enter(family: list[Kernel]) -> None:
         record = Record(family[0].name, shape.M, shape.K, shape.N, threads)
         try:
             if len(family) == 1:
-                contestant = build(family[0])
+                candidate = build(family[0])
             else:
-                contestant, record.note = _fastest(family, build, PAUSE if threads > 1 else 0.0)
+                candidate, record.note = _fastest(family, build, PAUSE if threads > 1 else 0.0)
         except NotTimed as error:
             record.note = str(error)
         else:
-            record.packed_bytes, record.copies = contestant.stored_bytes, contestant.copies
-            record.error, record.block = contestant.error, contestant.kernel.block
-            contestants.append(contestant)
+            record.packed_bytes, record.copies = candidate.stored_bytes, candidate.copies
+            record.error, record.block = candidate.error, candidate.kernel.block
+            candidates.append(candidate)
         records.append(record)
         gc.collect()  # a session's model is large
 
@@ -157,19 +157,19 @@ def _enter(
             enter([kernel])
         else:
             records.append(Record(kernel.name, shape.M, shape.K, shape.N, threads, note=f"not built: {HOW_TO_BUILD}"))
-    return records, contestants
+    return records, candidates
 
 
-def _fill(record: Record, contestant: Contestant, seconds: list[float], base: list[float] | None, read: float) -> None:
+def _fill(record: Record, candidate: Candidate, seconds: list[float], base: list[float] | None, read: float) -> None:
     """Write measured times into a record. base: seconds of one fp32 product in the same rounds."""
-    each = [s / contestant.copies for s in seconds]
+    each = [s / candidate.copies for s in seconds]
     spread = Spread.of([s * 1e3 for s in each])
     record.ms, record.ms_low, record.ms_high, record.rounds = spread.median, spread.low, spread.high, len(seconds)
     if base is not None:
         ratio = Spread.of([b / s for b, s in zip(base, each, strict=True)])
         record.ratio_to_fp32 = statistics.median(base) / statistics.median(each)
         record.ratio_low, record.ratio_high = ratio.low, ratio.high
-    record.gbytes_per_s = contestant.stored_bytes / spread.median / 1e6
+    record.gbytes_per_s = candidate.stored_bytes / spread.median / 1e6
     record.read_gbytes_per_s, record.share_of_read = read, record.gbytes_per_s / read
 
 
@@ -182,7 +182,7 @@ def measure_shape(
     native: bool,
     names: list[str] | None,
 ) -> list[Record]:
-    """Time contestants at one shape.
+    """Time candidates at one shape.
 
     Args:
         shape: of the product.
@@ -191,41 +191,41 @@ def measure_shape(
         rounds: at least 1.
         readers: a memory reader for each number of threads.
         native: whether our library is there.
-        names: of the contestants; None for all.
+        names: of the candidates; None for all.
     """
     x = np.random.default_rng(0).standard_normal((shape.M, shape.K), np.float32)
     records: dict[int, list[Record]] = {}
-    contestants: dict[tuple[str, int], Contestant] = {}
+    candidates: dict[tuple[str, int], Candidate] = {}
     for t in threads:
         records[t], ready = _enter(shape, t, cache, x, native, names)
-        contestants.update({(c.kernel.name, t): c for c in ready})
-    turns: dict[tuple[str, int], Callable[[], Any]] = {key: c.run for key, c in contestants.items()}
+        candidates.update({(c.kernel.name, t): c for c in ready})
+    turns: dict[tuple[str, int], Callable[[], Any]] = {key: c.run for key, c in candidates.items()}
     turns.update({("read", t): readers[t].read for t in threads})
     seconds = alternate(turns, rounds=rounds, pause=PAUSE if max(threads) > 1 else 0.0)
     for t in threads:
         float_key = (float_kernel().name, t)
         base = None
-        if float_key in contestants:
-            base = [s / contestants[float_key].copies for s in seconds[float_key]]
+        if float_key in candidates:
+            base = [s / candidates[float_key].copies for s in seconds[float_key]]
         read = readers[t].size / statistics.median(seconds["read", t]) / 1e9
         for record in records[t]:
             key = (record.kernel, t)
-            if key in contestants:
-                _fill(record, contestants[key], seconds[key], base, read)
+            if key in candidates:
+                _fill(record, candidates[key], seconds[key], base, read)
     return [record for t in threads for record in records[t]]
 
 
 def bench_ops(
     shapes: list[Shape], *, threads: list[int], rounds: int, cache: int, kernels: list[str] | None = None
 ) -> OpsResult:
-    """Time contestants at all shapes.
+    """Time candidates at all shapes.
 
     Args:
         shapes: of the products.
         threads: numbers of threads inside an operator.
-        rounds: runs of each contestant at M = 1; a third of them, 3 at least, at other M, whose times are long.
+        rounds: runs of each candidate at M = 1; a third of them, 3 at least, at other M, whose times are long.
         cache: bytes of last-level cache to rotate past, see `bench_memory.cache_bytes`.
-        kernels: names of the contestants, of `kernel_names`; None takes all.
+        kernels: names of the candidates, of `kernel_names`; None takes all.
 
     Raises:
         LitBinqError: an option out of its range, or an unknown name.

@@ -1,6 +1,6 @@
 """`litbinq bench shape`: decoding at the shapes of a model that nobody need have, one bit beside ONNX Runtime's four.
 
-Both contestants are written with random weights (`lit_binq_onnx.bench.shapes`, `lit_binq_onnx.bench.four_bit`), each as
+Both candidates are written with random weights (`lit_binq_onnx.bench.shapes`, `lit_binq_onnx.bench.four_bit`), each as
 a folder that `OnnxModel` opens, and run as `bench decode` runs exports: a process each, taking turns. A prompt of
 random tokens fills their caches first. The four-bit process does not load our library.
 
@@ -38,18 +38,18 @@ from lit_binq_onnx.runtime.session import DATA, FACTS, FACTS_VERSION, FUSED, MOD
 log = logging.getLogger(__name__)
 
 FOLDERS = ("one-bit", "four-bit")
-"""Of our contestant and of the rival."""
+"""Of our candidate and of the baseline."""
 
 _ROOM = 64 << 20  # for graphs, tables of angles and norms
 
 
 @dataclass
 class ShapeRecord(Record):
-    """One contestant; `--json` writes a list of these.
+    """One candidate; `--json` writes a list of these.
 
     Attributes:
         shape: the model's name, and how many blocks of it there are where they are not all.
-        format: of our weights; the rival's is "4 bits" with its block.
+        format: of our weights; the baseline's is "4 bits" with its block.
         blocks: decoder blocks that were built and timed.
         full_blocks: as many as the shape has.
         head_bits: of the head; 0: float32, stored as float16.
@@ -76,8 +76,8 @@ class Options:
 
     Attributes:
         format: a key of `lit_binq_onnx.bench.shapes.LAYOUTS`.
-        head_bits: 0, 4 or 8, of both; a 4-bit head of the rival is in blocks of `block` and symmetric.
-        block: weights of the rival that share a scale.
+        head_bits: 0, 4 or 8, of both; a 4-bit head of the baseline is in blocks of `block` and symmetric.
+        block: weights of the baseline that share a scale.
         past: n.
         tokens: tokens of a timed burst.
         rounds: bursts of each.
@@ -95,7 +95,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Written:
-    """A contestant's folder.
+    """A candidate's folder.
 
     Attributes:
         folder: where.
@@ -145,9 +145,9 @@ def _finish(model: PreTrainedModel, graph: onnx.ModelProto, written: Written, op
 
 
 def write_models(shape: Shape, folder: Path, options: Options) -> list[Written]:
-    """Write both contestants.
+    """Write both candidates.
 
-    The one-bit weights are in memory while it works, of the rival's one linear at a time.
+    The one-bit weights are in memory while it works, of the baseline's one linear at a time.
 
     Args:
         shape: of the model.
@@ -155,7 +155,7 @@ def write_models(shape: Shape, folder: Path, options: Options) -> list[Written]:
         options: what to build.
 
     Returns:
-        Ours and the rival, in this order.
+        Ours and the baseline, in this order.
 
     Raises:
         LitBinqError: a shape or format that has no fused graph, or not enough room.
@@ -163,21 +163,21 @@ def write_models(shape: Shape, folder: Path, options: Options) -> list[Written]:
     model = random_model(shape, options.format, dense_tables=options.head_bits == 0)
     weights, bits = weights_of(model)
     tables = random_tables(model.config, options.head_bits)
-    rival_tables = random_tables(model.config, options.head_bits, block=options.block, symmetric=True)
+    baseline_tables = random_tables(model.config, options.head_bits, block=options.block, symmetric=True)
     _require_room(folder, _both_bytes(model, options, tables, weights, bits))
-    ours, rival = (folder / name for name in FOLDERS)
+    ours, baseline = (folder / name for name in FOLDERS)
     try:
         ours.mkdir()
         with DataFile(ours / DATA) as data:
             graph = build_fused(model, tables, data)
         written = Written(ours, bits / weights, bits // 8 + _head_bytes(model, tables))
         found = [_finish(model, graph, written, options)]
-        rival.mkdir()
-        with DataFile(rival / DATA) as data:
-            builder = FourBitBuilder(model, rival_tables, data, block=options.block)
+        baseline.mkdir()
+        with DataFile(baseline / DATA) as data:
+            builder = FourBitBuilder(model, baseline_tables, data, block=options.block)
             graph = builder.build()
         bits = builder.stored_bits
-        written = Written(rival, bits / weights, bits // 8 + _head_bytes(model, rival_tables))
+        written = Written(baseline, bits / weights, bits // 8 + _head_bytes(model, baseline_tables))
         found.append(_finish(model, graph, written, options))
     except OSError as error:
         raise LitBinqError(
@@ -247,7 +247,7 @@ def bench_shape(shape: Shape, options: Options, *, folder: str | None = None, ke
         keep: leave them there, as a folder of the shape's name.
 
     Returns:
-        Ours and the rival; a rival that fails says so.
+        Ours and the baseline; a baseline that fails says so.
 
     Raises:
         LitBinqError: an option out of its range, our library is missing, no room, or our own graph fails.
@@ -281,7 +281,7 @@ def _measure(shape: Shape, options: Options, written: list[Written], *, kept: bo
     kinds = (options.format, f"4 bits, block {options.block}")
     entries = [
         Entry(name, engine, str(one.folder), token_bytes=one.weight_bytes + cache)
-        for name, engine, one in zip(names, ("native", "stock"), written, strict=True)
+        for name, engine, one in zip(names, ("native", "unmodified"), written, strict=True)
     ]
     ids = [int(i) for i in np.random.default_rng(0).integers(0, config.vocab_size, options.past)]
     records = time_entries(entries, "decode", ids, burst=options.tokens, rounds=options.rounds, threads=options.threads)

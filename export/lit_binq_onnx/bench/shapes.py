@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from lit_binq.errors import LitBinqError, first_line
 from lit_binq.formats import PackedLinear
 from lit_binq.formats.registry import empty_layer, packed_linears
-from lit_binq_onnx.build.fused import misfit
+from lit_binq_onnx.build.fused import unfusable_reason
 from lit_binq_onnx.build.head import Tables
 from lit_binq_onnx.build.head_rounding import HEAD_BITS, QuantizedTable
 
@@ -189,7 +189,7 @@ def random_model(shape: Shape, kind: str = "row_column", *, dense_tables: bool, 
             layer = empty_layer(module, {"format": kind, **LAYOUTS[kind]})
             _fill(layer, rng)
             model.set_submodule(name, layer)
-    reason = misfit(model)
+    reason = unfusable_reason(model)
     if reason is not None:
         raise LitBinqError(f"model: shape {shape.name!r} has no fused graph ({reason}), expected a LLaMA-like model")
     for module in model.modules():

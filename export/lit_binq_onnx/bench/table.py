@@ -48,7 +48,7 @@ def _kernel_name(record: OpsRecord) -> str:
 
 
 def _shape_table(shape: Shape, threads: int, records: list[OpsRecord]) -> str:
-    """All contestants at a shape."""
+    """All candidates at a shape."""
     rows, notes = [], []
     for r in records:
         share = _NOTHING if r.share_of_read is None else f"{r.share_of_read:.0%}"
@@ -123,7 +123,7 @@ def _memory(r: GenerationRecord | ShapeRecord) -> tuple[int | None, ...]:
 
 
 def generation_table(records: list[GenerationRecord]) -> str:
-    """The report of `bench decode` and `bench prefill`; contestants that are missing are rows too."""
+    """The report of `bench decode` and `bench prefill`; candidates that are missing are rows too."""
     rows = []
     for r in records:
         if r.status == "measured":

@@ -1,4 +1,4 @@
-"""Timing several contestants so that noise hits all alike: they take turns, and what is reported is a median."""
+"""Timing several candidates so that noise hits all alike: they take turns, and what is reported is a median."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -37,21 +37,21 @@ class Spread:
 
 
 def alternate(
-    contestants: Mapping[Name, Callable[[], Any]],
+    candidates: Mapping[Name, Callable[[], Any]],
     *,
     rounds: int,
     warmup: int = 1,
     pause: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, list[float]]:
-    """Seconds of every contestant in every round.
+    """Seconds of every candidate in every round.
 
-    In a round each contestant runs once. The order changes from round to round (a later one starts further on, every
+    In a round each candidate runs once. The order changes from round to round (a later one starts further on, every
     second one is reversed), so that nobody always follows the same neighbour or always meets the same moment of a
     periodic disturbance.
 
     Args:
-        contestants: what to time, by name. A contestant that returns a float has timed itself: that many seconds
+        candidates: what to time, by name. A candidate that returns a float has timed itself: that many seconds
             count instead of the clock's.
         rounds: at least 1.
         warmup: rounds before, not counted.
@@ -59,10 +59,10 @@ def alternate(
         clock: in seconds.
 
     Returns:
-        {name: seconds}, `rounds` of them, in the order of the rounds: entry i of all contestants was measured in the
+        {name: seconds}, `rounds` of them, in the order of the rounds: entry i of all candidates was measured in the
         same round.
     """
-    names = list(contestants)
+    names = list(candidates)
     seconds: dict[Name, list[float]] = {name: [] for name in names}
     for number in range(warmup + rounds):
         first = number % len(names) if names else 0
@@ -71,7 +71,7 @@ def alternate(
             if pause:
                 time.sleep(pause)
             began = clock()
-            own = contestants[name]()
+            own = candidates[name]()
             spent = clock() - began
             if number >= warmup:
                 seconds[name].append(own if isinstance(own, float) else spent)

@@ -1,4 +1,4 @@
-"""One contestant in a process of its own: `python -m lit_binq_onnx.bench.worker SETTING`, driven over its pipes.
+"""One candidate in a process of its own: `python -m lit_binq_onnx.bench.worker SETTING`, driven over its pipes.
 
 SETTING is a `Setting` as JSON. Requests come as lines of JSON on standard input, each is answered by one on standard
 output:
@@ -80,7 +80,7 @@ def serve(setting: Setting, requests: IO[str], answers: IO[str]) -> None:
 
 
 class WorkerFailed(Exception):
-    """A contestant's process has failed; the message says how in one line."""
+    """A candidate's process has failed; the message says how in one line."""
 
 
 class Worker:

@@ -1,23 +1,23 @@
 """Is the exported model the packed torch model? Prefill, decoding with the cache, left-padded batches, every length.
 
-Each case runs three ways where the native library is installed, else one:
+Each case runs three variants where the native library is installed, else one:
 
     exact   native operators, float32 activations
     lut     native operators, activations rounded to int8 tables: the default for running
-    stock   the function bodies in standard operators, no library
+    unmodified   the function bodies in standard operators, no library
 
-`exact` and `stock` decide whether a file is right. `lut` errs by design: torch is run with errors of that size in every
-product (`check_reference.sensitivity`), and int8 tables may move the logits a few times as much. How far they do is in
-the report, beside what the model itself makes of such errors. Cases that cross a length at which something changes
-(`check_lengths`) run in the first way only.
+`exact` and `unmodified` decide whether a file is right. `lut` errs by design: torch is run with errors of that size in
+every product (`check_reference.sensitivity`), and int8 tables may move the logits a few times as much. How far they do
+is in the report, beside what the model itself makes of such errors. Cases that cross a length at which something
+changes (`check_lengths`) run in the first variant only.
 
 Where a model rounds its inputs, or keys and values, to a few levels, two programs that add in another order cannot
 agree closely: a value that lies at a threshold falls on the other side, moves by a whole level, and others follow.
 There torch is also compared with itself, its embeddings changed by a ten-millionth, and ONNX Runtime may differ as
 much.
 
-The fused graph, where there is one, is compared in the same ways but "stock", without padding and with a batch instead.
-Where embedding and head were rounded, torch computes with the rounded ones: no bound is wider for it.
+The fused graph, where there is one, is compared in the same variants but "unmodified", without padding and with a batch
+instead. Where embedding and head were rounded, torch computes with the rounded ones: no bound is wider for it.
 
 Legend: l torch's logits, l^ ONNX Runtime's, over all positions that are compared.
 """
@@ -77,17 +77,17 @@ class Case:
     """One comparison.
 
     Attributes:
-        way: "exact", "lut" or "stock".
+        variant: "exact", "lut" or "unmodified".
         case: "prefill", "decode", "left-padded", or what crosses a length; of the fused graph with "fused" before it.
         largest: max |l^ - l| / max |l|.
         cache: the same for the keys and values, the worst tensor.
         rms: relative RMS error of the logits, each position's mean taken out.
         divergence: mean KL divergence from torch's next-token distribution, in nats.
         agreement: share of positions with the same likeliest token.
-        passed: whether the way's bound holds.
+        passed: whether the variant's bound holds.
     """
 
-    way: str
+    variant: str
     case: str
     largest: float
     cache: float
@@ -99,7 +99,7 @@ class Case:
     def row(self) -> str:
         """One line of the report."""
         return (
-            f"{self.way:<6} {self.case:<23} {self.largest:>9.1e} {self.cache:>9.1e} {self.rms:>9.1e} "
+            f"{self.variant:<6} {self.case:<23} {self.largest:>9.1e} {self.cache:>9.1e} {self.rms:>9.1e} "
             f"{self.divergence:>9.1e} {self.agreement:>8.1%}  {'ok' if self.passed else 'FAILED'}"
         )
 
@@ -109,7 +109,7 @@ class CheckReport:
     """All comparisons, and what was not compared.
 
     Attributes:
-        cases: one for each way and case.
+        cases: one for each variant and case.
         notes: bounds, how lengths were crossed, what was left out and why.
     """
 
@@ -117,7 +117,7 @@ class CheckReport:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        head = f"{'way':<6} {'case':<23} {'max':>9} {'cache':>9} {'rms':>9} {'KL':>9} {'top-1':>8}"
+        head = f"{'variant':<6} {'case':<23} {'max':>9} {'cache':>9} {'rms':>9} {'KL':>9} {'top-1':>8}"
         return "\n".join([head, *(case.row() for case in self.cases), *self.notes])
 
 
@@ -133,7 +133,7 @@ def lut_tolerance(reference: Reference) -> float:
     return max(LUT_TOLERANCE, min(LUT_FACTOR * reference.sensitivity, UNRELATED), reference.bound or 0.0)
 
 
-def _compare(way: str, name: str, run: Run, onnx_model: OnnxModel, reference: Reference) -> Case:
+def _compare(variant: str, name: str, run: Run, onnx_model: OnnxModel, reference: Reference) -> Case:
     """Run the passes in ONNX Runtime, its own cache carried from pass to pass."""
     steps = run.steps
     before = 0 if run.past is None else run.past[0].shape[2]
@@ -157,7 +157,7 @@ def _compare(way: str, name: str, run: Run, onnx_model: OnnxModel, reference: Re
             error = _relative(a, b)
             cache_errors = [max(cache_errors[0], error), max(cache_errors[1], error if number < 2 else 0.0)]
     a, b = np.concatenate(ours).astype(np.float64), np.concatenate(theirs).astype(np.float64)
-    return _figures(way, name, a, b, cache_errors, reference)
+    return _figures(variant, name, a, b, cache_errors, reference)
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:
@@ -166,12 +166,12 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _figures(
-    way: str, name: str, a: np.ndarray, b: np.ndarray, cache_errors: list[float], reference: Reference
+    variant: str, name: str, a: np.ndarray, b: np.ndarray, cache_errors: list[float], reference: Reference
 ) -> Case:
     """All figures of a case.
 
     Args:
-        way, name: of the case.
+        variant, name: of the case.
         a, b: (positions, V) float64 logits of ONNX Runtime and torch.
         cache_errors: largest error of keys and values, of all blocks and of the first.
         reference: its bounds.
@@ -180,7 +180,7 @@ def _figures(
     log_a, log_b = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
     divergence = float((np.exp(log_b) * (log_b - log_a)).sum(-1).mean())
     # comparisons with NaN are false, so a NaN fails
-    if way == "lut":
+    if variant == "lut":
         saturated = reference.sensitivity >= SATURATED and reference.bound is None
         passed = cache_errors[1] <= FIRST_BLOCK if saturated else rms <= lut_tolerance(reference)
     elif reference.bound is not None:
@@ -190,33 +190,39 @@ def _figures(
     if not np.isfinite([largest, cache_errors[0], rms]).all():
         passed = False
     agreement = float((a.argmax(-1) == b.argmax(-1)).mean())
-    return Case(way, name, largest, cache_errors[0], rms, divergence, agreement, bool(passed))
+    return Case(variant, name, largest, cache_errors[0], rms, divergence, agreement, bool(passed))
 
 
 def _ways(report: CheckReport) -> Iterator[tuple[str, bool, Mode]]:
-    """(way, native, mode) of what can be compared here."""
+    """(variant, native, mode) of what can be compared here."""
     if library_path() is None:
         report.notes.append("native operators not compared: the native library is not installed")
     else:
         yield "exact", True, "exact"
         yield "lut", True, "lut"
-    yield "stock", False, "exact"
+    yield "unmodified", False, "exact"
 
 
 def _run_cases(
-    out_dir: str | Path, cases: dict[str, Run], reference: Reference, way: str, native: bool, mode: Mode, route: Route
+    out_dir: str | Path,
+    cases: dict[str, Run],
+    reference: Reference,
+    variant: str,
+    native: bool,
+    mode: Mode,
+    route: Route,
 ) -> list[Case]:
     """All cases in one session, which is closed then: on function bodies it holds the weights unpacked."""
     onnx_model = OnnxModel(out_dir, native=native, mode=mode, route=route)
-    return [_compare(way, name, run, onnx_model, reference) for name, run in cases.items()]
+    return [_compare(variant, name, run, onnx_model, reference) for name, run in cases.items()]
 
 
 def fused_failure(out_dir: str | Path, reference: Reference) -> str | None:
     """Why a fused graph must not be used: what differs from torch in float32, or None."""
     native = library_path() is not None
     try:
-        way = "exact" if native else "stock"
-        cases = _run_cases(out_dir, reference.fused, reference, way, native, "exact", "fused")
+        variant = "exact" if native else "unmodified"
+        cases = _run_cases(out_dir, reference.fused, reference, variant, native, "exact", "fused")
     except RunError as error:  # the graph does not run at all
         return str(error)
     failed = next((case for case in cases if not case.passed), None)
@@ -273,18 +279,18 @@ def check_onnx(
             reference = torch_reference(model, tokenizer, fused=bool(facts.get("fused")))
     if reference.bound is not None:
         report.notes.append(
-            f"every way within rms <= {reference.bound:.2g}: the model rounds inputs or keys and values to few levels"
+            f"every variant within rms <= {reference.bound:.2g}: inputs, or keys and values, have few levels"
         )
     report.notes += reference.notes
-    ways = list(_ways(report))
+    variants = list(_ways(report))
     fused = reference.fused if facts.get("fused") else {}
     routes: tuple[tuple[Route, dict[str, Run]], ...] = (("generic", reference.generic), ("fused", fused))
     for route, cases in routes:
         short = {name: run for name, run in cases.items() if name not in reference.lengths}
-        for number, (way, native, mode) in enumerate(ways if route == "generic" else ways[:2]):
+        for number, (variant, native, mode) in enumerate(variants if route == "generic" else variants[:2]):
             if not cases or (route == "fused" and not _runs_fused(native, report)):
                 continue
-            report.cases += _run_cases(out_dir, short if number else cases, reference, way, native, mode, route)
+            report.cases += _run_cases(out_dir, short if number else cases, reference, variant, native, mode, route)
     if fused and (wrong := _wrong_angles(Path(out_dir), reference)) is not None:
         raise LitBinqError(f"check: the fused graph is damaged: {wrong}; export again")
     _tell_lut(report, reference)
@@ -304,7 +310,7 @@ def _runs_fused(native: bool, report: CheckReport) -> bool:
 
 def _tell_lut(report: CheckReport, reference: Reference) -> None:
     """What int8 tables do, beside what the model makes of errors of that size."""
-    moved = [case.rms for case in report.cases if case.way == "lut"]
+    moved = [case.rms for case in report.cases if case.variant == "lut"]
     if not moved:
         return
     bound = lut_tolerance(reference)
@@ -320,10 +326,10 @@ def _require_passed(report: CheckReport, reference: Reference, compared: bool) -
     failed = [case for case in report.cases if not case.passed]
     if not failed:
         return
-    worst = next((case for case in failed if case.way != "lut"), failed[0])
+    worst = next((case for case in failed if case.variant != "lut"), failed[0])
     figures = f"max {worst.largest:.1e}, cache {worst.cache:.1e}, rms {worst.rms:.1e}"
     count = f"({len(failed)} of {len(report.cases)} cases failed)"
-    if worst.way == "lut":
+    if worst.variant == "lut":
         raise LitBinqError(
             f"check: {worst.case} (lut) differs from torch: {figures}, expected rms <= {lut_tolerance(reference):.2g}, "
             f"{LUT_FACTOR:g} times what errors of that size do to this model {count}: in float32 the file is right, so "
@@ -336,7 +342,7 @@ def _require_passed(report: CheckReport, reference: Reference, compared: bool) -
     if compared:
         advice = "its tensors are the packed folder's, so it is the graph or this ONNX Runtime: export again here"
     raise LitBinqError(
-        f"check: {worst.case} ({worst.way}) differs from torch: {figures}, expected {bound} {count}: {advice}"
+        f"check: {worst.case} ({worst.variant}) differs from torch: {figures}, expected {bound} {count}: {advice}"
     )
 
 

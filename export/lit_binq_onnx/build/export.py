@@ -40,7 +40,7 @@ from lit_binq.utils.files import new_folder
 from lit_binq.utils.places import require_folder
 from lit_binq_onnx.build.check import check_onnx, fused_failure
 from lit_binq_onnx.build.check_reference import Reference, torch_reference
-from lit_binq_onnx.build.fused import build_fused, misfit
+from lit_binq_onnx.build.fused import build_fused, unfusable_reason
 from lit_binq_onnx.build.genai import require_uniform, write_genai
 from lit_binq_onnx.build.graph import require_packed_nodes, simplify, store_half
 from lit_binq_onnx.build.head import Tables, quantize_readers, rounded_tables
@@ -107,7 +107,7 @@ def _write_graph(graph: ir.Model, data: DataFile, folder: Path) -> None:
 
 def _write_fused(model: PreTrainedModel, tables: Tables | None, data: DataFile, folder: Path) -> bool:
     """model_fused.onnx over the same data file; false, with a line that says why, where the route does not fit."""
-    reason = misfit(model)
+    reason = unfusable_reason(model)
     if reason is None:
         try:
             onnx.save(build_fused(model, tables, data), folder / FUSED)

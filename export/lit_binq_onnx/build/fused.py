@@ -54,7 +54,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 _ALL = np.iinfo(np.int64).max
 
 
-def misfit(model: PreTrainedModel) -> str | None:
+def unfusable_reason(model: PreTrainedModel) -> str | None:
     """Why this route does not fit a model, in a few words; None if it seems to."""
     config: Any = model.config
     if type(model).__name__ not in ARCHITECTURES:
@@ -270,9 +270,9 @@ class FusedBuilder:
         """(hidden, V), in the order of bytes in which the traced graph has stored it."""
         weight = self.model.lm_head.weight
         tied = weight is self.model.model.embed_tokens.weight
-        turned = np.ascontiguousarray(_array(weight).T)
-        if not tied and any(self.g.data.holds(stored) for stored in (turned, _as_half(turned))):
-            return self._half(turned, "lm_head.turned")
+        transposed = np.ascontiguousarray(_array(weight).T)
+        if not tied and any(self.g.data.holds(stored) for stored in (transposed, _as_half(transposed))):
+            return self._half(transposed, "lm_head.transposed")
         # The runtime transposes it while loading, see `lit_binq_onnx.build.export`.
         table = self._half(_array(weight), _EMBEDDING if tied else "lm_head.weight")
         return self.g.add("Transpose", [table], "lm_head.transposed", perm=[1, 0])
@@ -317,7 +317,7 @@ def _epsilon(norm: Any) -> float:
 
 
 def build_fused(model: PreTrainedModel, tables: Tables | None, data: DataFile) -> onnx.ModelProto:
-    """The fused graph of a packed model that `misfit` says nothing against.
+    """The fused graph of a packed model that `unfusable_reason` says nothing against.
 
     Args:
         model: float32 on the CPU.

@@ -194,10 +194,10 @@ def _find(graph: ir.Graph, dense: np.ndarray) -> list[tuple[ir.Value, bool]]:
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT:
             continue
-        for turned in (False, True):
-            wanted = dense.T if turned else dense
+        for transposed in (False, True):
+            wanted = dense.T if transposed else dense
             if tuple(tensor.shape) == wanted.shape and np.array_equal(tensor.numpy(), wanted):
-                found.append((value, turned))
+                found.append((value, transposed))
                 break
     return found
 
@@ -262,8 +262,8 @@ def quantize_readers(model: ir.Model, tables: Tables) -> None:
             arrays[f"{name}.zeros"] = table.zeros
         stored = [_initializer(graph, key, array) for key, array in arrays.items()]
         read = [
-            (_multiply if turned else _read_quantized)(graph, use.node, use.idx, table, stored)
-            for value, turned in found
+            (_multiply if transposed else _read_quantized)(graph, use.node, use.idx, table, stored)
+            for value, transposed in found
             for use in list(value.uses())
         ]
         if not read or not all(read):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_binq.errors import LitBinqError, first_line
-from lit_binq.formats.manifest import read_marker
+from lit_binq.formats.manifest import read_manifest
 from lit_binq.formats.registry import empty_layer
 from lit_binq.hub.save_load import WEIGHTS
 from lit_binq_onnx.build.graph import require_packed_nodes
@@ -59,7 +59,7 @@ def require_same_tensors(
         LitBinqError: a tensor is not the packed folder's (the message names it), or a file cannot be read.
     """
     packed = Path(packed)
-    linears = read_marker(packed)["linears"]
+    linears = read_manifest(packed)["linears"]
     try:
         with safe_open(packed / WEIGHTS, framework="pt") as file:
             names = set(file.keys())
@@ -185,7 +185,7 @@ def _called(model: PreTrainedModel) -> set[str]:
 
 def _rounded_names(file: Any, names: list[str], packed: Path, model: PreTrainedModel) -> dict[str, str]:
     """Stored names of the tables that a rounded head replaces: {"embedding": ..., "head": ...}."""
-    tied = read_marker(packed)["tied"]
+    tied = read_manifest(packed)["tied"]
     modules = {id(module): name for name, module in model.named_modules()}
     found = {}
     for what, module in (("embedding", model.get_input_embeddings()), ("head", model.get_output_embeddings())):

@@ -120,7 +120,7 @@ class OnnxModel:
     Args:
         folder: what `export_onnx` wrote.
         native: None uses the native library where it is installed, and says once what is lost where it is
-            not; True requires it; False runs the function bodies of the file on stock ONNX Runtime.
+            not; True requires it; False runs the function bodies of the file on unmodified ONNX Runtime.
         mode: of the native operators: "lut" (int8 tables, fast) or "exact" (float32 activations). The
             function bodies always compute in float32. A rounded head follows it, with or without the library: its
             activations are int8 in "lut" and float32 in "exact", which is slow.
@@ -178,8 +178,8 @@ class OnnxModel:
         if native is None and not self.native and "native" not in _warned:
             _warned.add("native")
             log.warning(
-                "no native operator library: running the stock ONNX function bodies: expect several times "
-                "slower and more memory; %s",
+                "no native operator library: running the function bodies on ONNX Runtime's own operators: expect "
+                "several times slower and more memory; %s",
                 HOW_TO_BUILD,
             )
         if self.route == "fused" and not self.native and not fused_bodies_trusted():

@@ -119,11 +119,11 @@ def block_memory(
             trained = step(empty, arguments, torch.empty(batch, T, d))
     except Exception:  # what a block's code asks of values that are not there is its own
         few, more = (_shorter(call, T, n) for n in (FEW, 2 * FEW))
-        twin = copy.deepcopy(block)
-        ends = [forward(twin, c, torch.randn(1, n, d)) for c, n in ((few, FEW), (more, 2 * FEW))]
+        copied = copy.deepcopy(block)
+        ends = [forward(copied, c, torch.randn(1, n, d)) for c, n in ((few, FEW), (more, 2 * FEW))]
         passed = _extended(ends[0], ends[1], batch_windows * T)
-        _make_latent(twin, called, train)
-        first, second = (step(twin, c, torch.randn(1, n, d)) for c, n in ((few, FEW), (more, 2 * FEW)))
+        _make_latent(copied, called, train)
+        first, second = (step(copied, c, torch.randn(1, n, d)) for c, n in ((few, FEW), (more, 2 * FEW)))
         kept, peak = (_extended(a, b, batch * T) for a, b in ((first.kept, second.kept), (first.peak, second.peak)))
         trained = Step(kept, peak, second.gradients)
     return BlockMemory(size_of(block), list(called.values()), passed, trained)
@@ -182,7 +182,7 @@ def solve_bytes(N: int, K: int, statistics: bool) -> int:
 
 
 def _make_latent(block: nn.Module, names: Iterable[str], train: tuple[bool, bool, bool]) -> None:
-    """Put the trainable twin of the row x column format in place of linear layers."""
+    """Put the trainable layer of the row x column format in place of linear layers."""
     codes, scales, norms = train
     for name in names:
         linear = block.get_submodule(name)

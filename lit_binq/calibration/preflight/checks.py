@@ -358,7 +358,7 @@ def _advice(phase: Phase, run: Run) -> str:
             "host`" if run.device.type == "cuda" else "disk`"
         )
     if phase.name == "model":
-        return "lower `data.batch_size`, or leave the model stage out with `model.finish.epochs: 0`"
+        return "lower `data.batch_size`, or leave the model stage out with `model.end_to_end.epochs: 0`"
     if phase.name == "evaluation":
         return "lower `data.eval_batch_size`, or set `model.compare_fp: false`"
     if "statistics" in largest or "scores" in largest:

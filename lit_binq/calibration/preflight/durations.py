@@ -77,7 +77,7 @@ def fit_seconds(model: PreTrainedModel, run: Run) -> float:
     steps = -(-run.train // run.batch)
     kind = "cuda" if run.device.type == "cuda" else "cpu"
     once, around, attained = STEP_SECONDS[kind], STAGE_SECONDS[kind], ATTAINED[kind]
-    form, tuning, finish = run.closed_form, run.tuning, run.finish
+    form, tuning, end_to_end = run.closed_form, run.tuning, run.end_to_end
     streams = {"weight": 0, "naive_output": 1}.get(form.objective, 2)
     total, all_blocks = 0.0, 0.0
     for block in find_blocks(model):
@@ -92,9 +92,9 @@ def fit_seconds(model: PreTrainedModel, run: Run) -> float:
         total += tuning.epochs * (train * 3 * F / (attained * rates.steps) + steps * once)
         total += around if tuning.epochs else 0
     head = model.get_output_embeddings()
-    if finish.epochs and isinstance(head, nn.Linear):
+    if end_to_end.epochs and isinstance(head, nn.Linear):
         out = 2 * head.out_features * head.in_features
         each = 3 * all_blocks + 4 * out
         total += tokens * all_blocks / (attained * rates.steps)
-        total += around + finish.epochs * ((train + held / 3) * each / (attained * rates.steps) + steps * once)
+        total += around + end_to_end.epochs * ((train + held / 3) * each / (attained * rates.steps) + steps * once)
     return total

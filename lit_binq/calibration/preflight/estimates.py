@@ -65,10 +65,10 @@ class Run:
         streams: where activations are cached.
         closed_form: how layers are solved.
         tuning: of each block.
-        finish: of the whole model.
+        end_to_end: of the whole model.
         autocast: mixed precision of steps; None is float32.
         ranks: processes.
-        rest_bytes: of a value outside the packed weights, on disk.
+        unquantized_bytes: of a value outside the packed weights, on disk.
         evaluation: (b, T) of an evaluation batch; None if nothing is evaluated afterwards.
         compare_fp: whether the source is evaluated too.
         free: bytes free on a CUDA device.
@@ -83,10 +83,10 @@ class Run:
     streams: StreamOptions
     closed_form: ClosedForm
     tuning: BlockTuning
-    finish: ModelTuning
+    end_to_end: ModelTuning
     autocast: torch.dtype | None = None
     ranks: int = 1
-    rest_bytes: int = 2
+    unquantized_bytes: int = 2
     evaluation: tuple[int, int] | None = None
     compare_fp: bool = True
     free: int = 0
@@ -159,11 +159,11 @@ class _Sizes:
     teacher: int
     cached_head: bool
 
-    def packed(self, rest_bytes: int) -> int:
+    def packed(self, unquantized_bytes: int) -> int:
         """All block linears as they are stored, and the blocks' other tensors."""
         weights = sum(count * m.weights for count, m in self.kinds)
         other = sum(count * (m.dense // 4 - m.weights) for count, m in self.kinds)
-        return round(weights * self.bits / 8 + other * rest_bytes)
+        return round(weights * self.bits / 8 + other * unquantized_bytes)
 
 
 def estimate(
@@ -196,11 +196,11 @@ def estimate(
             host.append(Phase(phase.name, {**stays, **({} if on_device else streams), **packed, **kept}))
         else:
             host.append(Phase(phase.name, {**stays, **streams, **packed, **phase.parts}))
-    if run.finish.epochs:
+    if run.end_to_end.epochs:
         parts, cache = _model_parts(sizes, run, cuda)
         where = bool(cuda and cache * DEVICE_SHARE <= run.free)
         cached = {"teacher's hidden states": float(cache)} if sizes.cached_head else {}
-        tuned_rest = sizes.matrices * 4 if run.finish.lr_embeddings else 0
+        tuned_rest = sizes.matrices * 4 if run.end_to_end.lr_embeddings else 0
         stays_too = {"what was finished, for a checkpoint": float(sizes.packed(4) + tuned_rest)}
         if cuda:
             parts, kept = _apart(parts)
@@ -208,7 +208,7 @@ def estimate(
             host.append(Phase("model", {**stays, **stays_too, **kept, **({} if where else cached)}))
         else:
             host.append(Phase("model", {**stays, **stays_too, **parts, **cached}))
-    stored = sizes.packed(run.rest_bytes) + sizes.rest * run.rest_bytes
+    stored = sizes.packed(run.unquantized_bytes) + sizes.rest * run.unquantized_bytes
     again = float(rest + sizes.packed(4))
     host.append(
         Phase("writing", {**stays, **packed, "stored tensors and their bytes": 2.0 * stored, "read again": again})
@@ -223,7 +223,7 @@ def estimate(
             device.append(Phase("evaluation", {"packed model": again, **models, **work}))
         else:
             host.append(Phase("evaluation", {**base, **models, **_larger({"loading it": float(loading)}, work)}))
-    matrices = sizes.matrices * 4 if run.finish.lr_embeddings else 0
+    matrices = sizes.matrices * 4 if run.end_to_end.lr_embeddings else 0
     on_disk = 3 * sizes.S if run.streams.cache == "disk" else 0
     return Estimate(host, device, stored, sizes.packed(4) + matrices, on_disk)
 
@@ -258,20 +258,20 @@ def _sizes(model: PreTrainedModel, calls: list[BlockCall], run: Run) -> _Sizes:
         memory = block_memory(block, call, shape, run.streams.batch_windows, run.batch, run.autocast, trained)
         kinds.append((len(places), memory))
     inside = {id(t) for t in (*blocks.parameters(), *blocks.buffers())}
-    loose = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
+    non_block = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
     latents, bits = format_sizes(run.closed_form)
     step, V = Step(0, 0, 0), 0
     weight = getattr(head, "weight", None)
     if isinstance(weight, Tensor):
         V = int(weight.shape[0])
-        if run.finish.epochs and isinstance(table, nn.Module):
-            step = head_step(model, (run.batch, T), run.autocast, run.finish.lr_embeddings > 0)
-    cached = bool(run.finish.epochs) and run.cached
-    matrices = sum(t.numel() for t in loose if isinstance(t, nn.Parameter) and t.dim() == 2)
+        if run.end_to_end.epochs and isinstance(table, nn.Module):
+            step = head_step(model, (run.batch, T), run.autocast, run.end_to_end.lr_embeddings > 0)
+    cached = bool(run.end_to_end.epochs) and run.cached
+    matrices = sum(t.numel() for t in non_block if isinstance(t, nn.Parameter) and t.dim() == 2)
     return _Sizes(
         S=4 * n * T * d,
         d=d,
-        rest=sum(t.numel() for t in loose),
+        rest=sum(t.numel() for t in non_block),
         matrices=matrices,
         vocabulary=V,
         kinds=kinds,
@@ -358,7 +358,7 @@ def _block_phases(sizes: _Sizes, run: Run, cuda: bool) -> list[Phase]:
 
 def _model_parts(sizes: _Sizes, run: Run, cuda: bool) -> tuple[dict[str, float], int]:
     """Parts of the model stage, and bytes of the teacher's last hidden states."""
-    t, (n, T), b = run.finish, run.windows, run.batch
+    t, (n, T), b = run.end_to_end, run.windows, run.batch
     weights = sum(count * m.weights for count, m in sizes.kinds)
     trained = sum(count * m.step.gradients for count, m in sizes.kinds)
     if not run.tuning.lr_codes:

@@ -36,7 +36,7 @@ def ask_before_fit(
         LitBinqError: something cannot work.
     """
     require_kept_configuration(model)
-    require_storable(model, find_blocks(model), module.rest_dtype)
+    require_storable(model, find_blocks(model), module.unquantized_dtype)
     device = trainer.strategy.root_device
     train = len(data.train_windows)
     sets = data.evaluation_windows if module.evaluates else None
@@ -48,10 +48,10 @@ def ask_before_fit(
         streams=module.stream_options,
         closed_form=module.closed_form,
         tuning=module.tuning,
-        finish=module.finish,
+        end_to_end=module.end_to_end,
         autocast=_autocast(str(trainer.precision)),
         ranks=trainer.world_size,
-        rest_bytes=module.rest_dtype.itemsize,
+        unquantized_bytes=module.unquantized_dtype.itemsize,
         evaluation=(data.eval_batch_size, data.eval_length) if sets else None,
         compare_fp=module.compare_fp,
         graphs=module.cuda_graphs and trainer.world_size == 1,

@@ -1,4 +1,4 @@
-"""The trainable twin of the two-plane layer.
+"""The trainable layer of the two-plane layer.
 
 Legend: N rows, K columns in stored order, g columns a group, G groups; v (N, K) latents, levels (N, G, L) as in
 lit_binq.formats.two_plane.solution, l_0 <= .. <= l_3 their four levels in order.
@@ -39,7 +39,7 @@ EDGE, REACH = 0.05, 2.0
 
 
 class LatentTwoPlaneLinear(LatentLinear):
-    """The trainable twin; groups, outliers and static ranges stay.
+    """The trainable layer; groups, outliers and static ranges stay.
 
     Trained are the latents, the levels and, where the input has four bits and its scales zeta and rho are not the
     plain ones, those too. The forward pass sees the quantized input.

@@ -236,7 +236,7 @@ class TwoPlaneLinear(PackedLinear):
         return self.solution().dense()
 
     def latent(self, train_codes: bool, target: Tensor | None = None) -> LatentTwoPlaneLinear:
-        """The trainable twin; see the base class."""
+        """The trainable layer; see the base class."""
         return LatentTwoPlaneLinear(self.solution(), self.bias, train_codes, target)
 
     def products(self) -> list[Product]:

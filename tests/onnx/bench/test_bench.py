@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lit_binq.cli import main as cli
 from lit_binq.errors import LitBinqError
-from lit_binq_onnx.bench import candidate as contestants
+from lit_binq_onnx.bench import candidate as candidates
 from lit_binq_onnx.bench import ops
 from lit_binq_onnx.bench.memory import UNKNOWN_CACHE, MemoryReader, buffer_bytes, cache_bytes
 from lit_binq_onnx.bench.operators import (
@@ -119,7 +119,7 @@ def test_the_buffer_is_larger_than_the_cache():
     assert buffer_bytes(1 << 40) == 1 << 30
 
 
-# --- contestants and what they stand for
+# --- candidates and what they stand for
 
 
 def relative(kernel: Kernel, M: int, K: int, N: int, copies: int = 2) -> float:
@@ -136,7 +136,7 @@ def relative(kernel: Kernel, M: int, K: int, N: int, copies: int = 2) -> float:
         register(options, mode=kernel.mode)
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     (y,) = session.run([f"y{copies - 1}"], {"x": x})
-    return contestants.relative_error(y, x, layers[-1])
+    return candidates.relative_error(y, x, layers[-1])
 
 
 @settings(deadline=None, max_examples=15)
@@ -170,23 +170,23 @@ def test_relative_error_sees_one_wrong_weight():
     layer = float_layer(rng, 64, 2000, 0)  # more rows than are compared at once
     W = layer.tensors["w0"]
     x = rng.standard_normal((20, 64), np.float32)
-    assert contestants.relative_error(x @ W, x, layer) < 1e-6
+    assert candidates.relative_error(x @ W, x, layer) < 1e-6
     for row in (0, 19):  # the first and the last row of x are looked at
         y = x @ W
         y[row, 1999] += 50
-        assert contestants.relative_error(y, x, layer) > 1e-3
-    assert math.isnan(contestants.relative_error(np.full((20, 2000), np.nan, np.float32), x, layer))
+        assert candidates.relative_error(y, x, layer) > 1e-3
+    assert math.isnan(candidates.relative_error(np.full((20, 2000), np.nan, np.float32), x, layer))
 
 
 @settings(deadline=None)
 @given(size=st.integers(1, 1 << 32), cache=st.integers(1, 1 << 32), M=st.integers(1, 4096))
 def test_copies_are_enough_and_not_too_many(size: int, cache: int, M: int) -> None:
-    copies = contestants.copies_for(size, cache, M)
+    copies = candidates.copies_for(size, cache, M)
     assert copies >= 1
-    assert copies == 1 or copies * size <= contestants.MOST_BYTES
-    assert copies == 1 or copies * M <= max(contestants.MOST_ROWS, 2 * M)
-    if size * copies < contestants.ROTATION * cache:  # only a limit makes them too few
-        assert (copies + 1) * size > contestants.MOST_BYTES or copies + 1 > max(2, contestants.MOST_ROWS // M)
+    assert copies == 1 or copies * size <= candidates.MOST_BYTES
+    assert copies == 1 or copies * M <= max(candidates.MOST_ROWS, 2 * M)
+    if size * copies < candidates.ROTATION * cache:  # only a limit makes them too few
+        assert (copies + 1) * size > candidates.MOST_BYTES or copies + 1 > max(2, candidates.MOST_ROWS // M)
 
 
 # --- the run
@@ -217,7 +217,7 @@ def test_a_small_run_times_everyone_with_every_number_of_threads(monkeypatch):
             assert r.error < (1e-5 if exact else A4_ERROR if r.kernel == "lit-binq-a4" else INT8_ERROR)
             assert (r.block > 0) == ("bit" in r.kernel)
             assert r.rounds == 2
-            assert r.copies * r.packed_bytes >= contestants.ROTATION << 12 or r.copies == contestants.MOST_ROWS // r.M
+            assert r.copies * r.packed_bytes >= candidates.ROTATION << 12 or r.copies == candidates.MOST_ROWS // r.M
             if r.block and r.kernel not in ours:
                 assert f"block {r.block}: " in r.note  # what was tried
     text = ops_tables(result)

@@ -73,7 +73,7 @@ def test_the_stock_engine_gives_torchs_tokens_again_and_again(fused, exported, m
         import lit_binq_onnx.runtime.session as session
 
         monkeypatch.setattr(session, "FUSED", "no such file")
-    engine = ENGINES["stock"](Setting("stock", str(folder), 1, 20))
+    engine = ENGINES["unmodified"](Setting("unmodified", str(folder), 1, 20))
     want = greedy(model, IDS, 7)[1:]  # the first one follows from the context alone: no decoding step chooses it
     assert tokens_of(engine, IDS, 6) == [want] * 3
 
@@ -107,7 +107,7 @@ def test_resident_memory_reads_the_kernels_account(tmp_path):
 
 
 def test_a_process_answers_measures_and_ends(exported):
-    worker = Worker(Setting("stock", str(exported[0]), 1, 20))
+    worker = Worker(Setting("unmodified", str(exported[0]), 1, 20))
     try:
         assert worker.started["load_seconds"] > 0
         assert worker.ask(do="prefill", ids=IDS)["seconds"] > 0
@@ -125,13 +125,13 @@ def test_a_process_answers_measures_and_ends(exported):
 
 
 def test_a_process_that_is_gone_is_an_error(exported):
-    worker = Worker(Setting("stock", str(exported[0]), 1, 20))
+    worker = Worker(Setting("unmodified", str(exported[0]), 1, 20))
     worker._process.kill()
     with pytest.raises(WorkerFailed, match="its process ended with -9"):
         worker.ask(do="decode", steps=1)
     worker.close()
     with pytest.raises(WorkerFailed, match="RunError: exported folder 'nowhere': no such folder"):
-        Worker(Setting("stock", "nowhere", 1, 20))
+        Worker(Setting("unmodified", "nowhere", 1, 20))
 
 
 # --- the run, with processes that only say what they were asked
@@ -192,13 +192,13 @@ def run(sources: Sources, job: Any = "decode", rounds: int = 2) -> list[generati
 
 def test_everyone_is_opened_then_they_take_turns(fake, sources):
     records = run(sources)
-    names = ["native tiny", "native tiny", "stock tiny", "torch source", "genai genai", "llama model.gguf"]
+    names = ["native tiny", "native tiny", "unmodified tiny", "torch source", "genai genai", "llama model.gguf"]
     assert fake.log[:6] == [(name, "prefill") for name in names]
     rounds = [fake.log[i : i + 6] for i in range(6, len(fake.log), 6)]
     assert len(rounds) == 3  # the first is not counted
     assert all(sorted(turns) == sorted((name, "decode") for name in names) for turns in rounds)
     assert len({tuple(turns) for turns in rounds}) == 3
-    assert [r.kernel for r in records][:3] == ["lit-binq", "lit-binq tiny", "lit-binq file, stock ONNX Runtime"]
+    assert [r.kernel for r in records][:3] == ["lit-binq", "lit-binq tiny", "lit-binq file, unmodified ONNX Runtime"]
     first, second, third = records[:3]
     assert (first.tokens_per_s, first.ratio, second.ratio, third.tokens_per_s, third.ratio) == (1.0, 1.0, 1.0, 0.5, 2.0)
     assert (third.ratio_low, third.ratio_high) == (2.0, 2.0)
@@ -222,7 +222,7 @@ def test_one_that_breaks_is_listed_and_the_others_go_on(fake, sources, monkeypat
     records = {r.kernel: r for r in run(Sources(sources.out, [], True, "some/source"))}
     assert (records["torch eager float32"].status, records["torch eager float32"].tokens_per_s) == ("failed", None)
     assert "ended with -9" in generation_table(list(records.values()))
-    assert records["lit-binq file, stock ONNX Runtime"].ratio == 2.0
+    assert records["lit-binq file, unmodified ONNX Runtime"].ratio == 2.0
     broken = run(Sources(sources.out, [], False, "cannot be opened"))
     assert [(r.status, r.note) for r in broken if r.source == "cannot be opened"] == [
         ("failed", "OSError: it is broken")
@@ -241,7 +241,7 @@ def test_what_is_not_installed_or_not_given_is_a_row(fake, sources, monkeypatch)
     records = {r.kernel: r for r in run(Sources(sources.out, [], True, None, None, sources.gguf))}
     assert {name: r.status for name, r in records.items()} == {
         "lit-binq": "not installed",
-        "lit-binq file, stock ONNX Runtime": "measured",
+        "lit-binq file, unmodified ONNX Runtime": "measured",
         "torch eager float32": "not given",
         "onnxruntime-genai": "not installed",
         "llama.cpp": "not installed",
@@ -249,7 +249,7 @@ def test_what_is_not_installed_or_not_given_is_a_row(fake, sources, monkeypatch)
     table = generation_table(list(records.values()))
     for words in ("pip install onnxruntime-genai", "pip install llama-cpp-python", "--source MODEL", "cmake"):
         assert words.lower() in table.lower()
-    assert records["lit-binq file, stock ONNX Runtime"].ratio is None  # nothing of ours to compare with
+    assert records["lit-binq file, unmodified ONNX Runtime"].ratio is None  # nothing of ours to compare with
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     later = {r.kernel: r.note for r in run(Sources(sources.out))}
     assert "--genai FOLDER" in later["onnxruntime-genai"]
@@ -291,7 +291,7 @@ def test_bench_decode_and_prefill_end_to_end(exported, tmp_path, capsys):
         (["--context", "120", "--tokens", "20"], ["120 + 20", "128 positions"]),
         (["--genai", "nowhere"], ["'nowhere'", "folder", "--genai"]),
         (["--gguf", "."], ["'.'", "file", "--gguf"]),
-        (["--beside", "nowhere"], ["'nowhere'", "no such folder"]),
+        (["--baselines", "nowhere"], ["'nowhere'", "no such folder"]),
     ],
 )
 def test_wrong_options_of_decode_are_one_line(arguments, words, exported, capsys):

@@ -36,12 +36,12 @@ def test_bench_shape_end_to_end(folder, tmp_path, capsys):
     options = ["--past", "9", "--tokens", "4", "--rounds", "2", "--folder", str(place), "--json", str(out)]
     assert cli.main(["bench", "shape", folder, "--layers", "1", *options]) == 0
     text = capsys.readouterr().out
-    ours, rival = json.loads(out.read_text())
-    assert [r["status"] for r in (ours, rival)] == ["measured"] * 2
-    assert [r["kernel"] for r in (ours, rival)] == ["lit-binq, 1 bit", "ONNX Runtime, 4 bits, block 32"]
+    ours, baseline = json.loads(out.read_text())
+    assert [r["status"] for r in (ours, baseline)] == ["measured"] * 2
+    assert [r["kernel"] for r in (ours, baseline)] == ["lit-binq, 1 bit", "ONNX Runtime, 4 bits, block 32"]
     assert (ours["ratio"], ours["blocks"], ours["full_blocks"]) == (1.0, 1, 2)
     assert (ours["context"], ours["burst"], ours["rounds"], ours["source"]) == (9, 4, 2, "")
-    for r in (ours, rival):
+    for r in (ours, baseline):
         assert r["cache_bytes"] == 2 * 1 * 2 * 16 * 4 * (9 + 2)
         read = (r["weight_bytes"] + r["cache_bytes"]) * r["tokens_per_s"] / 1e9
         assert r["gbytes_per_s"] == pytest.approx(read)
@@ -152,7 +152,7 @@ def test_the_room_that_is_asked_for_is_enough_and_not_twice_as_much(options, tmp
 
 
 class Fake:
-    """A process in which a token takes 1 s, or the rival's 3; it says what it was asked to open."""
+    """A process in which a token takes 1 s, or the baseline's 3; it says what it was asked to open."""
 
     opened: list[Any] = []  # noqa: RUF012  # emptied by the test
     breaks = ""
@@ -184,21 +184,31 @@ def fake(monkeypatch):
 
 
 def test_records_say_what_was_timed(fake, tmp_path):
-    ours, rival = bench_shape(shape(), Options(past=7, tokens=4, rounds=3, block=64), folder=str(tmp_path))
-    # the rival's process loads nothing of ours
-    assert [setting.engine for setting in fake.opened] == ["native", "stock"]
+    ours, baseline = bench_shape(shape(), Options(past=7, tokens=4, rounds=3, block=64), folder=str(tmp_path))
+    # the baseline's process loads nothing of ours
+    assert [setting.engine for setting in fake.opened] == ["native", "unmodified"]
     assert [Path(setting.source).name for setting in fake.opened] == list(FOLDERS)
-    assert (ours.tokens_per_s, rival.tokens_per_s, ours.ratio, rival.ratio) == (1.0, pytest.approx(1 / 3), 1.0, 3.0)
-    assert (ours.format, rival.format, ours.shape, ours.head_bits) == ("row_column", "4 bits, block 64", "tiny", 4)
-    assert rival.gbytes_per_s == pytest.approx((rival.weight_bytes + rival.cache_bytes) / 3e9)
-    assert (rival.rss_loaded_bytes, rival.rss_bytes, rival.anon_bytes, rival.peak_bytes) == (100, 300, 200, 400)
-    table = shape_table([ours, rival])
+    assert (ours.tokens_per_s, baseline.tokens_per_s, ours.ratio, baseline.ratio) == (
+        1.0,
+        pytest.approx(1 / 3),
+        1.0,
+        3.0,
+    )
+    assert (ours.format, baseline.format, ours.shape, ours.head_bits) == ("row_column", "4 bits, block 64", "tiny", 4)
+    assert baseline.gbytes_per_s == pytest.approx((baseline.weight_bytes + baseline.cache_bytes) / 3e9)
+    assert (baseline.rss_loaded_bytes, baseline.rss_bytes, baseline.anon_bytes, baseline.peak_bytes) == (
+        100,
+        300,
+        200,
+        400,
+    )
+    table = shape_table([ours, baseline])
     assert "| ONNX Runtime, 4 bits, block 64 | 0.333 (0.333 to 0.333) | 3000 | 3.00 (3.00 to 3.00) | 4.8" in table
     assert all(len(line.split("|")) == 17 for line in table.splitlines() if line.startswith("|"))
 
 
-def test_a_rival_that_fails_is_a_row_and_ours_an_error(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(fake, "breaks", "stock")
+def test_a_baseline_that_fails_is_a_row_and_ours_an_error(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(fake, "breaks", "unmodified")
     records = bench_shape(shape(), Options(past=7, tokens=4, rounds=1), folder=str(tmp_path))
     assert (records[0].status, records[1].status) == ("measured", "failed")
     table = shape_table(records)

@@ -42,8 +42,8 @@ def four_bit_weight(tensors: dict[str, np.ndarray], name: str, K: int) -> np.nda
     return W.reshape(len(codes), -1)[:, :K]
 
 
-def rival_in_torch(folder: Path, made: Any) -> PreTrainedModel:
-    """A dense torch model of what the rival's graph stores; dense tables."""
+def baseline_in_torch(folder: Path, made: Any) -> PreTrainedModel:
+    """A dense torch model of what the baseline's graph stores; dense tables."""
     tensors = stored(folder / FUSED)
     dense: Any = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     heads, kv, size = made.num_attention_heads, made.num_key_value_heads, made.head_dim
@@ -71,14 +71,14 @@ def rival_in_torch(folder: Path, made: Any) -> PreTrainedModel:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("block", [16, 128])  # of 128 a row is half a block
-def test_the_rival_computes_what_it_stores(kind, block, tmp_path, monkeypatch):
+def test_the_baseline_computes_what_it_stores(kind, block, tmp_path, monkeypatch):
     made = shape(kind)
     options = Options(head_bits=0, block=block)
-    _, rival = write_models(made, tmp_path, options)
-    unrounded(rival.folder / FUSED)
+    _, baseline = write_models(made, tmp_path, options)
+    unrounded(baseline.folder / FUSED)
     with torch.no_grad():
-        expected = rival_in_torch(rival.folder, made.config)(torch.from_numpy(IDS)).logits[0].numpy()
-    got = run(rival.folder)
+        expected = baseline_in_torch(baseline.folder, made.config)(torch.from_numpy(IDS)).logits[0].numpy()
+    got = run(baseline.folder)
     assert np.abs(expected).max() > 1e-2
     np.testing.assert_allclose(got, expected, atol=2e-4 * np.abs(expected).max(), rtol=0)
 
@@ -118,9 +118,9 @@ def operators(path: Path) -> tuple[onnx.ModelProto, dict[tuple[str, str], int]]:
 
 
 @pytest.mark.parametrize("head_bits", [0, 4, 8])
-def test_the_rival_has_nothing_of_ours_and_ours_its_calls(head_bits, tmp_path):
-    ours, rival = write_models(shape(), tmp_path, Options(head_bits=head_bits))
-    graph, kinds = operators(rival.folder / FUSED)
+def test_the_baseline_has_nothing_of_ours_and_ours_its_calls(head_bits, tmp_path):
+    ours, baseline = write_models(shape(), tmp_path, Options(head_bits=head_bits))
+    graph, kinds = operators(baseline.folder / FUSED)
     assert not [domain for domain, _ in kinds if domain == "lit_binq"]
     assert len(graph.functions) == 0
     assert sorted(opset.domain for opset in graph.opset_import) == ["", "com.microsoft"]
@@ -138,22 +138,22 @@ def test_the_rival_has_nothing_of_ours_and_ours_its_calls(head_bits, tmp_path):
     assert sum(n for k, n in linears.items() if k.endswith("QKV")) == 2
     assert sum(n for k, n in linears.items() if k.endswith("GatedMLP")) == 2
     assert read_facts(ours.folder)["packed_nodes"] == 2 * 7
-    assert read_facts(rival.folder)["packed_nodes"] == 0
+    assert read_facts(baseline.folder)["packed_nodes"] == 0
 
 
 def test_bits_on_disk_are_what_the_shape_says(tmp_path):
     made = shape(hidden_size=256, intermediate_size=512)
-    ours, rival = write_models(made, tmp_path, Options(head_bits=4, block=32))
+    ours, baseline = write_models(made, tmp_path, Options(head_bits=4, block=32))
     # q, k, v, o, gate, up, down: rows N and columns K
     linears = [(64, 256), (32, 256), (32, 256), (256, 64), (512, 256), (512, 256), (256, 512)]
     weights = 2 * sum(N * K for N, K in linears)
     one = 2 * sum(N * K // 8 + 2 * (N + K) for N, K in linears)
     four = 2 * sum(N * K // 2 + 4 * N * K // 32 for N, K in linears)
-    assert (ours.true_bits, rival.true_bits) == (8 * one / weights, 5.0)
+    assert (ours.true_bits, baseline.true_bits) == (8 * one / weights, 5.0)
     head = 260 * (256 // 2 + 4 * 8)
-    assert (ours.weight_bytes, rival.weight_bytes) == (one + head + 260 * 4, four + head)  # ours has zero points
+    assert (ours.weight_bytes, baseline.weight_bytes) == (one + head + 260 * 4, four + head)  # ours has zero points
     embedding, angles, norms = 260 * (256 + 4 * 8), 2 * 512 * 8 * 4, 5 * 256 * 4
-    for found, size in ((ours, one + head + 260 * 4), (rival, four + head)):
+    for found, size in ((ours, one + head + 260 * 4), (baseline, four + head)):
         facts, file = read_facts(found.folder), (found.folder / DATA).stat().st_size
         assert facts["data_bytes"] == file
         # equal norms are stored once; every tensor begins at a multiple of 64

@@ -72,6 +72,6 @@ def test_tables_are_of_the_size_of_an_embedding():
     untied = random_tables(config(tie_word_embeddings=False), 8)
     assert untied is not None
     assert len(untied.distinct()) == 2
-    rival = random_tables(config(hidden_size=192), 4, block=128, symmetric=True)
-    assert rival is not None
-    assert (rival.head.block, rival.head.zeros) == (64, None)  # 128 does not divide 192
+    baseline = random_tables(config(hidden_size=192), 4, block=128, symmetric=True)
+    assert baseline is not None
+    assert (baseline.head.block, baseline.head.zeros) == (64, None)  # 128 does not divide 192

@@ -13,7 +13,7 @@ from conftest import byte_tokenizer, tiny_model
 from fitting import fit
 from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.formats import FORMATS, OPERATORS
-from lit_binq.formats.manifest import read_marker
+from lit_binq.formats.manifest import read_manifest
 from lit_binq.formats.registry import packed_linears
 from lit_binq.hub.save_load import load_packed
 from lit_binq_onnx.build.export import export_onnx
@@ -60,7 +60,7 @@ def test_the_code_of_the_guide_runs_as_it_stands(place, monkeypatch, capsys):
     stored = sum(t.nbytes for layer in layers.values() for t in layer.weight_buffers().values())
     bits = 8 * stored / sum(layer.in_features * layer.out_features for layer in layers.values())
     assert f"{bits:.2f} true bits, {len(layers)} nodes TernaryMatMul" in capsys.readouterr().out
-    assert {entry["format"] for entry in read_marker(place / "packed")["linears"].values()} == {"ternary"}
+    assert {entry["format"] for entry in read_manifest(place / "packed")["linears"].values()} == {"ternary"}
     same_on_unmodified_runtime(place / "packed", use.session)
 
 
@@ -74,7 +74,7 @@ def test_it_goes_through_a_fit_with_tuning(place, text_file):
         place / "fitted",
         closed_form=ClosedForm(solver=solver(threshold=0.6)),
         tuning=BlockTuning(epochs=2),
-        finish=ModelTuning(epochs=1),
+        end_to_end=ModelTuning(epochs=1),
     )
     assert all(r.after < r.before for r in module.records[:2])
     loaded, tokenizer = load_packed(place / "fitted")

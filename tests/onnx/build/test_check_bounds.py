@@ -49,7 +49,7 @@ def test_a_sensitive_model_is_right(tmp_path: Path) -> None:
     model = sensitive_model()
     export_onnx(model, byte_tokenizer(), tmp_path / "out")
     report = check_onnx(tmp_path / "out", model, byte_tokenizer())
-    assert max(case.rms for case in report.cases if case.way == "lut") > OLD_LIMIT
+    assert max(case.rms for case in report.cases if case.variant == "lut") > OLD_LIMIT
     assert all(case.passed for case in report.cases)
     assert "errors of 0.7% in every product move torch's by" in str(report)
 

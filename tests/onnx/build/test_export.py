@@ -80,14 +80,14 @@ def test_logits_equal_torch(exported: Exported) -> None:
 
 def test_check_passes_every_case(exported: Exported) -> None:
     report = check_onnx(exported.folder, exported.model, byte_tokenizer())
-    ways = ["stock"] if library_path() is None else ["exact", "lut", "stock"]
+    ways = ["unmodified"] if library_path() is None else ["exact", "lut", "unmodified"]
     cases, length = ("prefill", "decode", "left-padded"), "long beside short"
     wanted = [(way, case) for way in ways for case in (*cases, *((length,) if way == ways[0] else ()))]
     if read_facts(exported.folder)["fused"]:
         for way in ways[:2]:
             own = ("prefill", "decode", "batch", *((length,) if way == ways[0] else ()))
             wanted += [(way, f"fused {case}") for case in own]
-    assert [(c.way, c.case) for c in report.cases] == wanted
+    assert [(c.variant, c.case) for c in report.cases] == wanted
     assert all(c.passed for c in report.cases)
     told = [note for note in report.notes if note.startswith("lut: ")]
     assert len(told) == (library_path() is not None)
@@ -111,19 +111,19 @@ def test_native_operators_run_once_a_linear(exported: Exported) -> None:
         run(onnx_model, ids)
         attentions = exported.model.config.num_hidden_layers if onnx_model.route == "fused" else 0
         assert library.calls() - before == len(exported.layers()) + attentions
-    stock = OnnxModel(exported.folder, native=False)
+    unmodified = OnnxModel(exported.folder, native=False)
     before = library.calls()
-    run(stock, ids)
+    run(unmodified, ids)
     assert library.calls() == before
 
 
 def test_modes_are_what_they_say(llama: Exported) -> None:
     require_native()
     ids = np.array([[1, 2, 3, 4, 5]])
-    stock = run(OnnxModel(llama.folder, native=False), ids)
+    unmodified = run(OnnxModel(llama.folder, native=False), ids)
     exact, lut = (run(OnnxModel(llama.folder, native=True, mode=mode), ids) for mode in ("exact", "lut"))
-    assert np.abs(exact - stock).max() < 1e-5 * np.abs(stock).max()
-    assert 1e-4 < np.abs(lut - stock).max() / np.abs(stock).max() < 0.1
+    assert np.abs(exact - unmodified).max() < 1e-5 * np.abs(unmodified).max()
+    assert 1e-4 < np.abs(lut - unmodified).max() / np.abs(unmodified).max() < 0.1
 
 
 def test_tokens_unknown_to_the_model(llama: Exported) -> None:
@@ -244,7 +244,9 @@ def flip_bits(folder: Path, layer: BinaryLinear) -> None:
 
 def test_check_names_the_failed_case(llama: Exported, copy: Path) -> None:
     flip_bits(copy, llama.layers()["model.layers.0.self_attn.q_proj"])
-    with pytest.raises(LitBinqError, match=r"check: prefill \((exact|stock)\) differs from torch: max .* expected"):
+    with pytest.raises(
+        LitBinqError, match=r"check: prefill \((exact|unmodified)\) differs from torch: max .* expected"
+    ):
         check_onnx(copy, llama.model)
 
 
@@ -378,6 +380,6 @@ def test_missing_library(llama: Exported, monkeypatch: pytest.MonkeyPatch, caplo
     for _ in range(2):
         onnx_model = OnnxModel(llama.folder)
         assert (onnx_model.native, onnx_model.mode) == (False, "exact")
-    assert caplog.text.count("running the stock ONNX function bodies") == 1
+    assert caplog.text.count("running the function bodies on ONNX Runtime's own operators") == 1
     with pytest.raises(RunError, match="native operators: found no"):
         OnnxModel(llama.folder, native=True)

@@ -21,7 +21,7 @@ from lit_binq.errors import LitBinqError
 from lit_binq.formats import BinaryLinear
 from lit_binq_onnx.build.check import check_onnx
 from lit_binq_onnx.build.export import export_onnx
-from lit_binq_onnx.build.fused import build_fused, misfit
+from lit_binq_onnx.build.fused import build_fused, unfusable_reason
 from lit_binq_onnx.build.tensors import DataFile
 from lit_binq_onnx.runtime.cache import StaticCache
 from lit_binq_onnx.runtime.errors import RunError
@@ -283,8 +283,8 @@ def test_other_models_keep_the_traced_graph(tmp_path: Path, caplog: pytest.LogCa
         OnnxModel(tmp_path / "opt", route="fused")
 
 
-def test_reasons_of_a_misfit() -> None:
-    assert misfit(fusable_model("llama")) is None
+def test_what_the_fused_graph_refuses() -> None:
+    assert unfusable_reason(fusable_model("llama")) is None
     for change, reason in (
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary embedding 'dynamic'"),
@@ -292,11 +292,11 @@ def test_reasons_of_a_misfit() -> None:
         model = fusable_model("llama")
         for key, value in change.items():
             setattr(model.config, key, value)
-        assert reason in str(misfit(model))
-    assert "head_dim 8" in str(misfit(packed_model("llama")))
+        assert reason in str(unfusable_reason(model))
+    assert "head_dim 8" in str(unfusable_reason(packed_model("llama")))
     model = fusable_model("llama")
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
-    assert misfit(model) == "block 1: mlp.up_proj is not packed"
+    assert unfusable_reason(model) == "block 1: mlp.up_proj is not packed"
 
 
 @pytest.mark.parametrize("attribute", ["scale", "local_window_size", "epsilon"])

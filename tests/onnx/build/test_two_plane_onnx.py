@@ -1,4 +1,4 @@
-"""Two-plane layers in ONNX: the body against torch on a stock runtime, exported models on both routes, generation."""
+"""Two-plane layers in ONNX: the body against torch, exported models on both routes, generation."""
 
 import copy
 from pathlib import Path

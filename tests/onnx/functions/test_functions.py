@@ -97,10 +97,10 @@ def test_the_native_operator_wins_over_the_body(
     before = native.calls()
     y = session(model, native, level=level, config=config).run(None, {"X": x})[0]
     assert native.calls() == before + 2
-    stock = session(model, None, level=level, config=config).run(None, {"X": x})[0]
+    unmodified = session(model, None, level=level, config=config).run(None, {"X": x})[0]
     assert native.calls() == before + 2
-    assert not np.array_equal(y, stock)  # byte tables: the kernel ran, not the body
-    np.testing.assert_allclose(y, stock, atol=0.1 * np.abs(stock).max())
+    assert not np.array_equal(y, unmodified)  # byte tables: the kernel ran, not the body
+    np.testing.assert_allclose(y, unmodified, atol=0.1 * np.abs(unmodified).max())
 
 
 def test_exact_mode_agrees_with_the_body(native: NativeLibrary) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 
-from length_models import ORIGINAL, length_model, plain_logits, plain_twin
+from length_models import ORIGINAL, length_model, plain_copy, plain_logits
 from lit_binq.errors import LitBinqError
 from lit_binq_onnx.build.export import export_onnx
 from lit_binq_onnx.runtime.perplexity import onnx_perplexity
@@ -25,12 +25,12 @@ def test_prompts_and_batches_beyond_the_first_angles(kind: str, tmp_path: Path) 
     model = length_model(kind)
     facts = export_onnx(model, byte_tokenizer(), tmp_path / "out", check=False)
     assert facts["angles"] == {"kind": kind.split("-")[1], "limit": ORIGINAL}
-    session, twin = OnnxModel(tmp_path / "out", native=False), plain_twin(model)
+    session, other = OnnxModel(tmp_path / "out", native=False), plain_copy(model)
     ids = np.random.default_rng(1).integers(0, 256, 420)
     longest = 400 if kind == "phi3-longrope" else 300
 
     def alone(n: int) -> np.ndarray:
-        return plain_logits(twin, ids[None, :n], [(0, n)])[0, -1]
+        return plain_logits(other, ids[None, :n], [(0, n)])[0, -1]
 
     lengths = [30, longest - 1, 297]  # the last one grows over the border
     rows = start_rows(session, [ids[:n].tolist() for n in lengths], 8)
@@ -44,11 +44,11 @@ def test_prompts_and_batches_beyond_the_first_angles(kind: str, tmp_path: Path) 
     assert rows.logits.shape == (1, 260)
     if kind == "llama-dynamic":  # keys stay as they were made, as with transformers' cache
         parts = [(0, 297), *((i, i + 1) for i in range(297, 303))]
-        close(rows.logits, plain_logits(twin, ids[None, :303], parts)[:, -1])
+        close(rows.logits, plain_logits(other, ids[None, :303], parts)[:, -1])
 
     windows = ids[None, : min(419, session.facts["max_positions"])]
     end = windows.shape[1] - 1
-    logits = torch.from_numpy(plain_logits(twin, windows[:, :end], [(0, end)])[0]).double()
+    logits = torch.from_numpy(plain_logits(other, windows[:, :end], [(0, end)])[0]).double()
     expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(windows[0, 1:])).exp()
     assert abs(onnx_perplexity(session, windows).ppl / float(expected) - 1) < 1e-5
 

@@ -29,7 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.slow
 def test_perplexities_are_those_of_torch(folders: list[Path], text_file: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "figures.json"
-    words = ["--beside", str(folders[1]), str(text_file), "--windows", "3", "--length", "16"]
+    words = ["--baselines", str(folders[1]), str(text_file), "--windows", "3", "--length", "16"]
     assert cli.main(["bench", "perplexity", str(folders[0]), *words, "--mode", "exact", "--json", str(out)]) == 0
     windows = make_windows(encode(byte_tokenizer(), read_text(TextSource(str(text_file)))), 16, 3)
     records = json.loads(out.read_text())
@@ -52,7 +52,7 @@ def test_folders_of_one_name_are_told_apart(folders: list[Path], text_file: Path
     named = [tmp_path / run / "onnx" for run in ("a", "b")]
     for folder, link in zip(folders, named, strict=True):
         shutil.copytree(folder, link)
-    words = ["--beside", str(named[1]), str(text_file), "--windows", "1", "--length", "16"]
+    words = ["--baselines", str(named[1]), str(text_file), "--windows", "1", "--length", "16"]
     assert cli.main(["bench", "perplexity", str(named[0]), *words]) == 0
     table = capsys.readouterr().out
     assert all(f"| {name} | " in table for name in named)
@@ -72,7 +72,7 @@ def test_fewer_windows_than_asked_for_are_told(folders: list[Path], text_file: P
         (["TEXT", "--length", "1"], "length: got 1, expected 2"),
         (["TEXT", "--length", "100000"], "text too short"),
         (["TEXT", "--windows", "0"], "count 0"),
-        (["TEXT", "--length", "16", "--beside", "nowhere"], "nowhere"),
+        (["TEXT", "--length", "16", "--baselines", "nowhere"], "nowhere"),
     ],
 )
 def test_wrong_options_give_one_line(folders: list[Path], text_file: Path, words: list[str], said: str, capsys) -> None:
@@ -92,6 +92,6 @@ def test_other_tokens_are_refused(folders: list[Path], text_file: Path, tmp_path
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["e"], vocabulary["o"] = vocabulary["o"], vocabulary["e"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    words = ["--beside", str(other), str(text_file), "--length", "16"]
+    words = ["--baselines", str(other), str(text_file), "--length", "16"]
     assert cli.main(["bench", "perplexity", str(folders[0]), *words]) == 1
     assert "tokenizes the text otherwise" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from conftest import HELPERS, byte_tokenizer
 
 import lit_binq_onnx.runtime.session as session_module
 from exporting import fusable_model
-from length_models import plain_logits, plain_twin
+from length_models import plain_copy, plain_logits
 from lit_binq_onnx.build.export import export_onnx
 from lit_binq_onnx.runtime.errors import RunError
 from lit_binq_onnx.runtime.library import library_path
@@ -39,7 +39,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = fusable_model(kind)
         assert export_onnx(model, byte_tokenizer(), place / kind, check=False)["fused"]
         ids = np.random.default_rng(0).integers(0, 256, (3, LENGTH))
-        logits = plain_logits(plain_twin(model), ids, [(0, LENGTH)])
+        logits = plain_logits(plain_copy(model), ids, [(0, LENGTH)])
         np.savez(place / f"{kind}.npz", ids=ids, logits=logits)
     return place
 
@@ -72,7 +72,7 @@ def run(runtime: Path, folder: Path, *arguments: str) -> tuple[dict[str, object]
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_runtime_computes_the_same(exported: Path, runtime: Path, kind: str) -> None:
     version = tuple(map(int, runtime.name.removeprefix("onnxruntime-").split(".")[:2]))
-    ways = ["stock"] if library_path() is None else ["stock", "native"]
+    ways = ["unmodified"] if library_path() is None else ["unmodified", "native"]
     for way in ways:
         for route in ("generic", "auto"):
             report, told = run(runtime, exported / kind, route, way)
