@@ -40,7 +40,7 @@ demo: $(READY)
 demo-cpu: demo-source
 	$(BIN)/litbinq fit --config $(CONFIG)
 	$(BIN)/litbinq fit --config $(ONE_BIT)
-	$(MAKE) demo-run RECIPE="--recipe $(CONFIG) --baselines $(ONE_BIT)"
+	$(MAKE) demo-run RECIPE="--recipe $(CONFIG) --baseline $(ONE_BIT)"
 
 demo-gpu: demo-source
 	$(BIN)/litbinq fit --config $(GPU)

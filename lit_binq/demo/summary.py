@@ -251,7 +251,7 @@ def summarize(recipe: str, onnx: str, out: str, baseline: str | None = None) -> 
         "text": PROMPT + text,
     }
     if other is not None:
-        log.info("text of the recipe of comparison")
+        log.info("text of the baseline")
         summary["baseline"] = {
             "true_bits": other[1]["true_bits"],
             "ppl_torch": ppl_baseline[0],

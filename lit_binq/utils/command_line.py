@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NoReturn
 
 # Options that are no longer where they were, by the end of their names.
 _GONE = {
-    "model.finish": "it is called `model.end_to_end` now",
-    "model.rest_dtype": "it is called `model.unquantized_dtype` now",
+    "finish": "it is called `model.end_to_end` now",
+    "rest_dtype": "it is called `model.unquantized_dtype` now",
     "style": "it is called `normalization` now",
     "--beside": "it is called `--baselines` now (`--baseline` of `litbinq demo summarize`)",
     "--stock": "it is called `--unmodified` now",

@@ -273,3 +273,25 @@ def test_generate_needs_an_exported_folder(tmp_path, way, capsys):
     for folder in (tmp_path / "nowhere", way / "packed"):
         assert cli.main(["generate", str(folder)]) == 1
         assert "litbinq generate: error: " in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "now"),
+    [
+        (["fit", "--model.finish.epochs", "2"], "`model.end_to_end` now"),
+        (["fit", "--model.rest_dtype", "float16"], "`model.unquantized_dtype` now"),
+        (["fit", "--data.train.style", "lower"], "`normalization` now"),
+        (["fit", "--model.closed_form.amp", "true"], "OutputAlignment"),
+        (["fit", "--config", "{old}"], "`model.end_to_end` now"),
+        (["report", "run", "--beside", "other"], "`--baselines` now"),
+        (["bench", "decode", "out", "--stock", "false"], "`--unmodified` now"),
+    ],
+)
+def test_an_older_name_of_an_option_is_answered_by_the_new_one(words, now, tmp_path, capsys):
+    (tmp_path / "old.yaml").write_text("model: {model: x, finish: {epochs: 2}}\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([word.format(old=tmp_path / "old.yaml") for word in words])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert now in err
+    assert err.count("\n") == 1

@@ -266,3 +266,12 @@ def test_bits_are_compared_whatever_the_shape(shape):
     assert hub._equal(one, one.clone())
     assert not one.numel() or not hub._equal(torch.zeros(shape), -torch.zeros(shape))
     assert not hub._equal(one, one.half())
+
+
+def test_a_folder_with_an_older_key_is_read(packed_folder):
+    path = packed_folder / "lit_binq.json"
+    manifest = json.loads(path.read_text())
+    manifest["rest_dtype"] = manifest.pop("unquantized_dtype")
+    bits = true_bits(load_packed(packed_folder)[0])
+    path.write_text(json.dumps(manifest))
+    assert true_bits(load_packed(packed_folder)[0]) == bits
