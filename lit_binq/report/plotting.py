@@ -151,7 +151,7 @@ def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
 def plot(ax: Axes, values: Curve, colour: str, line: LineStyle = "-") -> None:
     """One curve; a single block is a dot."""
     at = sorted(values)
-    ax.plot(at, [values[i] for i in at], line, color=colour, manifest="o", markersize=3 if len(at) > 1 else 6)
+    ax.plot(at, [values[i] for i in at], line, color=colour, marker="o", markersize=3 if len(at) > 1 else 6)
 
 
 def label_depth(ax: Axes) -> None:

@@ -181,10 +181,11 @@ def test_a_recipe_run_too_early_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # as the command line does
     monkeypatch.setattr("sys.argv", ["litbinq"])  # Lightning warns of a second command line
     recipes = sorted((root / "configs").glob("*-demo*.yaml"))
-    assert len(recipes) == 2
+    assert len(recipes) == 3
+    anywhere = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
     for recipe in recipes:
         with pytest.raises(LitBinqError, match="run `make demo`") as caught:
-            cli_lightning.lightning(["fit", "--config", str(recipe)])
+            cli_lightning.lightning(["fit", "--config", str(recipe), *anywhere])
         assert "\n" not in str(caught.value)
         makefile = (root / "Makefile").read_text().replace("$(MODEL)", "$(DEMO)/source/SmolLM2-135M-Instruct")
         for command in re.findall(r"`litbinq (demo .+?)`", str(caught.value)):
