@@ -29,7 +29,15 @@ from lit_binq.formats import LatentLinear, PackedLinear
 from lit_binq.formats.activations import mean_bits
 from lit_binq.formats.two_plane.linear import InputFormat
 from lit_binq.formats.unquantized import round_unquantized
-from lit_binq.models.blocks import BlockCall, find_layers, linear_groups, linear_input, replace_module, run_block
+from lit_binq.models.blocks import (
+    BlockCall,
+    find_layers,
+    linear_groups,
+    linear_input,
+    linear_inputs,
+    replace_module,
+    run_block,
+)
 from lit_binq.solvers import Origin, Problem
 from lit_binq.statistics.activation_format import choose_input_format, output_error, quantized_input
 from lit_binq.statistics.objectives import GramAccumulator, Statistics, target_and_metric
@@ -38,6 +46,10 @@ from lit_binq.utils.json_records import BlockMeasures
 log = logging.getLogger(__name__)
 
 NO_DIAGNOSTICS = DiagnosticsOptions()
+
+TEACHER_BYTES = 1 << 28
+"""Most that the inputs of a block's layers in the teacher may take to be kept while it is solved; where they take
+more, each group of layers runs the teacher's block again, up to itself."""
 
 SAMPLE_WINDOWS, SAMPLE_TOKENS = 64, 4096
 """At most so much of the first rank's training windows is looked at to choose an input format."""
@@ -80,10 +92,11 @@ class BlockStage(Stage):
         self.module = w.new_block(self.index)
         self._targets: dict[str, Tensor] = {}
         groups = linear_groups(reference, w.streams.x[:1].to(w.device), self.call)
+        kept = self._teacher_inputs(reference, [names[0] for names in groups])
         for names in groups:
             self.ask()
             self._inputs = self._input_format(names)
-            stats = self._statistics(reference, names[0])
+            stats = self._statistics(reference, names[0], kept.pop(names[0], None))
             for name in names:
                 self._solve(name, stats, last=names is groups[-1])
         self._diagnostics = None
@@ -150,15 +163,30 @@ class BlockStage(Stage):
         total = torch.cat(weights)
         return torch.cat(samples), total if self.closed_form.clip_tokens else torch.ones_like(total)
 
-    def _statistics(self, reference: nn.Module, name: str) -> Statistics | None:
-        """Grams of the input that a group of layers, `name` the first, share; over all training windows."""
+    def _teacher_inputs(self, reference: nn.Module, names: list[str]) -> dict[str, list[Tensor]]:
+        """Inputs of layers in the teacher, batch by batch, from one pass for all; nothing where that takes much."""
+        s, device = self.work.streams, self.work.device
+        K = sum(self._linear(name).in_features for name in names)
+        if self.closed_form.objective == "weight" or 4 * K * s.train * s.x.shape[1] > TEACHER_BYTES:
+            return {}
+        passes = [linear_inputs(reference, names, s.x[rows].to(device), self.call) for rows in s.batches(s.train)]
+        return dict(zip(names, map(list, zip(*passes, strict=True)), strict=True))
+
+    def _statistics(self, reference: nn.Module, name: str, kept: list[Tensor] | None = None) -> Statistics | None:
+        """Grams of the input that a group of layers, `name` the first, share; over all training windows.
+
+        Args:
+            reference: the teacher's block.
+            name: of the layer.
+            kept: its inputs in the teacher, if they are there already.
+        """
         objective, w = self.closed_form.objective, self.work
         if objective == "weight":
             return None
         grams = GramAccumulator(self._linear(name).in_features, w.device, objective)
-        for rows in w.streams.batches(w.streams.train):
+        for i, rows in enumerate(w.streams.batches(w.streams.train)):
             # Only the true target needs both streams: S of the quantized one, C between the two.
-            x = linear_input(reference, name, w.streams.x[rows].to(w.device), self.call)
+            x = kept[i] if kept else linear_input(reference, name, w.streams.x[rows].to(w.device), self.call)
             x_tilde = (
                 x
                 if objective == "naive_output"

@@ -143,15 +143,23 @@ def linear_input(block: nn.Module, name: str, hidden: Tensor, call: BlockCall) -
     Returns:
         (b * T, K) or (b, T, K), as the layer receives it.
     """
+    return linear_inputs(block, [name], hidden, call)[0]
+
+
+def linear_inputs(block: nn.Module, names: list[str], hidden: Tensor, call: BlockCall) -> list[Tensor]:
+    """The inputs of several layers, in the order in which the block calls them, from one pass; see `linear_input`."""
     caught: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         caught.append(args[0])
-        raise Stop
+        if len(caught) == len(names):
+            raise Stop
 
-    with hooked(block.get_submodule(name).register_forward_pre_hook(hook)), torch.no_grad(), suppress(Stop):
+    with ExitStack() as stack, torch.no_grad(), suppress(Stop):
+        for name in names:
+            stack.enter_context(hooked(block.get_submodule(name).register_forward_pre_hook(hook)))
         run_block(block, hidden, call)
-    return caught[0]
+    return caught
 
 
 def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

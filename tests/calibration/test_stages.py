@@ -12,6 +12,7 @@ from conftest import tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_binq.calibration import block_stage
 from lit_binq.calibration.block_stage import BlockStage
 from lit_binq.calibration.model_stage import ModelStage
 from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
@@ -314,3 +315,22 @@ def test_batches_of_the_statistics_do_not_matter(kind: str, clip_tokens: bool) -
         first.append(recorder.seen[0])
     assert relative(first[0][0], first[1][0]) < 1e-4
     assert relative(first[0][1], first[1][1]) < 1e-5
+
+
+@pytest.mark.parametrize("objective", ["naive_output", "pseudo_target", "true_target"])
+def test_the_teacher_s_inputs_may_be_kept_or_computed_again(objective, monkeypatch):
+    """Bit for bit the same block, and one pass of the teacher's block for all groups where they are kept."""
+    blocks, passes = [], []
+    for limit in (block_stage.TEACHER_BYTES, 0):
+        monkeypatch.setattr(block_stage, "TEACHER_BYTES", limit)
+        stage = BlockStage(workspace(tiny_model("llama")), 0, ClosedForm(objective=objective), BlockTuning(epochs=0))
+        called = []
+        handle = stage.work.teacher_blocks[0].self_attn.q_proj.register_forward_pre_hook(
+            lambda *_, seen=called: seen.append(1)
+        )
+        stage.enter()
+        handle.remove()
+        blocks.append(stage.module.state_dict())
+        passes.append(len(called))
+    assert all(torch.equal(blocks[0][name], t) for name, t in blocks[1].items())
+    assert passes[0] < passes[1]

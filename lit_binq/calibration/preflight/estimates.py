@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_binq.calibration.block_stage import TEACHER_BYTES
 from lit_binq.calibration.options import BlockTuning, ClosedForm, ModelTuning
 from lit_binq.calibration.preflight.block_memory import BlockMemory, Step, block_memory, head_step, size_of, solve_bytes
 from lit_binq.calibration.streams import StreamOptions
@@ -315,6 +316,7 @@ def _block_phases(sizes: _Sizes, run: Run, cuda: bool) -> list[Phase]:
         # A pass with the other stream's inputs beside it; then both weighed token by token.
         gathering = max(m.forward + inputs, 4 * inputs) if statistics else m.forward
         solving = max((solve_bytes(N, K, statistics) for N, K in m.linears), default=0)
+        kept = 4 * sum(K for _, K in m.linears) * run.train * T if statistics else 0  # at most: groups share inputs
         reference = {"full-precision block": float(m.dense)} if cuda else {}
         more = sizes.latents - 1
         P = m.step.gradients + 4 * more * m.weights if run.tuning.lr_codes else m.step.gradients
@@ -326,6 +328,7 @@ def _block_phases(sizes: _Sizes, run: Run, cuda: bool) -> list[Phase]:
                     **reference,
                     "block in progress": float(m.dense),
                     **before,
+                    **({"teacher's inputs": float(min(kept, TEACHER_BYTES))} if kept else {}),
                     **_larger(
                         {"pass of statistics": float(gathering + hidden), "Gram matrices": float(grams)},
                         {"solving": float(solving)},
