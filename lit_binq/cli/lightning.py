@@ -76,6 +76,7 @@ class LitBinqCLI(LightningCLI):
             logs = beside(self.model.packed, LOGS)
             options["logger"] = self.subcommand == "fit" and FitFigures(logs.parent, name=logs.name)
         callbacks = trainer.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             options["callbacks"] = [*callbacks, StageProgress()]
         try:

@@ -19,6 +19,8 @@ from lit_binq.cli import main as cli
 from lit_binq.cli.lightning_errors import of_chosen_part
 from lit_binq.cli.lightning_errors import one_line as line_of
 
+NO_LOGGER = ["--trainer.logger", "false"]
+
 
 @pytest.fixture
 def config(tmp_path: Path, make_source, text_file, monkeypatch) -> Path:
@@ -52,8 +54,8 @@ def config(tmp_path: Path, make_source, text_file, monkeypatch) -> Path:
         (["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "loss"], ["tuning.epochs"]),
         (["--trainer.callbacks", "WeightAveraging"], ["WeightAveraging", "best epoch"]),
         (["--trainer.callbacks", "LearningRateFinder"], ["LearningRateFinder", "own optimizer"]),
-        (["--trainer.callbacks", "LearningRateMonitor"], ["LearningRateMonitor", "logger"]),
-        (["--trainer.callbacks", "DeviceStatsMonitor"], ["DeviceStatsMonitor"]),
+        (["--trainer.callbacks", "LearningRateMonitor", *NO_LOGGER], ["LearningRateMonitor", "logger"]),
+        (["--trainer.callbacks", "DeviceStatsMonitor", *NO_LOGGER], ["DeviceStatsMonitor"]),
         (
             ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "loss"],
             ["ModelCheckpoint", "loss"],
@@ -67,8 +69,15 @@ def test_a_part_that_cannot_work_is_one_line(arguments, words, config, capsys):
     assert cli.main(["fit", "--config", str(config), *arguments]) == 1
     line = one_line(capsys)
     assert line.startswith("litbinq fit: error: ")
-    assert [w for w in words if w not in line] == []
+    assert [w for w in words if w not in line] == [], line
     gc.collect()  # a profiler that is half made complains when it goes: here, not in a later test
+
+
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("name", ["LearningRateMonitor", "DeviceStatsMonitor"])
+def test_one_callback_by_name_runs(name, config):
+    """Without brackets round it, beside the project's own progress bar and logger."""
+    assert cli.main(["fit", "--config", str(config), "--trainer.callbacks", name]) == 0
 
 
 @pytest.mark.parametrize(
@@ -87,7 +96,7 @@ def test_a_part_that_is_named_wrongly_is_wrong_usage(arguments, words, config, c
     line = one_line(capsys)
     assert line.startswith("litbinq fit: error: ")
     assert line.endswith("(litbinq fit --help explains every option)")
-    assert [w for w in words if w not in line] == []
+    assert [w for w in words if w not in line] == [], line
 
 
 def test_only_errors_of_chosen_parts_lose_their_traceback():

@@ -100,7 +100,7 @@ def test_a_fit_without_tuning_ends_where_it_stands(place, config, tmp_path):
     assert words in lines[-1]
     assert sum(line.startswith("stage ") for line in lines) == done
     left = {p.name for p in tmp_path.iterdir()} - {"said", "fit.yaml", "llama-model"}
-    assert left == ({"ckpt"} if done else set()) | ({"packed"} if place == "evaluation" else set())
+    assert left == ({"ckpt"} if done else set()) | ({"packed", "options.yaml"} if place == "evaluation" else set())
     if "--ckpt_path" in words:
         checkpoint = tmp_path / "ckpt" / "last.ckpt"
         assert f"behind stage {done} " in lines[-1]

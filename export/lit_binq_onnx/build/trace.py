@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import DynamicCache, PreTrainedModel
 
 from lit_binq.errors import LitBinqError
@@ -81,21 +81,27 @@ def flat_cache(cache: DynamicCache) -> list[Tensor]:
     return tensors
 
 
+def _cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=DynamicCache(), use_cache=True)
+    return [(t.shape[1], t.shape[3]) for t in flat_cache(out.past_key_values)]
+
+
 @torch.no_grad()
 def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(heads, head_dim) of every cache tensor, in the order of `flat_cache`, from one pass over one token.
 
-    A pass of shapes alone, as tracing takes: nothing is unpacked or multiplied.
+    A pass of shapes alone, as tracing takes: nothing is unpacked or multiplied, unless the model asks for values.
 
     Raises:
         LitBinqError: the model keeps no key-value cache, or not one for each block.
     """
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            ids = torch.zeros(1, 1, dtype=torch.long)
-            ones = torch.ones_like(ids)
-            out = model(input_ids=ids, attention_mask=ones, past_key_values=DynamicCache(), use_cache=True)
-            return [(t.shape[1], t.shape[3]) for t in flat_cache(out.past_key_values)]
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                return _cache_shapes(model)
+        except DataDependentOutputException:  # a dynamic rotary embedding looks at the positions themselves
+            return _cache_shapes(model)
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise LitBinqError(
             f"export: {type(model).__name__} keeps no key-value cache of the usual kind "
